@@ -1,0 +1,1 @@
+"""Where parts become processes: command line, settings, local stack."""

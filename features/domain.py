@@ -1,0 +1,291 @@
+"""The domain file: everything that differs from one product to the next, in one TOML file.
+
+`load_domain` validates it and raises `DomainError`, which names the file, the key and what is allowed. The parts are versioned apart: a
+sequence's fingerprint is part of the state, a ranker's tensors are part of a release, the log part is only about one published log.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DAY_MS = 24 * 3600 * 1000
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+Number8 = Annotated[int, Field(ge=1, le=255)]
+
+
+class DomainError(ValueError):
+    """A domain file that cannot be used; the message names file, key and what is allowed."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Action(_Part):
+    """One kind of action. Its id is never renumbered; 0 is padding."""
+
+    id: Number8
+    kind: Literal["positive", "negative", "impression"]
+    retracts: Name | None = None
+    """Action that this one takes back (unlike retracts like): `pack()` leaves out both."""
+
+
+class Sequence(_Part):
+    """What the store keeps of each user."""
+
+    id: Number8
+    version: int = 1
+    length: Annotated[int, Field(ge=1, le=1000)] = 100
+    caps: dict[Name, Annotated[int, Field(ge=1)]] = {}
+    """Most events of an action, applied before the cut to `length`."""
+    age_days_max: Annotated[float, Field(gt=0)] = 90.0
+    """`pack()` hides events older than this at request time."""
+    evict: Literal["off", "log_clock"] = "off"
+    """log_clock: events older than age_days_max + evict_grace_days by the partition's greatest append time leave the store.
+    Off for historic logs."""
+    evict_grace_days: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def age_ms_max(self) -> int:
+        """Maximum age in milliseconds."""
+        return int(self.age_days_max * DAY_MS)
+
+    @property
+    def evict_age_ms(self) -> int | None:
+        """Age by the log's clock at which events leave the store; None: never."""
+        return None if self.evict == "off" else int((self.age_days_max + self.evict_grace_days) * DAY_MS)
+
+
+class Feature(_Part):
+    """One input of the model beside the sequence."""
+
+    side: Literal["user", "item", "request", "candidate"]
+    kind: Literal["number", "category", "list"]
+    column: str | None = None
+    """Column of the published file; the feature's name where absent."""
+    normalise: Literal["none", "standard", "log"] = "standard"
+    """number: standard = (x - mean) / std; log = the same of log1p(max(x, 0)). Fitted on the training part, applied in the model."""
+    missing: float = -1.0
+    """number: the normalised value that stands for a missing input; not 0."""
+    vocabulary: tuple[str, ...] | None = None
+    hash_buckets: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    dimension: Annotated[int, Field(ge=1, le=256)] = 8
+    """category and list: width of the learned embedding."""
+    length_max: Annotated[int, Field(ge=1, le=64)] = 4
+    """list: values beyond are cut."""
+    separator: str = ","
+    """list: between values in a published file."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "number":
+            if self.missing == 0:
+                raise ValueError("missing must not be 0: a missing value has to differ from an average one")
+            if self.vocabulary is not None or self.hash_buckets is not None:
+                raise ValueError("a number has neither vocabulary nor hash_buckets")
+        elif (self.vocabulary is None) == (self.hash_buckets is None):
+            raise ValueError(f"a {self.kind} needs either vocabulary or hash_buckets")
+        return self
+
+    @property
+    def cardinality(self) -> int:
+        """category and list: number of codes; 0 is missing, 1 is a value outside of the vocabulary (unused with hashing)."""
+        return 2 + (len(self.vocabulary) if self.vocabulary is not None else self.hash_buckets or 0)
+
+
+class Head(_Part):
+    """One output of a ranker: the probability of its label."""
+
+    actions: tuple[Name, ...] = Field(min_length=1)
+    """The label is 1 if any of these actions answered the impression."""
+    weights: dict[Name, float] = {}
+    """Row of the label weight matrix M: an example weighs sum over its actions of weights[action] (1.0 where absent for the label)."""
+    base_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of an example without any action, which the paper's formula would never train on."""
+    utility: float = 1.0
+    """Weight of this head in the final score; negative for heads of negative actions."""
+
+
+class ModelSettings(_Part):
+    """Sizes of the TransAct hybrid ranker (KDD 2023, section 3)."""
+
+    action_dimension: int = 32
+    layers: int = 2
+    attention_heads: int = 1
+    feedforward: int = 32
+    dropout: float = 0.1
+    first_k: int = 10
+    time_window_hours_max: float = 24.0
+    cross_layers: int = 2
+    cross_rank: int = 0
+    """0: full rank."""
+    hidden: tuple[int, ...] = (256, 64)
+
+
+class Ranker(_Part):
+    """One model over the shared state: home, search, related."""
+
+    version: int = 1
+    sequence: Name
+    sequence_length: Annotated[int, Field(ge=1, le=1000)] = 100
+    sequence_actions: tuple[Name, ...] | None = None
+    """Actions that the model sees; all known ones where absent."""
+    sequence_attributes: tuple[Literal["surface", "value"], ...] = ()
+    heads: dict[Name, Head] = Field(min_length=1)
+    features: tuple[Name, ...] = ()
+    item_space: Name
+    user_space: Name | None = None
+    embedding_dimension: Annotated[int, Field(ge=1, le=1024)] = 32
+    candidates_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    model: ModelSettings = ModelSettings()
+
+
+class Rule(_Part):
+    """Rows of a published log that are an action: all rows, or those whose `column` has one of the texts in `equals`."""
+
+    action: Name
+    column: str | None = None
+    equals: tuple[str, ...] = ("1", "1.0", "true", "True")
+
+
+class Source(_Part):
+    """A file set with one row for each user or item, keyed by `id`."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    id: str
+    ids: Literal["integer", "string"] = "integer"
+
+
+class Log(_Part):
+    """How a published log is read. Every row is one event on one item, or one request with a list of candidates."""
+
+    version: int = 1
+    files: tuple[str, ...] = Field(min_length=1)
+    """Glob patterns inside the data folder; a pattern also finds the same name with .gz."""
+    format: Literal["csv", "parquet"] = "csv"
+    separator: str = ","
+    time_unit: Literal["s", "ms", "us", "iso8601"] = "ms"
+    user: str
+    user_ids: Literal["integer", "string"] = "integer"
+    entity: str
+    entity_ids: Literal["integer", "string"] = "integer"
+    entity_kind: Name
+    entity_kind_column: str | None = None
+    """Column with the entity kind's name, where one log has several; entity_kind where it is empty."""
+    time: str
+    append_time: str | None = None
+    """Column with the time at which the log got the row; the event time where absent."""
+    event_id: str | None = None
+    """Column with an identity of the event; derived where absent."""
+    request: str | None = None
+    """Column with the request's id (text or integer: always hashed); where absent, `request_gap_ms` makes requests."""
+    request_gap_ms: Annotated[int, Field(ge=1)] = 30 * 60 * 1000
+    """A user's impressions with gaps shorter than this are one request."""
+    position: str | None = None
+    candidates: str | None = None
+    """Column with the list of candidates shown, where one row is one request; `entity` is then the item acted on (may be empty)."""
+    candidates_separator: str = " "
+    surface: str | None = None
+    """Column whose text is a surface's name or number."""
+    value: str | None = None
+    actions: tuple[Rule, ...] = Field(min_length=1)
+    """Which value means which action; one row may be several."""
+    items: dict[Name, Source] = {}
+    """Item features by entity kind."""
+    users: Source | None = None
+
+
+class Domain(_Part):
+    """A product. See docs/domain.md for every key."""
+
+    name: Name
+    version: int = 1
+    future_tolerance_ms: Annotated[int, Field(ge=0, le=DAY_MS)] = 600_000
+    """An event time further ahead of its append time is a dead letter."""
+    entities: dict[Name, Number8] = Field(min_length=1)
+    surfaces: dict[Name, Annotated[int, Field(ge=1, le=65535)]] = {}
+    actions: dict[Name, Action] = Field(min_length=1)
+    sequence: dict[Name, Sequence] = Field(min_length=1)
+    features: dict[Name, Feature] = {}
+    ranker: dict[Name, Ranker] = Field(min_length=1)
+    log: Log | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for table, ids in (
+            ("entities", list(self.entities.values())),
+            ("surfaces", list(self.surfaces.values())),
+            ("actions", [action.id for action in self.actions.values()]),
+            ("sequence", [sequence.id for sequence in self.sequence.values()]),
+        ):
+            twice = {number for number in ids if ids.count(number) > 1}
+            if twice:
+                raise ValueError(f"{table}: number {min(twice)} is used twice")
+        for name, action in self.actions.items():
+            self._known(f"actions.{name}.retracts", [action.retracts] if action.retracts else [], self.actions)
+        for name, sequence in self.sequence.items():
+            self._known(f"sequence.{name}.caps", sequence.caps, self.actions)
+        for name, ranker in self.ranker.items():
+            key = f"ranker.{name}"
+            self._known(f"{key}.sequence", [ranker.sequence], self.sequence)
+            self._known(f"{key}.features", ranker.features, self.features)
+            self._known(f"{key}.sequence_actions", ranker.sequence_actions or (), self.actions)
+            for head_name, head in ranker.heads.items():
+                self._known(f"{key}.heads.{head_name}.actions", head.actions, self.actions)
+                self._known(f"{key}.heads.{head_name}.weights", head.weights, self.actions)
+            if ranker.sequence_length > self.sequence[ranker.sequence].length:
+                raise ValueError(f"{key}.sequence_length: at most the sequence's length {self.sequence[ranker.sequence].length}")
+        if self.log is not None:
+            self._known("log.entity_kind", [self.log.entity_kind], self.entities)
+            self._known("log.actions", [rule.action for rule in self.log.actions], self.actions)
+            self._known("log.items", self.log.items, self.entities)
+        return self
+
+    @staticmethod
+    def _known(key: str, names: Any, table: dict[str, Any]) -> None:
+        for name in names:
+            if name not in table:
+                raise ValueError(f"{key}: {name!r} is not defined; allowed: {', '.join(sorted(table))}")
+
+    def sequence_fingerprint(self, name: str) -> int:
+        """Identity of what the store keeps (length, caps, eviction): part of the state and of every row. Never 0."""
+        sequence = self.sequence[name]
+        caps = {self.actions[action].id: cap for action, cap in sorted(sequence.caps.items())}
+        return _fingerprint({"id": sequence.id, "length": sequence.length, "caps": caps, "evict_age_ms": sequence.evict_age_ms})
+
+    def action_names(self) -> dict[int, str]:
+        """Name of each action id."""
+        return {action.id: name for name, action in self.actions.items()}
+
+
+def _fingerprint(value: Any) -> int:
+    return xxhash.xxh3_64_intdigest(json.dumps(value, sort_keys=True).encode()) or 1
+
+
+def load_domain(path: str | Path) -> Domain:
+    """Reads and validates a domain file.
+
+    Raises:
+        DomainError: naming the file, each wrong key and what is allowed there.
+    """
+    path = Path(path)
+    try:
+        return parse_domain(path.read_text("utf-8"), source=str(path))
+    except OSError as error:
+        raise DomainError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_domain(text: str, *, source: str) -> Domain:
+    """`load_domain` of a text; `source` names it in errors."""
+    try:
+        return Domain.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise DomainError(f"{source}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{source}: {'.'.join(str(part) for part in item['loc']) or 'domain'}: {item['msg']}" for item in error.errors()]
+        raise DomainError("\n".join(lines)) from error

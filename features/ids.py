@@ -1,0 +1,83 @@
+"""Identities: users, items, events, partitions.
+
+Every id is an opaque unsigned 64-bit integer. Text becomes an id by one hash, xxh3-64 of its UTF-8 bytes, the same in importers, clients
+and category features.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+U64 = npt.NDArray[np.uint64]
+ID_MAX = 2**64 - 1
+
+
+def string_id(text: str) -> int:
+    """The id of a string: xxh3-64 of its UTF-8 bytes, seed 0."""
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def string_ids(texts: Iterable[str]) -> U64:
+    """`string_id` of each text: uint64 [n]."""
+    return np.fromiter((string_id(text) for text in texts), dtype=np.uint64)
+
+
+class Collisions:
+    """Remembers which text each hashed id came from, and reports two texts that share one id."""
+
+    def __init__(self) -> None:
+        self._text_by_id: dict[int, str] = {}
+        self.found: list[tuple[int, str, str]] = []
+
+    def add(self, text: str) -> int:
+        """Hashes `text`; a collision with an earlier, different text is appended to `found` as (id, earlier, text)."""
+        hashed = string_id(text)
+        earlier = self._text_by_id.setdefault(hashed, text)
+        if earlier != text:
+            self.found.append((hashed, earlier, text))
+        return hashed
+
+
+def user_key(user_id: int) -> bytes:
+    """Kafka key of a user's records: 16 lower-case hexadecimal digits, readable in every tool."""
+    return b"%016x" % user_id
+
+
+def partition_of(key: bytes, partition_count: int) -> int:
+    """Partition of a key as Java clients choose it: murmur2 (seed 0x9747b28c), sign bit dropped, modulo the partitions."""
+    return (murmur2(key) & 0x7FFFFFFF) % partition_count
+
+
+def murmur2(data: bytes) -> int:
+    """Kafka's 32-bit murmur2 hash, as an unsigned integer."""
+    mask, m = 0xFFFFFFFF, 0x5BD1E995
+    length = len(data)
+    h = (0x9747B28C ^ length) & mask
+    tail = length & ~3
+    for start in range(0, tail, 4):
+        k = int.from_bytes(data[start : start + 4], "little") * m & mask
+        h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
+    if length & 3:
+        h = (h ^ int.from_bytes(data[tail:], "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15
+
+
+def derived_event_id(user_id: int, entity_kind: int, entity_id: int, action: int, event_time_ms: int) -> int:
+    """Event id for logs that carry none: xxh3-64 over the five fields, so that the same row imported twice is the same event."""
+    packed = b"".join(
+        value.to_bytes(width, "little")
+        for value, width in ((user_id, 8), (entity_id, 8), (event_time_ms, 8), (entity_kind, 1), (action, 1))
+    )
+    return xxhash.xxh3_64_intdigest(packed)
+
+
+def log_epoch(cluster_id: str, topic_id: str, partition_count: int) -> int:
+    """Identity of a log: positions of two logs are comparable only if their epochs are equal.
+
+    It is derived from what any client can ask the broker for, so a new cluster, a recreated topic or more partitions change it by
+    themselves. Never 0, which stands for "the current one" in requests.
+    """
+    return xxhash.xxh3_64_intdigest(f"{cluster_id}/{topic_id}/{partition_count}".encode()) or 1

@@ -1,0 +1,77 @@
+"""What the ranking server and replay need from outside of `features` and `inference`: `deploy` hands the real parts in."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """A place in the log (protos Position). Positions compare only within one log_epoch and partition."""
+
+    log_epoch: int
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A user's row and the watermark of the same moment.
+
+    Replay of the log up to and including `watermark` gives exactly `row`. A user without a row has an empty one, and a watermark too.
+    """
+
+    user_id: int
+    row: bytes
+    watermark: Position
+    log_clock_ms: int
+    """Greatest append time of the partition at the watermark, milliseconds; 0: nothing appended yet."""
+
+
+class SequenceReader(Protocol):
+    """Reads sequences: one interface for the local view and, later, for remote owners."""
+
+    def read(self, sequence: str, user_ids: Seq[int]) -> list[Reading]:
+        """One reading a user, in order. Never blocks on the network.
+
+        Raises:
+            SequenceUnavailableError: no state is there to read (yet).
+            SequenceCorruptError: a row fails its checksum or belongs to another user: DATA_LOSS.
+        """
+        ...
+
+    def position(self, user_id: int) -> Position:
+        """The watermark that a read of this user would have now: cheap, for waiting on `after`."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start."""
+        ...
+
+    def close(self) -> None:
+        """Releases what is held."""
+        ...
+
+
+class RankingSink(Protocol):
+    """Takes ranking-log records without ever delaying an answer: bounded, drops are counted."""
+
+    def put(self, user_id: int, record: bytes) -> bool:
+        """Queues one serialized RankingRecord; False: dropped and counted."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start: sent, dropped, failed."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is queued, bounded in time."""
+        ...
+
+
+class SequenceUnavailableError(RuntimeError):
+    """No state to read: the worker has not published a view, or the partition is not here."""
+
+
+class SequenceCorruptError(RuntimeError):
+    """A stored row is damaged or belongs to another user."""

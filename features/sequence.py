@@ -1,0 +1,331 @@
+"""The law of a user's sequence, and the codec of its row.
+
+A sequence is, after the caps per action, the N greatest events by (event_time_ms, event_id, bytes). Merging is a set union cut to N:
+idempotent, commutative, associative. An erasure drops everything at smaller offsets and everything with an event time at or before its
+append time, also what arrives later. Eviction follows the log's own clock. State at an offset depends on the records up to it and on the
+sequence's definition alone: not on how they were cut into batches, nor on any clock.
+"""
+
+import zlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
+from features.domain import Domain
+from features.ports import SequenceCorruptError
+
+Events = npt.NDArray[np.void]
+"""EVENT_DTYPE [n], ascending by the law's order: oldest first."""
+
+FORMAT_VERSION = 1
+SCHEMA_VERSION = 2
+NEVER_ERASED = -1
+_MAGIC = int.from_bytes(b"FRSQ", "little")
+
+HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("crc32", "<u4"),
+        ("format_version", "<u2"),
+        ("schema_version", "<u2"),
+        ("record_width", "<u2"),
+        ("count", "<u2"),
+        ("user_id", "<u8"),
+        ("fingerprint", "<u8"),
+        ("log_epoch", "<u8"),
+        ("offset", "<i8"),
+        ("erased_before_ms", "<i8"),
+        ("partition", "<i4"),
+        ("reserved", "<u4"),
+    ]
+)
+"""Header of a row, 64 bytes. crc32 is over everything behind it; offset is the last record that touched the row."""
+
+_SCHEMA_1 = np.dtype([field for field in EVENT_DTYPE.descr if field[0] != "request_id"])
+_WIDTHS = {1: _SCHEMA_1.itemsize, SCHEMA_VERSION: EVENT_DTYPE.itemsize}
+_HEADER_WORDS, _EVENT_WORDS = HEADER_DTYPE.itemsize // 8, EVENT_DTYPE.itemsize // 8
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What the store keeps of a user: see `features.domain.Sequence`. `caps` holds (action id, most events)."""
+
+    fingerprint: int
+    length: int
+    caps: tuple[tuple[int, int], ...] = ()
+    evict_age_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A decoded row."""
+
+    user_id: int
+    fingerprint: int
+    log_epoch: int
+    partition: int
+    offset: int
+    erased_before_ms: int
+    events: Events
+
+
+def definition(domain: Domain, name: str) -> Definition:
+    """The definition of [sequence.NAME] of a domain file."""
+    sequence = domain.sequence[name]
+    caps = tuple(sorted((domain.actions[action].id, cap) for action, cap in sequence.caps.items()))
+    return Definition(domain.sequence_fingerprint(name), sequence.length, caps, sequence.evict_age_ms)
+
+
+def law(what: Definition, events: Events) -> Events:
+    """The law for one user: any events in any order, with duplicates, to the sequence, ascending."""
+    group = np.zeros(len(events), np.int64)
+    ordered, group = _sorted_distinct(events, group)
+    return ordered[_kept(what, ordered, group, 1)]
+
+
+def touched_users(batch: Batch) -> npt.NDArray[np.uint64]:
+    """The users whose rows `apply_batch` needs: uint64, ascending."""
+    return np.unique(batch.users[batch.verdict != REJECTED])
+
+
+def clock_after(batch: Batch, clock_before_ms: int) -> int:
+    """The partition's clock behind a batch: the greatest append time of all of its records, rejected ones included."""
+    return max(clock_before_ms, int(batch.append_time_ms.max(initial=clock_before_ms)))
+
+
+def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_before_ms: int) -> list[bytes]:
+    """Folds a batch into rows.
+
+    `rows`: the stored row of each of `touched_users(batch)`, None or empty where there is none. `clock_before_ms`: `clock_after` of what
+    came before. Returns the new row of each touched user. Records must follow the state: the store's applied offset tells where to go on.
+
+    Raises:
+        SequenceCorruptError: a stored row is damaged, of another user or of another definition.
+    """
+    users = touched_users(batch)
+    live = np.flatnonzero(batch.verdict != REJECTED)
+    group_of_record = np.searchsorted(users, batch.users[live])
+    old, old_group, erased_before_ms = _decode_rows(what, rows, users)
+
+    is_erase = batch.verdict[live] == ERASE
+    last_erase = np.full(len(users), -1)
+    if is_erase.any():
+        np.maximum.at(last_erase, group_of_record[is_erase], live[is_erase])
+        np.maximum.at(erased_before_ms, group_of_record[is_erase], batch.append_time_ms[live[is_erase]])
+        survives = last_erase[old_group] < 0
+        old, old_group = old[survives], old_group[survives]
+
+    last_record = np.zeros(len(users), np.int64)
+    last_record[group_of_record] = live  # the last assignment of a group wins: records are in offset order
+    clock = np.maximum(np.maximum.accumulate(batch.append_time_ms), clock_before_ms)[last_record]
+    horizon_ms = erased_before_ms
+    if what.evict_age_ms is not None:
+        horizon_ms = np.maximum(erased_before_ms, clock - what.evict_age_ms - 1)
+
+    is_action = batch.verdict[live] == ACTION
+    new_index, new_group = live[is_action], group_of_record[is_action]
+    new_index, new_group = _select(new_index > last_erase[new_group], new_index, new_group)
+    events, group = _union(old, old_group, *_sorted_distinct(batch.events[new_index], new_group))
+    keep = (events["event_time_ms"] > horizon_ms[group]) & (events["event_time_ms"] > 0)
+    events, group = events[keep], group[keep]
+    keep = _kept(what, events, group, len(users))
+    events, group = events[keep], group[keep]
+    counts = np.bincount(group, minlength=len(users))
+    return _encode_rows(what, batch, users, batch.offsets[last_record], erased_before_ms, events, counts)
+
+
+def merge_rows(what: Definition, rows: Seq[bytes]) -> Events:
+    """The sequence of one person with several identities: each row obeys its own erasures, the union obeys the law."""
+    return law(what, np.concatenate([decode_row(row).events for row in rows if row] or [np.zeros(0, EVENT_DTYPE)]))
+
+
+def decode_row(row: bytes, user_id: int | None = None) -> Row:
+    """Decodes one row, of this schema or an older one.
+
+    Raises:
+        SequenceCorruptError: checksum, layout or user do not agree. The reader answers DATA_LOSS; restore the row from the log.
+    """
+    if len(row) < HEADER_DTYPE.itemsize:
+        raise SequenceCorruptError(f"row of {len(row)} bytes is shorter than its header")
+    head = np.frombuffer(row, HEADER_DTYPE, 1)[0]
+    _check_header(head, len(row), zlib.crc32(memoryview(row)[8:]), user_id)
+    body = memoryview(row)[HEADER_DTYPE.itemsize :]
+    if head["schema_version"] == SCHEMA_VERSION:
+        events: Events = np.frombuffer(body, EVENT_DTYPE)
+    else:  # request_id came with schema 2: 0 is none
+        older = np.frombuffer(body, _SCHEMA_1)
+        events = np.zeros(len(older), EVENT_DTYPE)
+        for name in _SCHEMA_1.names or ():
+            events[name] = older[name]
+    names = ("user_id", "fingerprint", "log_epoch", "partition", "offset", "erased_before_ms")
+    return Row(**{name: int(head[name]) for name in names}, events=events)
+
+
+def encode_row(row: Row) -> bytes:
+    """Encodes one row."""
+    head = np.zeros(1, HEADER_DTYPE)
+    head["magic"], head["format_version"], head["schema_version"] = _MAGIC, FORMAT_VERSION, SCHEMA_VERSION
+    head["record_width"], head["count"] = EVENT_DTYPE.itemsize, len(row.events)
+    for name in ("user_id", "fingerprint", "log_epoch", "partition", "offset", "erased_before_ms"):
+        head[name] = getattr(row, name)
+    data = bytearray(head.tobytes() + row.events.tobytes())
+    data[4:8] = zlib.crc32(memoryview(data)[8:]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def _check_header(head: np.void, size: int, crc32: int, user_id: int | None) -> None:
+    width = _WIDTHS.get(int(head["schema_version"]))
+    wrong = None
+    if head["magic"] != _MAGIC:
+        wrong = "not a sequence row"
+    elif head["crc32"] != crc32:
+        wrong = "checksum differs"
+    elif head["format_version"] != FORMAT_VERSION or width is None or head["record_width"] != width:
+        wrong = f"format {head['format_version']}, schema {head['schema_version']} is newer than this program: upgrade it"
+    elif size != HEADER_DTYPE.itemsize + width * int(head["count"]):
+        wrong = f"{size} bytes do not hold {head['count']} records"
+    elif user_id is not None and head["user_id"] != user_id:
+        wrong = "it belongs to another user"
+    if wrong:
+        raise SequenceCorruptError(f"sequence row: {wrong}")
+
+
+def _decode_rows(
+    what: Definition, rows: Seq[bytes | None], users: npt.NDArray[np.uint64]
+) -> tuple[Events, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Events of all rows, their group, and erased_before_ms of each group."""
+    erased_before_ms = np.full(len(users), NEVER_ERASED, np.int64)
+    present = [(i, row) for i, row in enumerate(rows) if row]
+    if not present:
+        return np.zeros(0, EVENT_DTYPE), np.zeros(0, np.int64), erased_before_ms
+    group = np.fromiter((i for i, _ in present), np.int64, len(present))
+    sizes = np.fromiter((len(row) for _, row in present), np.int64, len(present))
+    if (sizes < HEADER_DTYPE.itemsize).any() or (sizes % 8).any():
+        raise SequenceCorruptError("sequence row: its size is not that of any row")
+    words = np.frombuffer(b"".join(row for _, row in present), "<u8")
+    starts = np.concatenate(([0], np.cumsum(sizes // 8)[:-1]))
+    head_words = starts[:, None] + np.arange(_HEADER_WORDS)
+    heads = words[head_words].view(HEADER_DTYPE).ravel()
+    crc32 = np.fromiter((zlib.crc32(memoryview(row)[8:]) for _, row in present), np.uint32, len(present))
+    fine = (heads["magic"] == _MAGIC) & (heads["crc32"] == crc32) & (heads["user_id"] == users[group])
+    fine &= (heads["format_version"] == FORMAT_VERSION) & (heads["schema_version"] == SCHEMA_VERSION)
+    fine &= sizes == HEADER_DTYPE.itemsize + EVENT_DTYPE.itemsize * heads["count"].astype(np.int64)
+    if not (heads["fingerprint"] == what.fingerprint)[fine].all():
+        raise SequenceCorruptError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
+    erased_before_ms[group] = heads["erased_before_ms"]
+    if fine.all():
+        is_event = np.ones(len(words), bool)
+        is_event[head_words] = False
+        return words[is_event].view(EVENT_DTYPE), np.repeat(group, heads["count"]), erased_before_ms
+    decoded = [decode_row(row, int(users[i])) for i, row in present]  # raises, or reads older schemas
+    if any(row.fingerprint != what.fingerprint for row in decoded):
+        raise SequenceCorruptError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
+    counts = np.array([len(row.events) for row in decoded])
+    return np.concatenate([row.events for row in decoded]), np.repeat(group, counts), erased_before_ms
+
+
+def _encode_rows(
+    what: Definition,
+    batch: Batch,
+    users: npt.NDArray[np.uint64],
+    offsets: npt.NDArray[np.int64],
+    erased_before_ms: npt.NDArray[np.int64],
+    events: Events,
+    counts: npt.NDArray[np.int64],
+) -> list[bytes]:
+    heads = np.zeros(len(users), HEADER_DTYPE)
+    heads["magic"], heads["format_version"], heads["schema_version"] = _MAGIC, FORMAT_VERSION, SCHEMA_VERSION
+    heads["record_width"], heads["count"], heads["user_id"] = EVENT_DTYPE.itemsize, counts, users
+    heads["fingerprint"], heads["log_epoch"], heads["partition"] = what.fingerprint, batch.log_epoch, batch.partition
+    heads["offset"], heads["erased_before_ms"] = offsets, erased_before_ms
+    sizes = _HEADER_WORDS + _EVENT_WORDS * counts
+    ends = np.cumsum(sizes)
+    words = np.empty(int(ends[-1]) if len(ends) else 0, "<u8")
+    head_words = (ends - sizes)[:, None] + np.arange(_HEADER_WORDS)
+    is_event = np.ones(len(words), bool)
+    is_event[head_words] = False
+    words[head_words] = heads.view("<u8").reshape(-1, _HEADER_WORDS)
+    words[is_event] = events.view("<u8")
+    data = words.view(np.uint8).data
+    rows = []
+    for start, end in zip(((ends - sizes) * 8).tolist(), (ends * 8).tolist(), strict=True):
+        crc32 = zlib.crc32(data[start + 8 : end])
+        rows.append(b"".join((data[start : start + 4], crc32.to_bytes(4, "little"), data[start + 8 : end])))
+    return rows
+
+
+def _tail_words(events: Events) -> npt.NDArray[np.uint64]:
+    """The bytes behind event_id as big-endian numbers: their order is the order of the bytes. uint64 [n, 3]."""
+    words = np.ascontiguousarray(events).view("<u8").reshape(-1, _EVENT_WORDS)[:, 2:]
+    return words.byteswap()
+
+
+def _sorted_distinct(events: Events, group: npt.NDArray[np.int64]) -> tuple[Events, npt.NDArray[np.int64]]:
+    """Sorts by (group, law) and drops equal events of a group."""
+    order = np.lexsort((events["event_id"], events["event_time_ms"], group))
+    events, group = events[order], group[order]
+    same = (group[1:] == group[:-1]) & (events["event_time_ms"][1:] == events["event_time_ms"][:-1])
+    same &= events["event_id"][1:] == events["event_id"][:-1]
+    if not same.any():
+        return events, group
+    tail = _tail_words(events)
+    order = np.lexsort((tail[:, 2], tail[:, 1], tail[:, 0], events["event_id"], events["event_time_ms"], group))
+    events, group, tail = events[order], group[order], tail[order]
+    distinct = np.ones(len(events), bool)
+    distinct[1:] = ~(same & (tail[1:] == tail[:-1]).all(axis=1))
+    return events[distinct], group[distinct]
+
+
+def _union(
+    old: Events, old_group: npt.NDArray[np.int64], new: Events, new_group: npt.NDArray[np.int64]
+) -> tuple[Events, npt.NDArray[np.int64]]:
+    """Union of two sorted sets. Groups whose new events are all later than the old ones, the usual case, are appended without a sort."""
+    if not len(old) or not len(new):
+        return (new, new_group) if not len(old) else (old, old_group)
+    groups = int(max(old_group[-1], new_group[-1])) + 1
+    last_old, first_new = np.full(groups, -1), np.full(groups, -1)
+    last_old[old_group] = np.arange(len(old))
+    first_new[new_group[::-1]] = np.arange(len(new))[::-1]
+    both = np.flatnonzero((last_old >= 0) & (first_new >= 0))
+    tail, head = old[last_old[both]], new[first_new[both]]
+    later = head["event_time_ms"] > tail["event_time_ms"]
+    later |= (head["event_time_ms"] == tail["event_time_ms"]) & (head["event_id"] > tail["event_id"])
+    mixed = np.zeros(groups, bool)
+    mixed[both[~later]] = True
+
+    group = np.concatenate((old_group, new_group))
+    order = np.argsort(group, kind="stable")
+    events, group = np.concatenate((old, new))[order], group[order]
+    where = np.flatnonzero(mixed[group])
+    if not len(where):
+        return events, group
+    merged, merged_group = _sorted_distinct(events[where], group[where])
+    rest = ~mixed[group]
+    events, group = np.concatenate((events[rest], merged)), np.concatenate((group[rest], merged_group))
+    order = np.argsort(group, kind="stable")
+    return events[order], group[order]
+
+
+def _kept(what: Definition, events: Events, group: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.bool_]:
+    """Which events of sorted groups stay: caps per action first, then the `length` last of each group."""
+    keep = np.ones(len(events), bool)
+    for action, cap in what.caps:
+        where = np.flatnonzero(events["action"] == action)
+        keep[where[_rank_from_end(group[where], groups) >= cap]] = False
+    where = np.flatnonzero(keep)
+    keep[where[_rank_from_end(group[where], groups) >= what.length]] = False
+    return keep
+
+
+def _rank_from_end(group: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.int64]:
+    """0 for the last of each sorted group, 1 for the one before."""
+    ends = np.cumsum(np.bincount(group, minlength=groups))
+    rank: npt.NDArray[np.int64] = ends[group] - 1 - np.arange(len(group))
+    return rank
+
+
+def _select(mask: npt.NDArray[np.bool_], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+    return a[mask], b[mask]

@@ -1,0 +1,94 @@
+"""The one table of model tensors: names, dtypes, symbolic shapes and padding, derived from a domain file.
+
+The Triton config.pbtxt, the request, the training batch and the order of the parity digest all come from `tensor_table`.
+Symbols: L = the ranker's sequence_length, C = candidates of the request (the only dynamic size), D = embedding dimension.
+Per-request tensors have no leading batch dimension: a request carries its user once and its candidates as [C, ...].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from features.domain import Domain
+
+DYNAMIC = -1
+SIDES = ("user", "item", "request", "candidate")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor. `shape` holds sizes, with DYNAMIC for C; `axes` the symbols; `padding` the value behind the count."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    padding: str
+    meaning: str
+
+    @property
+    def per_candidate(self) -> bool:
+        """Whether the first axis is the candidates."""
+        return bool(self.shape) and self.shape[0] == DYNAMIC
+
+
+def tensor_table(domain: Domain, ranker_name: str) -> tuple[Tensor, ...]:
+    """Every input tensor of a ranker's model, in the order of the digest."""
+    ranker = domain.ranker[ranker_name]
+    L, D = ranker.sequence_length, ranker.embedding_dimension
+    rows: list[Tensor] = []
+
+    def add(name: str, dtype: type, shape: tuple[int, ...], axes: tuple[str, ...], padding: str, meaning: str) -> None:
+        rows.append(Tensor(name, np.dtype(dtype), shape, axes, padding, meaning))
+
+    add("sequence_count", np.int32, (1,), ("1",), "none", "actions in the sequence; places from here on are padding")
+    add("sequence_action", np.int32, (L,), ("L",), "0", "action ids, newest first")
+    add("sequence_age_ms", np.int64, (L,), ("L",), "0", "request_time_ms - event_time_ms, milliseconds")
+    if "surface" in ranker.sequence_attributes:
+        add("sequence_surface", np.int32, (L,), ("L",), "0", "surface numbers")
+    if "value" in ranker.sequence_attributes:
+        add("sequence_value", np.float32, (L,), ("L",), "0.0", "value of each action; NaN: none")
+    add("sequence_embedding", np.float16, (L, D), ("L", "D"), "0.0", f"item vectors of space {ranker.item_space}")
+    add("candidate_embedding", np.float16, (DYNAMIC, D), ("C", "D"), "none", f"item vectors of space {ranker.item_space}")
+    if ranker.user_space is not None:
+        add("user_embedding", np.float16, (D,), ("D",), "none", f"user vector of space {ranker.user_space}")
+    if len(domain.entities) > 1:
+        add("candidate_kind", np.int32, (DYNAMIC,), ("C",), "none", "entity kind numbers")
+    for side in SIDES:
+        per_candidate = side in ("item", "candidate")
+        lead: tuple[int, ...] = (DYNAMIC,) if per_candidate else ()
+        lead_axes: tuple[str, ...] = ("C",) if per_candidate else ()
+        numbers = feature_names(domain, ranker_name, side, "number")
+        if numbers:
+            add(f"{side}_number", np.float32, (*lead, len(numbers)), (*lead_axes, "N"), "none", f"raw {', '.join(numbers)}; NaN: missing")
+        categories = feature_names(domain, ranker_name, side, "category")
+        if categories:
+            shape = (*lead, len(categories))
+            add(f"{side}_category", np.int32, shape, (*lead_axes, "N"), "none", f"codes of {', '.join(categories)}; 0: missing")
+        for name in feature_names(domain, ranker_name, side, "list"):
+            shape = (*lead, domain.features[name].length_max)
+            add(f"{side}_list_{name}", np.int32, shape, (*lead_axes, "N"), "0", f"codes of {name}; 0: none")
+    return tuple(rows)
+
+
+def output_table(domain: Domain, ranker_name: str) -> tuple[Tensor, ...]:
+    """Output tensors: one probability a head and candidate, in the domain file's order of heads."""
+    heads = len(domain.ranker[ranker_name].heads)
+    return (Tensor("probability", np.dtype(np.float32), (DYNAMIC, heads), ("C", "H"), "none", "probability of each head's label"),)
+
+
+def feature_names(domain: Domain, ranker_name: str, side: str, kind: str) -> tuple[str, ...]:
+    """The ranker's features of one side and kind, in the ranker's order: the order of a tensor's columns."""
+    names = domain.ranker[ranker_name].features
+    return tuple(name for name in names if domain.features[name].side == side and domain.features[name].kind == kind)
+
+
+def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
+    """Identity of a ranker's model interface and of what its codes mean: 16 hexadecimal digits. A release pins it."""
+    ranker = domain.ranker[ranker_name]
+    parts = [f"{t.name}:{t.dtype.str}:{t.shape}" for t in (*tensor_table(domain, ranker_name), *output_table(domain, ranker_name))]
+    parts += [f"{name}:{domain.features[name].model_dump_json(exclude={'column', 'separator'})}" for name in ranker.features]
+    parts += [f"heads:{','.join(ranker.heads)}", f"sequence:{domain.sequence[ranker.sequence].age_ms_max}"]
+    parts += [f"action:{name}:{action.model_dump_json()}" for name, action in domain.actions.items()]
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())

@@ -1,0 +1,1 @@
+"""Models, training, releases and the ranking server."""

@@ -1,0 +1,295 @@
+"""TransAct: the hybrid ranker over a user's latest actions. The file reads from the input tensors down to the heads.
+
+Paper: TransAct (KDD 2023, arXiv 2306.00248), section 3.
+Deviates: padded and masked rows take no part in the max pool, are zero in the first K, and never meet a softmax of nothing; the newest
+action can be masked by the time window; an id above the known ones is an embedding of its own, 0 alone is padding. The public module does
+otherwise, which makes train, eval and no-grad outputs differ.
+
+Symbols: R requests, N candidates of all of them, L the ranker's sequence length, S <= L the longest sequence of the batch,
+D item dimension, E token width (action + attributes + D + D: the paper's 96), K first tokens, X width of the crossing, H heads.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.domain import Domain, Feature
+from features.tensors import SIDES, feature_names, tensor_table
+
+HOUR_MS = 3_600_000
+SURFACE_DIMENSION = 8
+KIND_DIMENSION = 4
+NORMALISED_MAX = 10.0
+RAW_MAX = 1000.0
+MASKED = -1e9
+CANDIDATES_AT_ONCE = 128
+
+
+class TransActRanker(nn.Module):
+    """One logit a head and candidate. Input: the tensors of `features.tensors.tensor_table`, one request or several.
+
+    `use_sequence=False` is the same model without the realtime sequence: what `evaluate` compares with.
+    """
+
+    def __init__(self, domain: Domain, ranker_name: str, *, use_sequence: bool = True) -> None:
+        super().__init__()
+        ranker = domain.ranker[ranker_name]
+        settings = ranker.model
+        self.head_names = tuple(ranker.heads)
+        self.per_candidate = {tensor.name: tensor.per_candidate for tensor in tensor_table(domain, ranker_name)}
+        self.use_sequence = use_sequence
+        D = ranker.embedding_dimension
+        width = D + (D if ranker.user_space is not None else 0)
+        if use_sequence:
+            self.sequence = SequenceEncoder(domain, ranker_name)
+            width += self.sequence.width
+        if len(domain.entities) > 1:
+            self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
+            width += KIND_DIMENSION
+        self.features = nn.ModuleDict({side: SideFeatures(domain, ranker_name, side) for side in SIDES})
+        width += sum(side.width for side in self._sides())
+        self.crosses = nn.ModuleList(Cross(width, settings.cross_rank) for _ in range(settings.cross_layers))
+        sizes = (width, *settings.hidden)
+        self.hidden = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes))
+        self.heads = nn.Linear(sizes[-1], len(self.head_names))
+
+    def forward(
+        self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Logits, float32 [N, H].
+
+        Args:
+            tensors: the table's tensors. With `request_row`, those of the request are stacked [R, ...] and those of candidates concatenated
+                [N, ...]; without, they are one request's, exactly as the table shapes them.
+            request_row: int64 [N], the request of each candidate.
+            generator: source of the random time windows, one a request. They are drawn in training mode only; None: no window.
+        """
+        if request_row is None:
+            tensors = {name: value if self.per_candidate[name] else value[None] for name, value in tensors.items()}
+            request_row = torch.zeros_like(tensors["candidate_embedding"][:, 0], dtype=torch.int64)
+        candidate = tensors["candidate_embedding"].float()  # [N, D]
+        parts = [candidate]
+        if "user_embedding" in tensors:
+            parts.append(tensors["user_embedding"].float()[request_row])  # [N, D]
+        if "candidate_kind" in tensors:
+            parts.append(self.kind(tensors["candidate_kind"].clamp(0, self.kind.num_embeddings - 1)))  # [N, 4]
+        for side in self._sides():
+            if side.width:
+                values = side(tensors)  # [R or N, width]
+                parts.append(values if side.per_candidate else values[request_row])  # [N, width]
+        if self.use_sequence:
+            window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator) if self.training else None
+            parts.append(self.sequence(tensors, candidate, request_row, window_ms))  # [N, (K + 1) E]
+        x0 = torch.cat(parts, 1)  # [N, X]
+        x = x0
+        for cross in self.crosses:
+            x = cross(x0, x)  # [N, X]
+        for layer in self.hidden:
+            x = functional.relu(layer(x))  # [N, 256], [N, 64]
+        return self.heads(x)  # type: ignore[no-any-return]  # [N, H]
+
+    @torch.no_grad()
+    def probabilities(self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None) -> Tensor:
+        """Probability of each head's label, float32 [N, H], in pieces of candidates that fit a CPU's cache."""
+        count = tensors["candidate_embedding"].shape[0]
+        pieces = []
+        for start in range(0, count, CANDIDATES_AT_ONCE):
+            piece = slice(start, start + CANDIDATES_AT_ONCE)
+            part = {name: value[piece] if self.per_candidate[name] else value for name, value in tensors.items()}
+            pieces.append(torch.sigmoid(self(part, None if request_row is None else request_row[piece])))
+        return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names))
+
+    @torch.no_grad()
+    def fit_normalisation(self, tensors: Mapping[str, Tensor]) -> None:
+        """Mean and deviation of each number feature, from the rows given (the training part); NaN rows are left out."""
+        for side in self._sides():
+            side.fit(tensors)
+
+    def _sides(self) -> list["SideFeatures"]:
+        return [self.features[side] for side in SIDES]  # type: ignore[misc]
+
+
+class SequenceEncoder(nn.Module):
+    """Early fusion, two post-norm transformer layers without positions, first K and max pool: [N, (K + 1) E].
+
+    Paper: sections 3.2 and 3.3; the concatenation is its best early fusion.
+    """
+
+    def __init__(self, domain: Domain, ranker_name: str) -> None:
+        super().__init__()
+        ranker = domain.ranker[ranker_name]
+        settings = ranker.model
+        self.first_k = settings.first_k
+        self.window_ms_max = settings.time_window_hours_max * HOUR_MS
+        self.action = nn.Embedding(256, settings.action_dimension, padding_idx=0)
+        history_width = settings.action_dimension + ranker.embedding_dimension
+        self.has_surface = "surface" in ranker.sequence_attributes
+        self.has_value = "value" in ranker.sequence_attributes
+        if self.has_surface:
+            self.surface = nn.Embedding(max(domain.surfaces.values(), default=0) + 1, SURFACE_DIMENSION)
+            history_width += SURFACE_DIMENSION
+        if self.has_value:
+            history_width += 2
+        E = history_width + ranker.embedding_dimension
+        # Heads of equal width need a token width that they divide; the rest is a constant zero.
+        self.pad = -E % settings.attention_heads
+        E += self.pad
+        self.width = (self.first_k + 1) * E
+        self.layers = nn.ModuleList(
+            EncoderLayer(E, settings.attention_heads, settings.feedforward, settings.dropout) for _ in range(settings.layers)
+        )
+
+    def draw_window_ms(self, requests: int, generator: torch.Generator | None) -> Tensor | None:
+        """One window a request, uniform from 0 to the maximum, milliseconds: float64 [R]; None: no window."""
+        if generator is None or self.window_ms_max == 0:
+            return None
+        return torch.rand(requests, 1, generator=generator, dtype=torch.float64, device=generator.device) * self.window_ms_max
+
+    def forward(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, window_ms: Tensor | None) -> Tensor:
+        """Compressed sequence of each candidate, float32 [N, (K + 1) E]. Actions younger than `window_ms` [R, 1] are masked."""
+        count = tensors["sequence_count"].reshape(-1, 1)  # [R, 1]
+        # Rows behind the longest sequence are padding in every request and cost as much as real ones.
+        S = max(1, int(count.max())) if count.numel() else 1
+        valid = torch.arange(S, device=count.device) < count  # [R, S]
+        if window_ms is not None:
+            valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
+        real = valid.unsqueeze(-1)  # [R, S, 1]
+        # Padding contents are replaced, not multiplied: NaN times zero is NaN.
+        parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float()]
+        if self.has_surface:
+            number = tensors["sequence_surface"][:, :S]
+            parts.append(self.surface(number * ((number >= 0) & (number < self.surface.num_embeddings))))  # 0: a surface not in the domain
+        if self.has_value:
+            value = tensors["sequence_value"][:, :S].float()  # NaN: none
+            parts.append(torch.stack([torch.log1p(value.nan_to_num(0.0).clamp(0, 1e9)), value.isnan().float()], -1))
+        history = functional.pad(torch.cat(parts, -1), (self.pad, 0)).masked_fill(~real, 0.0)  # [R, S, E - D]
+        x = torch.cat([history[request_row], candidate[:, None].expand(-1, S, -1)], -1)  # [N, S, E]
+        # Additive mask of the keys. Where nothing is valid all keys count alike; such rows are dropped below.
+        mask = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, MASKED)[request_row][:, None, None]  # [N, 1, 1, S]
+        for layer in self.layers:
+            x = layer(x, mask)  # [N, S, E]
+        real = real[request_row]  # [N, S, 1]
+        first = functional.pad(
+            x[:, : self.first_k].masked_fill(~real[:, : self.first_k], 0.0), (0, 0, 0, max(0, self.first_k - S))
+        )  # [N, K, E]
+        pooled = x.masked_fill(~real, MASKED).amax(1).masked_fill(~real.any(1), 0.0)  # [N, E]
+        return torch.cat([first.flatten(1), pooled], 1)  # [N, (K + 1) E]
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer, written out: [N, S, E] to the same.
+
+    `nn.TransformerEncoder` takes another path in eval without gradients, which zeroes padded rows before the max pool.
+    """
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_attention = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, feedforward)
+        self.narrow = nn.Linear(feedforward, width)
+        self.norm_feedforward = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Attention over the S tokens of each candidate; `mask` [N, 1, 1, S] is added to the scores."""
+        N, S, E = x.shape
+        p = self.dropout if self.training else 0.0
+        q, k, v = self.qkv(x).view(N, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)  # each [N, heads, S, E / heads]
+        scores = (q @ k.transpose(-1, -2)) * (E // self.heads) ** -0.5 + mask  # [N, heads, S, S]
+        attended = functional.dropout(scores.softmax(-1), p) @ v  # [N, heads, S, E / heads]
+        attended = self.out(attended.transpose(1, 2).reshape(N, S, E))  # [N, S, E]
+        x = self.norm_attention(x + functional.dropout(attended, p))
+        inner = functional.dropout(functional.relu(self.wide(x)), p)  # [N, S, F]
+        return self.norm_feedforward(x + functional.dropout(self.narrow(inner), p))  # type: ignore[no-any-return]
+
+
+class Cross(nn.Module):
+    """One DCN v2 crossing: x0 * (W x + b) + x, [N, X]; W of full rank, or a product of two thin matrices.
+
+    Paper: DCN V2 (WWW 2021, arXiv 2008.13535), equations 1 and 2.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False) if rank else None
+        self.weight = nn.Linear(rank or width, width)
+
+    def forward(self, x0: Tensor, x: Tensor) -> Tensor:
+        """Float32 [N, X]."""
+        inner = x if self.down is None else self.down(x)  # [N, rank]
+        return torch.addcmul(x, x0, self.weight(inner))  # [N, X]
+
+
+class SideFeatures(nn.Module):
+    """The features of one side (user, item, request, candidate) as one vector a row: [R or N, width].
+
+    Numbers are normalised by what `fit` found, a missing one is the feature's `missing`. A category is a learned row, code 0 (missing) too.
+    A list is the mean of its rows, an empty one row 0.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    logarithmic: Tensor
+    bound: Tensor
+    missing: Tensor
+
+    def __init__(self, domain: Domain, ranker_name: str, side: str) -> None:
+        super().__init__()
+        self.side = side
+        self.per_candidate = side in ("item", "candidate")
+
+        def of_kind(kind: str) -> dict[str, Feature]:
+            return {name: domain.features[name] for name in feature_names(domain, ranker_name, side, kind)}
+
+        numbers, categories, lists = list(of_kind("number").values()), of_kind("category"), of_kind("list")
+        self.numbers = len(numbers)
+        self.scaled = [number.normalise != "none" for number in numbers]
+        self.register_buffer("mean", torch.zeros(len(numbers)))
+        self.register_buffer("deviation", torch.ones(len(numbers)))
+        self.register_buffer(
+            "logarithmic", torch.tensor([number.normalise == "log" for number in numbers], dtype=torch.bool), persistent=False
+        )
+        bounds = torch.tensor([NORMALISED_MAX if scaled else RAW_MAX for scaled in self.scaled], dtype=torch.float32)
+        self.register_buffer("bound", bounds, persistent=False)
+        self.register_buffer("missing", torch.tensor([number.missing for number in numbers], dtype=torch.float32), persistent=False)
+        self.categories = nn.ModuleList(nn.Embedding(feature.cardinality, feature.dimension) for feature in categories.values())
+        self.lists = nn.ModuleDict({name: nn.Embedding(feature.cardinality, feature.dimension) for name, feature in lists.items()})
+        self.width = len(numbers) + sum(feature.dimension for feature in (*categories.values(), *lists.values()))
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Float32 [R or N, width]."""
+        parts = []
+        if self.numbers:
+            raw = self._unscaled(tensors)  # [., numbers]
+            scaled = ((raw - self.mean) / self.deviation).maximum(-self.bound).minimum(self.bound)
+            parts.append(torch.where(raw.isnan(), self.missing, scaled))
+        parts += [table(tensors[f"{self.side}_category"][:, column]) for column, table in enumerate(self.categories)]  # each [., dimension]
+        for name, table in self.lists.items():
+            codes = tensors[f"{self.side}_list_{name}"]  # [., length_max]
+            used = (codes != 0).unsqueeze(-1)
+            used[:, 0] |= ~used.any(1)
+            parts.append((table(codes) * used).sum(1) / used.sum(1))  # [., dimension]
+        return torch.cat(parts, 1)
+
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets mean and deviation from the rows of `tensors`."""
+        if not self.numbers:
+            return
+        raw = self._unscaled(tensors).double()
+        for column, scaled in enumerate(self.scaled):
+            known = raw[:, column][raw[:, column].isfinite()]
+            if scaled and known.numel():
+                self.mean[column] = known.mean()
+                # A constant feature stays a constant: dividing by its rounding error would blow it up.
+                deviation = known.std(correction=0)
+                self.deviation[column] = deviation if deviation > 1e-6 * max(1.0, float(known.abs().max())) else 1.0
+
+    def _unscaled(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        raw = tensors[f"{self.side}_number"].float()
+        return torch.where(self.logarithmic, torch.log1p(raw.clamp(min=0)), raw)

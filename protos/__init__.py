@@ -1,0 +1,1 @@
+"""The wire contract. Generated code: `make protos` writes it, CI proves it current."""

@@ -1,0 +1,1 @@
+"""Version 1 of the wire contract (proto package `freshrank.v1`)."""

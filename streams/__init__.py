@@ -1,0 +1,1 @@
+"""Kafka to RocksDB: producer, store, view, worker, reader, import."""

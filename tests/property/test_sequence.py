@@ -1,0 +1,129 @@
+"""The law against its naive oracle: duplicates, disorder, erasures, caps, eviction, unknown actions, any cut into batches."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features.actions import ACTION, EVENT_DTYPE, decode_batch, encode_action, encode_erase
+from features.ids import user_key
+from features.oracle import NaiveUser, naive_fold
+from features.sequence import Definition, apply_batch, clock_after, decode_row, law, merge_rows, touched_users
+
+HOUR_MS = 3_600_000
+DEFINITIONS = st.builds(
+    Definition,
+    fingerprint=st.just(7),
+    length=st.integers(1, 6),
+    caps=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), max_size=2, unique_by=lambda cap: cap[0]).map(tuple),
+    evict_age_ms=st.sampled_from([None, 0, 5, 20]),
+)
+
+
+@st.composite
+def records(draw, size=40):
+    """Few users, times and ids, so that ties, duplicates, late and future events are the rule."""
+    rows = []
+    for offset in range(draw(st.integers(1, size))):
+        user, append_ms = draw(st.integers(1, 3)), draw(st.integers(50, 90))
+        if draw(st.integers(0, 9)) == 0:
+            rows.append((user, append_ms, encode_erase(user_id=user, event_id=offset, reason="test")))
+            continue
+        value = encode_action(
+            user_id=user,
+            entity_kind=1,
+            entity_id=draw(st.sampled_from([1, 255, 256, 2**64 - 1])),
+            action=draw(st.integers(1, 4)),
+            event_time_ms=draw(st.integers(40, 99)),
+            event_id=draw(st.integers(0, 2)),
+            surface=draw(st.sampled_from([0, 1, 256])),
+            value=draw(st.sampled_from([float("nan"), 0.0, -0.0, 1.5])),
+        )
+        rows.append((user, append_ms, value))
+    return rows
+
+
+def to_batch(rows, first_offset=0):
+    return decode_batch(
+        log_epoch=9,
+        partition=0,
+        offsets=np.arange(first_offset, first_offset + len(rows)),
+        keys=[user_key(user) for user, _, _ in rows],
+        values=[value for _, _, value in rows],
+        append_times_ms=np.array([append_ms for _, append_ms, _ in rows], np.int64),
+        future_tolerance_ms=10,
+    )
+
+
+def fold(what, batches):
+    rows, clock_ms = {}, 0
+    for batch in batches:
+        users = touched_users(batch).tolist()
+        new = apply_batch(what, batch, [rows.get(user) for user in users], clock_ms)
+        rows.update(zip(users, new, strict=True))
+        clock_ms = clock_after(batch, clock_ms)
+    return rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(what=DEFINITIONS, log=records(), cuts=st.sets(st.integers(1, 39), max_size=6))
+def test_fold_is_the_law_whatever_the_batches(what, log, cuts):
+    edges = [0, *sorted(cut for cut in cuts if cut < len(log)), len(log)]
+    batches = [to_batch(log[start:end], start) for start, end in itertools.pairwise(edges)]
+    rows = fold(what, batches)
+    expected = naive_fold(batches)
+    assert rows.keys() == expected.keys()
+    for user, row in rows.items():
+        decoded = decode_row(row, user)
+        assert decoded.events.tobytes() == expected[user].sequence(what).tobytes()
+        assert (decoded.fingerprint, decoded.log_epoch) == (7, 9)
+    assert fold(what, [to_batch(log)]) == rows, "how the log is cut into batches must not show in a single byte"
+
+
+@settings(max_examples=200, deadline=None)
+@given(what=DEFINITIONS, log=records(), order=st.randoms(use_true_random=False))
+def test_union_is_idempotent_commutative_associative(what, log, order):
+    events = to_batch(log).events[to_batch(log).verdict == ACTION]
+    whole = law(what, events)
+    assert law(what, whole).tobytes() == whole.tobytes()
+    shuffled = events[order.sample(range(len(events)), len(events))]
+    assert law(what, np.concatenate((shuffled, events))).tobytes() == whole.tobytes()
+    a, b, c = np.array_split(shuffled, 3)
+    left = law(what, np.concatenate((law(what, np.concatenate((a, b))), c)))
+    right = law(what, np.concatenate((a, law(what, np.concatenate((b, c))))))
+    assert left.tobytes() == right.tobytes() == whole.tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(log=records(), cut=st.integers(0, 39))
+def test_redelivery_of_what_is_applied_changes_nothing_but_what_the_offset_guard_stops(log, cut):
+    """Records behind the last erasure may come twice: the union absorbs them even without the offset guard."""
+    actions = [row for row in log if b"test" not in row[2]] or log[:1]
+    what = Definition(7, 4)
+    once = fold(what, [to_batch(actions)])
+    twice = fold(what, [to_batch(actions), to_batch(actions[cut:], first_offset=cut)] if cut < len(actions) else [to_batch(actions)])
+    for user, row in once.items():
+        assert decode_row(twice[user]).events.tobytes() == decode_row(row).events.tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(what=DEFINITIONS, log=records())
+def test_two_identities_merge_by_the_law(what, log):
+    rows = fold(replace(what, evict_age_ms=None), [to_batch(log)])
+    events = np.concatenate([decode_row(row).events for row in rows.values()] or [np.zeros(0, EVENT_DTYPE)])
+    person = NaiveUser(events=[(0, event.tobytes()) for event in events])
+    expected = person.sequence(replace(what, evict_age_ms=None))
+    assert merge_rows(what, list(rows.values())).tobytes() == expected.tobytes()
+
+
+def test_erase_reaches_back_and_forward():
+    def click(time_ms, append_ms, event_id):
+        return 1, append_ms, encode_action(user_id=1, entity_kind=1, entity_id=5, action=1, event_time_ms=time_ms, event_id=event_id)
+
+    erase = (1, HOUR_MS, encode_erase(user_id=1, event_id=1, reason="asked"))
+    log = [click(10, 20, 1), click(HOUR_MS + 5, HOUR_MS, 2), erase, click(HOUR_MS, HOUR_MS + 9, 3), click(HOUR_MS + 1, HOUR_MS + 9, 4)]
+    row = decode_row(fold(Definition(7, 10), [to_batch(log)])[1])
+    assert row.events["event_id"].tolist() == [4], "before in the log, or at or before the erasure's append time: gone"
+    assert row.erased_before_ms == HOUR_MS
