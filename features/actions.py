@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from features.ids import user_key
+from features.ids import partitions_of, user_key, user_keys
 from protos.v1.actions_pb2 import Action
 
 EVENT_DTYPE = np.dtype(
@@ -45,7 +45,6 @@ _WIRE = np.dtype(
 )
 CANONICAL_BYTES = _WIRE.itemsize
 _TAGS = {f"t{n}": (n << 3) | (1 if n <= 5 else 5) for n in range(1, 10)}
-_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _REQUIRED = ("user_id", "entity_id", "event_time_ms", "event_id", "entity_kind", "action")
 _TIME_MS_MAX = 2**62
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -88,7 +87,7 @@ def encode_action(
 ) -> bytes:
     """Canonical bytes of one action: every field written, in order, CANONICAL_BYTES long. Raises ValueError naming a field out of range."""
     limits = {"entity_kind": (entity_kind, 1, 255), "action": (action, 1, 255), "surface": (surface, 0, 65535)}
-    limits["event_time_ms"] = (event_time_ms, 1, _TIME_MS_MAX)
+    limits["event_time_ms"] = (event_time_ms, 1, _TIME_MS_MAX - 1)
     for name, number in (("user_id", user_id), ("entity_id", entity_id), ("event_id", event_id), ("request_id", request_id)):
         limits[name] = (number, 0, 2**64 - 1)
     for name, (number, low, high) in limits.items():
@@ -123,11 +122,15 @@ def encode_events(users: npt.NDArray[np.uint64], events: npt.NDArray[np.void]) -
 
 
 def append_time_ms(timestamp_ms: int, headers: Seq[tuple[str, bytes | None]] | None) -> int:
-    """The record's append time: the header of import and re-drive tools where present, else the broker's. -1: the header cannot be read."""
+    """The record's append time: the header of import and re-drive tools where present, else the broker's.
+
+    -1: the header cannot be read, or claims a time after the broker took the record.
+    """
     for name, value in headers or ():
         if name == APPEND_TIME_HEADER:
             text = value or b""
-            return int(text) if text.isdigit() and len(text) < 19 else -1
+            claimed = int(text) if text.isdigit() and len(text) < 19 else -1
+            return claimed if claimed <= timestamp_ms else -1
     return timestamp_ms
 
 
@@ -140,8 +143,9 @@ def decode_batch(
     values: Seq[bytes | None],
     append_times_ms: npt.NDArray[np.int64],
     future_tolerance_ms: int,
+    partition_count: int,
 ) -> Batch:
-    """Decodes records of one partition.
+    """Decodes records of one partition of a topic with `partition_count` partitions.
 
     Canonical bytes are read by NumPy from the joined values; any other valid encoding takes the generated class and gives the same events.
     """
@@ -169,6 +173,10 @@ def decode_batch(
     for i in np.flatnonzero(~fast).tolist():
         _decode_slow(i, values[i], users, events, verdict, reasons)
     _judge(keys, users, events, verdict, append_times_ms, future_tolerance_ms, reasons)
+    accepted = np.flatnonzero(verdict != REJECTED)
+    misplaced = partitions_of(users[accepted], partition_count) != partition
+    for i in accepted[misplaced].tolist():  # a reader would look for this user elsewhere, and an erasure would miss
+        reasons.setdefault(i, f"partition: murmur2 of the key says another one than {partition}; set partitioner=murmur2_random")
     rejected = np.fromiter(reasons, np.int64, len(reasons))
     verdict[rejected], users[rejected] = REJECTED, 0
     events[verdict != ACTION] = np.zeros((), EVENT_DTYPE)
@@ -232,7 +240,7 @@ def _judge(
     is_action = verdict == ACTION
     time_ms = events["event_time_ms"]
     for i in np.flatnonzero(append_times_ms < 0):
-        reasons.setdefault(int(i), f"header {APPEND_TIME_HEADER}: not a time in milliseconds")
+        reasons.setdefault(int(i), f"header {APPEND_TIME_HEADER}: not a time in milliseconds up to the broker's")
     for i in np.flatnonzero((verdict != REJECTED) & ~_keys_agree(keys, users)):
         reasons.setdefault(int(i), f"key: not the user id as 16 hexadecimal digits, {user_key(int(users[i])).decode()}")
     for bad, reason in (
@@ -251,8 +259,5 @@ def _keys_agree(keys: Seq[bytes | None], users: npt.NDArray[np.uint64]) -> npt.N
     found = np.zeros((len(keys), 16), np.uint8)
     joined = b"".join(key for key, right in zip(keys, right_length, strict=True) if right and key is not None)
     found[right_length] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
-    octets = users.astype(">u8").view(np.uint8).reshape(-1, 8)
-    expected = np.empty((len(keys), 16), np.uint8)
-    expected[:, 0::2], expected[:, 1::2] = _HEX[octets >> 4], _HEX[octets & 15]
-    agree: npt.NDArray[np.bool_] = right_length & (found == expected).all(axis=1)
+    agree: npt.NDArray[np.bool_] = right_length & (found == user_keys(users)).all(axis=1)
     return agree

@@ -13,6 +13,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DAY_MS = 24 * 3600 * 1000
+LAW_VERSION = 1
+"""Changes when the same records and definition would give another state."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Number8 = Annotated[int, Field(ge=1, le=255)]
@@ -24,6 +26,14 @@ class DomainError(ValueError):
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}; allowed: {', '.join(sorted(cls.model_fields))}")
+        return value
 
 
 class Action(_Part):
@@ -114,17 +124,17 @@ class Head(_Part):
 class ModelSettings(_Part):
     """Sizes of the TransAct hybrid ranker (KDD 2023, section 3)."""
 
-    action_dimension: int = 32
-    layers: int = 2
-    attention_heads: int = 1
-    feedforward: int = 32
-    dropout: float = 0.1
-    first_k: int = 10
-    time_window_hours_max: float = 24.0
-    cross_layers: int = 2
-    cross_rank: int = 0
+    action_dimension: Annotated[int, Field(ge=1, le=256)] = 32
+    layers: Annotated[int, Field(ge=1, le=12)] = 2
+    attention_heads: Annotated[int, Field(ge=1, le=16)] = 1
+    feedforward: Annotated[int, Field(ge=1, le=4096)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    first_k: Annotated[int, Field(ge=1, le=100)] = 10
+    time_window_hours_max: Annotated[float, Field(ge=0)] = 24.0
+    cross_layers: Annotated[int, Field(ge=0, le=8)] = 2
+    cross_rank: Annotated[int, Field(ge=0, le=4096)] = 0
     """0: full rank."""
-    hidden: tuple[int, ...] = (256, 64)
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(min_length=1)] = (256, 64)
 
 
 class Ranker(_Part):
@@ -136,6 +146,8 @@ class Ranker(_Part):
     sequence_actions: tuple[Name, ...] | None = None
     """Actions that the model sees; all known ones where absent."""
     sequence_attributes: tuple[Literal["surface", "value"], ...] = ()
+    surfaces: tuple[Name, ...] | None = None
+    """Surfaces whose impressions train this ranker; all where absent."""
     heads: dict[Name, Head] = Field(min_length=1)
     features: tuple[Name, ...] = ()
     item_space: Name
@@ -146,11 +158,22 @@ class Ranker(_Part):
 
 
 class Rule(_Part):
-    """Rows of a published log that are an action: all rows, or those whose `column` has one of the texts in `equals`."""
+    """Rows of a published log that are an action: all rows, or those whose `column` is one of `equals` or reaches `at_least`."""
 
     action: Name
     column: str | None = None
-    equals: tuple[str, ...] = ("1", "1.0", "true", "True")
+    equals: tuple[str, ...] | None = None
+    """Texts of the column that mean this action; absent: "1", "1.0", "true" and "True"."""
+    at_least: float | None = None
+    """Least number of the column that means this action (a rating of 4 or more)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.column is None and (self.equals is not None or self.at_least is not None):
+            raise ValueError("equals and at_least need a column; without a column every row is this action")
+        if self.equals is not None and self.at_least is not None:
+            raise ValueError("either equals or at_least, not both")
+        return self
 
 
 class Source(_Part):
@@ -159,6 +182,12 @@ class Source(_Part):
     files: tuple[str, ...] = Field(min_length=1)
     id: str
     ids: Literal["integer", "string"] = "integer"
+    format: Literal["csv", "parquet"] | None = None
+    """The log's format where absent."""
+    separator: str | None = None
+    """The log's separator where absent."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of a CSV file without a header line."""
 
 
 class Log(_Part):
@@ -168,7 +197,9 @@ class Log(_Part):
     files: tuple[str, ...] = Field(min_length=1)
     """Glob patterns inside the data folder; a pattern also finds the same name with .gz."""
     format: Literal["csv", "parquet"] = "csv"
-    separator: str = ","
+    separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of a CSV file without a header line."""
     time_unit: Literal["s", "ms", "us", "iso8601"] = "ms"
     user: str
     user_ids: Literal["integer", "string"] = "integer"
@@ -182,22 +213,34 @@ class Log(_Part):
     """Column with the time at which the log got the row; the event time where absent."""
     event_id: str | None = None
     """Column with an identity of the event; derived where absent."""
+    event_ids: Literal["integer", "string"] = "integer"
     request: str | None = None
-    """Column with the request's id (text or integer: always hashed); where absent, `request_gap_ms` makes requests."""
+    """Column with the request's id (text or integer: always hashed, with the user); where absent, `request_gap_ms` makes requests."""
     request_gap_ms: Annotated[int, Field(ge=1)] = 30 * 60 * 1000
-    """A user's impressions with gaps shorter than this are one request."""
+    """A user's impressions with gaps shorter than this are one request. Without a request column it is also how long after its impression
+    an action of another row still answers it."""
     position: str | None = None
     candidates: str | None = None
     """Column with the list of candidates shown, where one row is one request; `entity` is then the item acted on (may be empty)."""
     candidates_separator: str = " "
     surface: str | None = None
-    """Column whose text is a surface's name or number."""
+    """Column whose text is a surface's name or number, or a text that `surfaces` maps."""
+    surfaces: dict[str, Name] = {}
+    """Name of the surface by the text of the surface column, where the log calls them otherwise."""
     value: str | None = None
-    actions: tuple[Rule, ...] = Field(min_length=1)
+    actions: tuple[Rule, ...] = Field(min_length=1, max_length=64)
     """Which value means which action; one row may be several."""
     items: dict[Name, Source] = {}
     """Item features by entity kind."""
     users: Source | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.candidates is not None and self.position is not None:
+            raise ValueError("position: a list of candidates is its own order; leave out position or candidates")
+        if self.surfaces and self.surface is None:
+            raise ValueError("surfaces: needs surface, the column whose texts they are")
+        return self
 
 
 class Domain(_Part):
@@ -227,14 +270,26 @@ class Domain(_Part):
             if twice:
                 raise ValueError(f"{table}: number {min(twice)} is used twice")
         for name, action in self.actions.items():
-            self._known(f"actions.{name}.retracts", [action.retracts] if action.retracts else [], self.actions)
+            if action.retracts is None:
+                continue
+            self._known(f"actions.{name}.retracts", [action.retracts], self.actions)
+            if action.retracts == name or self.actions[action.retracts].retracts:
+                raise ValueError(f"actions.{name}.retracts: allowed is another action that retracts nothing itself")
         for name, sequence in self.sequence.items():
             self._known(f"sequence.{name}.caps", sequence.caps, self.actions)
+            retracting = [action for action in sequence.caps if self.actions[action].retracts]
+            if retracting:  # its cut would bring back what it took back
+                raise ValueError(f"sequence.{name}.caps.{retracting[0]}: an action that retracts has no cap")
+            if sequence.evict_age_ms is not None and sequence.evict_grace_days * DAY_MS < self.future_tolerance_ms:
+                raise ValueError(
+                    f"sequence.{name}.evict_grace_days: at least future_tolerance_ms, {self.future_tolerance_ms / DAY_MS:.3f} days"
+                )
         for name, ranker in self.ranker.items():
             key = f"ranker.{name}"
             self._known(f"{key}.sequence", [ranker.sequence], self.sequence)
             self._known(f"{key}.features", ranker.features, self.features)
             self._known(f"{key}.sequence_actions", ranker.sequence_actions or (), self.actions)
+            self._known(f"{key}.surfaces", ranker.surfaces or (), self.surfaces)
             for head_name, head in ranker.heads.items():
                 self._known(f"{key}.heads.{head_name}.actions", head.actions, self.actions)
                 self._known(f"{key}.heads.{head_name}.weights", head.weights, self.actions)
@@ -244,6 +299,7 @@ class Domain(_Part):
             self._known("log.entity_kind", [self.log.entity_kind], self.entities)
             self._known("log.actions", [rule.action for rule in self.log.actions], self.actions)
             self._known("log.items", self.log.items, self.entities)
+            self._known("log.surfaces", self.log.surfaces.values(), self.surfaces)
         return self
 
     @staticmethod
@@ -253,10 +309,19 @@ class Domain(_Part):
                 raise ValueError(f"{key}: {name!r} is not defined; allowed: {', '.join(sorted(table))}")
 
     def sequence_fingerprint(self, name: str) -> int:
-        """Identity of what the store keeps (length, caps, eviction): part of the state and of every row. Never 0."""
+        """Identity of what the store keeps (length, caps, eviction, tolerance): part of the state and of every row. Never 0."""
         sequence = self.sequence[name]
         caps = {self.actions[action].id: cap for action, cap in sorted(sequence.caps.items())}
-        return _fingerprint({"id": sequence.id, "length": sequence.length, "caps": caps, "evict_age_ms": sequence.evict_age_ms})
+        return _fingerprint(
+            {
+                "id": sequence.id,
+                "length": sequence.length,
+                "caps": caps,
+                "evict_age_ms": sequence.evict_age_ms,
+                "future_tolerance_ms": self.future_tolerance_ms,
+                "law": LAW_VERSION,
+            }
+        )
 
     def action_names(self) -> dict[int, str]:
         """Name of each action id."""
@@ -287,5 +352,13 @@ def parse_domain(text: str, *, source: str) -> Domain:
     except tomllib.TOMLDecodeError as error:
         raise DomainError(f"{source}: not valid TOML: {error}") from error
     except ValidationError as error:
-        lines = [f"{source}: {'.'.join(str(part) for part in item['loc']) or 'domain'}: {item['msg']}" for item in error.errors()]
-        raise DomainError("\n".join(lines)) from error
+        raise DomainError("\n".join(f"{source}: {_explain(dict(item))}" for item in error.errors())) from error
+
+
+def _explain(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "domain"
+    if item["type"] == "missing":
+        return f"{key}: is missing and has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    found = item["input"]
+    return f"{key}: {message}" if isinstance(found, dict | list | tuple) else f"{key}: {message}; found {found!r}"

@@ -12,6 +12,7 @@ import xxhash
 
 U64 = npt.NDArray[np.uint64]
 ID_MAX = 2**64 - 1
+_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
 def string_id(text: str) -> int:
@@ -48,6 +49,25 @@ def user_key(user_id: int) -> bytes:
 def partition_of(key: bytes, partition_count: int) -> int:
     """Partition of a key as Java clients choose it: murmur2 (seed 0x9747b28c), sign bit dropped, modulo the partitions."""
     return (murmur2(key) & 0x7FFFFFFF) % partition_count
+
+
+def user_keys(users: U64) -> npt.NDArray[np.uint8]:
+    """`user_key` of many users: uint8 [n, 16]."""
+    octets = users.astype(">u8").view(np.uint8).reshape(-1, 8)
+    keys = np.empty((len(users), 16), np.uint8)
+    keys[:, 0::2], keys[:, 1::2] = _HEX[octets >> 4], _HEX[octets & 15]
+    return keys
+
+
+def partitions_of(users: U64, partition_count: int) -> npt.NDArray[np.int32]:
+    """`partition_of(user_key(user))` of many users: int32 [n]."""
+    m = np.uint32(0x5BD1E995)
+    h = np.full(len(users), 0x9747B28C ^ 16, np.uint32)
+    for k in user_keys(users).view("<u4").T * m:
+        h = (h * m) ^ ((k ^ k >> np.uint32(24)) * m)
+    h = (h ^ h >> np.uint32(13)) * m
+    h ^= h >> np.uint32(15)
+    return ((h & np.uint32(0x7FFFFFFF)) % np.uint32(partition_count)).astype(np.int32)
 
 
 def murmur2(data: bytes) -> int:

@@ -42,14 +42,13 @@ class NaiveUser:
 def naive_fold(batches: Iterable[Batch]) -> dict[int, NaiveUser]:
     """What each user's records say, record by record."""
     users: dict[int, NaiveUser] = {}
-    clock_ms = 0
+    clock_ms: dict[int, int] = {}
     for batch in batches:
         for i in range(len(batch)):
-            clock_ms = max(clock_ms, int(batch.append_time_ms[i]))
             if batch.verdict[i] not in (ACTION, ERASE):
                 continue
             user = users.setdefault(int(batch.users[i]), NaiveUser())
-            user.clock_ms = clock_ms
+            user.clock_ms = clock_ms[batch.partition] = max(clock_ms.get(batch.partition, 0), int(batch.append_time_ms[i]))
             if batch.verdict[i] == ACTION:
                 user.events.append((int(batch.offsets[i]), batch.events[i].tobytes()))
             else:

@@ -92,23 +92,25 @@ def touched_users(batch: Batch) -> npt.NDArray[np.uint64]:
 
 
 def clock_after(batch: Batch, clock_before_ms: int) -> int:
-    """The partition's clock behind a batch: the greatest append time of all of its records, rejected ones included."""
-    return max(clock_before_ms, int(batch.append_time_ms.max(initial=clock_before_ms)))
+    """The partition's clock behind a batch: the greatest append time of all records that were not rejected."""
+    return int(batch.append_time_ms.max(initial=clock_before_ms, where=batch.verdict != REJECTED))
 
 
 def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_before_ms: int) -> list[bytes]:
     """Folds a batch into rows.
 
     `rows`: the stored row of each of `touched_users(batch)`, None or empty where there is none. `clock_before_ms`: `clock_after` of what
-    came before. Returns the new row of each touched user. Records must follow the state: the store's applied offset tells where to go on.
+    came before. Returns the new row of each touched user. Records up to a row's own offset are in it already and are passed over.
 
     Raises:
-        SequenceCorruptError: a stored row is damaged, of another user or of another definition.
+        SequenceCorruptError: a stored row is damaged, of another user, of another log or of another definition.
     """
     users = touched_users(batch)
     live = np.flatnonzero(batch.verdict != REJECTED)
     group_of_record = np.searchsorted(users, batch.users[live])
-    old, old_group, erased_before_ms = _decode_rows(what, rows, users)
+    old, old_group, erased_before_ms, row_offsets = _decode_rows(what, batch, rows, users)
+    unseen = batch.offsets[live] > row_offsets[group_of_record]
+    live, group_of_record = live[unseen], group_of_record[unseen]
 
     is_erase = batch.verdict[live] == ERASE
     last_erase = np.full(len(users), -1)
@@ -118,11 +120,12 @@ def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_b
         survives = last_erase[old_group] < 0
         old, old_group = old[survives], old_group[survives]
 
-    last_record = np.zeros(len(users), np.int64)
-    last_record[group_of_record] = live  # the last assignment of a group wins: records are in offset order
-    clock = np.maximum(np.maximum.accumulate(batch.append_time_ms), clock_before_ms)[last_record]
+    row_offsets[group_of_record] = batch.offsets[live]  # the last assignment of a group wins: records are in offset order
     horizon_ms = erased_before_ms
     if what.evict_age_ms is not None:
+        clock = np.zeros(len(users), np.int64)
+        append_time_ms = np.where(batch.verdict == REJECTED, 0, batch.append_time_ms)
+        clock[group_of_record] = np.maximum(np.maximum.accumulate(append_time_ms), clock_before_ms)[live]
         horizon_ms = np.maximum(erased_before_ms, clock - what.evict_age_ms - 1)
 
     is_action = batch.verdict[live] == ACTION
@@ -134,7 +137,7 @@ def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_b
     keep = _kept(what, events, group, len(users))
     events, group = events[keep], group[keep]
     counts = np.bincount(group, minlength=len(users))
-    return _encode_rows(what, batch, users, batch.offsets[last_record], erased_before_ms, events, counts)
+    return _encode_rows(what, batch, users, row_offsets, erased_before_ms, events, counts)
 
 
 def merge_rows(what: Definition, rows: Seq[bytes]) -> Events:
@@ -194,13 +197,14 @@ def _check_header(head: np.void, size: int, crc32: int, user_id: int | None) -> 
 
 
 def _decode_rows(
-    what: Definition, rows: Seq[bytes | None], users: npt.NDArray[np.uint64]
-) -> tuple[Events, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Events of all rows, their group, and erased_before_ms of each group."""
+    what: Definition, batch: Batch, rows: Seq[bytes | None], users: npt.NDArray[np.uint64]
+) -> tuple[Events, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Events of all rows, their group, and erased_before_ms and offset of each group."""
     erased_before_ms = np.full(len(users), NEVER_ERASED, np.int64)
+    offsets = np.full(len(users), -1, np.int64)
     present = [(i, row) for i, row in enumerate(rows) if row]
     if not present:
-        return np.zeros(0, EVENT_DTYPE), np.zeros(0, np.int64), erased_before_ms
+        return np.zeros(0, EVENT_DTYPE), np.zeros(0, np.int64), erased_before_ms, offsets
     group = np.fromiter((i for i, _ in present), np.int64, len(present))
     sizes = np.fromiter((len(row) for _, row in present), np.int64, len(present))
     if (sizes < HEADER_DTYPE.itemsize).any() or (sizes % 8).any():
@@ -213,18 +217,20 @@ def _decode_rows(
     fine = (heads["magic"] == _MAGIC) & (heads["crc32"] == crc32) & (heads["user_id"] == users[group])
     fine &= (heads["format_version"] == FORMAT_VERSION) & (heads["schema_version"] == SCHEMA_VERSION)
     fine &= sizes == HEADER_DTYPE.itemsize + EVENT_DTYPE.itemsize * heads["count"].astype(np.int64)
-    if not (heads["fingerprint"] == what.fingerprint)[fine].all():
+    if not fine.all():
+        for i, row in present:
+            decode_row(row, int(users[i]))  # raises, unless the row is of an older schema
+    if not (heads["fingerprint"] == what.fingerprint).all():
         raise SequenceCorruptError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
-    erased_before_ms[group] = heads["erased_before_ms"]
+    if not ((heads["log_epoch"] == batch.log_epoch) & (heads["partition"] == batch.partition)).all():
+        raise SequenceCorruptError("sequence row: it belongs to another log or partition; rebuild the state from the log")
+    erased_before_ms[group], offsets[group] = heads["erased_before_ms"], heads["offset"]
     if fine.all():
         is_event = np.ones(len(words), bool)
         is_event[head_words] = False
-        return words[is_event].view(EVENT_DTYPE), np.repeat(group, heads["count"]), erased_before_ms
-    decoded = [decode_row(row, int(users[i])) for i, row in present]  # raises, or reads older schemas
-    if any(row.fingerprint != what.fingerprint for row in decoded):
-        raise SequenceCorruptError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
-    counts = np.array([len(row.events) for row in decoded])
-    return np.concatenate([row.events for row in decoded]), np.repeat(group, counts), erased_before_ms
+        return words[is_event].view(EVENT_DTYPE), np.repeat(group, heads["count"]), erased_before_ms, offsets
+    decoded = [decode_row(row).events for _, row in present]
+    return np.concatenate(decoded), np.repeat(group, heads["count"]), erased_before_ms, offsets
 
 
 def _encode_rows(

@@ -44,7 +44,9 @@ def tensor_table(domain: Domain, ranker_name: str) -> tuple[Tensor, ...]:
 
     add("sequence_count", np.int32, (1,), ("1",), "none", "actions in the sequence; places from here on are padding")
     add("sequence_action", np.int32, (L,), ("L",), "0", "action ids, newest first")
-    add("sequence_age_ms", np.int64, (L,), ("L",), "0", "request_time_ms - event_time_ms, milliseconds")
+    if len(domain.entities) > 1:
+        add("sequence_kind", np.int32, (L,), ("L",), "0", "entity kind numbers")
+    add("sequence_age_ms", np.int64, (L,), ("L",), "0", "max(0, request_time_ms - event_time_ms), milliseconds")
     if "surface" in ranker.sequence_attributes:
         add("sequence_surface", np.int32, (L,), ("L",), "0", "surface numbers")
     if "value" in ranker.sequence_attributes:
@@ -89,6 +91,10 @@ def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
     ranker = domain.ranker[ranker_name]
     parts = [f"{t.name}:{t.dtype.str}:{t.shape}" for t in (*tensor_table(domain, ranker_name), *output_table(domain, ranker_name))]
     parts += [f"{name}:{domain.features[name].model_dump_json(exclude={'column', 'separator'})}" for name in ranker.features]
-    parts += [f"heads:{','.join(ranker.heads)}", f"sequence:{domain.sequence[ranker.sequence].age_ms_max}"]
+    parts += [
+        f"ranker:{ranker.model_dump_json(exclude={'version', 'candidates_max', 'surfaces'})}",
+        f"entities:{sorted(domain.entities.items())}",
+    ]
+    parts += [f"sequence:{domain.sequence[ranker.sequence].age_ms_max}:{domain.future_tolerance_ms}"]
     parts += [f"action:{name}:{action.model_dump_json()}" for name, action in domain.actions.items()]
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())

@@ -47,7 +47,7 @@ class Erase(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class DeadLetter(_message.Message):
-    __slots__ = ("reason", "source_topic", "source_partition", "source_offset", "key", "value", "append_time_ms")
+    __slots__ = ("reason", "source_topic", "source_partition", "source_offset", "key", "value", "append_time_ms", "broker_time_ms", "log_epoch")
     REASON_FIELD_NUMBER: _ClassVar[int]
     SOURCE_TOPIC_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PARTITION_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class DeadLetter(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     APPEND_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    BROKER_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    LOG_EPOCH_FIELD_NUMBER: _ClassVar[int]
     reason: str
     source_topic: str
     source_partition: int
@@ -62,7 +64,9 @@ class DeadLetter(_message.Message):
     key: bytes
     value: bytes
     append_time_ms: int
-    def __init__(self, reason: _Optional[str] = ..., source_topic: _Optional[str] = ..., source_partition: _Optional[int] = ..., source_offset: _Optional[int] = ..., key: _Optional[bytes] = ..., value: _Optional[bytes] = ..., append_time_ms: _Optional[int] = ...) -> None: ...
+    broker_time_ms: int
+    log_epoch: int
+    def __init__(self, reason: _Optional[str] = ..., source_topic: _Optional[str] = ..., source_partition: _Optional[int] = ..., source_offset: _Optional[int] = ..., key: _Optional[bytes] = ..., value: _Optional[bytes] = ..., append_time_ms: _Optional[int] = ..., broker_time_ms: _Optional[int] = ..., log_epoch: _Optional[int] = ...) -> None: ...
 
 class Position(_message.Message):
     __slots__ = ("log_epoch", "partition", "offset")

@@ -123,7 +123,7 @@ class RankResponse(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ...) -> None: ...
 
 class RankingRecord(_message.Message):
-    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint")
+    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached")
     class GenerationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,8 @@ class RankingRecord(_message.Message):
     INLINE_FIELD_NUMBER: _ClassVar[int]
     SERVED_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ROW_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AFTER_REACHED_FIELD_NUMBER: _ClassVar[int]
     request: RankRequest
     release_id: str
     generations: _containers.ScalarMap[str, str]
@@ -180,7 +182,9 @@ class RankingRecord(_message.Message):
     inline: bool
     served_time_ms: int
     sequence_fingerprint: int
-    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ...) -> None: ...
+    row_digest: int
+    after_reached: bool
+    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ...) -> None: ...
 
 class ReleaseAnnouncement(_message.Message):
     __slots__ = ("ranker", "release_id", "generations", "announced_time_ms")

@@ -64,6 +64,7 @@ def test_action_of_the_older_schema_is_read():
         values=[bytes.fromhex(ACTION_BEFORE_HEX)],
         append_times_ms=np.array([100_000_000_000]),
         future_tolerance_ms=0,
+        partition_count=1,
     )
     event = batch.events[0]
     assert (batch.verdict[0], event["entity_id"], event["request_id"], event["surface"]) == (ACTION, 7, 0, 3)

@@ -16,7 +16,7 @@ from features.actions import (
     encode_erase,
     encode_events,
 )
-from features.ids import user_key
+from features.ids import partition_of, user_key
 from protos.v1.actions_pb2 import Action
 
 U64 = st.integers(0, 2**64 - 1)
@@ -35,7 +35,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-def decode(values, users, append_ms=10_000):
+def decode(values, users, append_ms=10_000, partition_count=1):
     return decode_batch(
         log_epoch=1,
         partition=0,
@@ -44,6 +44,7 @@ def decode(values, users, append_ms=10_000):
         values=values,
         append_times_ms=np.full(len(values), append_ms, np.int64),
         future_tolerance_ms=1_000,
+        partition_count=partition_count,
     )
 
 
@@ -126,7 +127,8 @@ def test_edge_of_the_future_tolerance_is_accepted_and_erase_is_told_apart():
 
 def test_append_time_comes_from_the_header_of_tools_or_the_broker():
     assert append_time_ms(5, None) == 5
-    assert append_time_ms(5, [("other", b"9"), ("freshrank-append-time-ms", b"123")]) == 123
+    assert append_time_ms(500, [("other", b"9"), ("freshrank-append-time-ms", b"123")]) == 123
+    assert append_time_ms(5, [("freshrank-append-time-ms", b"6")]) == -1, "after the broker took it"
     assert append_time_ms(5, [("freshrank-append-time-ms", b"-1")]) == -1
     assert decode([encode_action(**GOOD)], [7], append_ms=-1).verdict.tolist() == [REJECTED]
 
@@ -135,3 +137,23 @@ def test_append_time_comes_from_the_header_of_tools_or_the_broker():
 def test_the_producer_side_refuses_what_the_worker_would_reject(field):
     with pytest.raises(ValueError, match=field):
         encode_action(**GOOD | {field: -1})
+
+
+def test_a_record_in_another_partition_than_its_keys_is_rejected():
+    good = encode_action(**GOOD)
+    others = [decode_in(partition, good) for partition in range(4)]
+    assert [batch.verdict[0] == ACTION for batch in others] == [partition_of(user_key(7), 4) == partition for partition in range(4)]
+    assert any("murmur2" in reason for batch in others for reason in batch.reasons.values())
+
+
+def decode_in(partition, value):
+    return decode_batch(
+        log_epoch=1,
+        partition=partition,
+        offsets=np.array([0]),
+        keys=[user_key(7)],
+        values=[value],
+        append_times_ms=np.array([10_000]),
+        future_tolerance_ms=0,
+        partition_count=4,
+    )

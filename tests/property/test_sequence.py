@@ -54,6 +54,7 @@ def to_batch(rows, first_offset=0):
         values=[value for _, _, value in rows],
         append_times_ms=np.array([append_ms for _, append_ms, _ in rows], np.int64),
         future_tolerance_ms=10,
+        partition_count=1,
     )
 
 

@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from features.ids import Collisions, derived_event_id, log_epoch, murmur2, partition_of, string_id, user_key
+from features.ids import Collisions, derived_event_id, log_epoch, murmur2, partition_of, partitions_of, string_id, user_key, user_keys
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,9 @@ def test_murmur2_is_the_one_of_java_clients(data, expected):
 def test_key_is_16_hex_digits_and_partitions_spread():
     assert user_key(42) == b"000000000000002a"
     assert user_key(2**64 - 1) == b"f" * 16
+    users = np.array([0, 1, 42, 2**64 - 1, *range(10**9, 10**9 + 20)], np.uint64)
+    assert [bytes(key) for key in user_keys(users)] == [user_key(int(user)) for user in users]
+    assert partitions_of(users, 7).tolist() == [partition_of(user_key(int(user)), 7) for user in users]
     assert {partition_of(user_key(user), 4) for user in range(50)} == {0, 1, 2, 3}
 
 
