@@ -11,6 +11,7 @@ D item dimension, E token width (action + attributes + D + D: the paper's 96), K
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class TransActRanker(nn.Module):
             piece = slice(start, start + CANDIDATES_AT_ONCE)
             part = {name: value[piece] if self.per_candidate[name] else value for name, value in tensors.items()}
             pieces.append(torch.sigmoid(self(part, None if request_row is None else request_row[piece])))
-        return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names))
+        return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names), device=tensors["candidate_embedding"].device)
 
     @torch.no_grad()
     def fit_normalisation(self, tensors: Mapping[str, Tensor]) -> None:
@@ -169,12 +170,16 @@ class SequenceEncoder(nn.Module):
         x = torch.cat([history[request_row], candidate[:, None].expand(-1, S, -1)], -1)  # [N, S, E]
         # Additive mask of the keys. Where nothing is valid all keys count alike; such rows are dropped below.
         mask = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, MASKED)[request_row][:, None, None]  # [N, 1, 1, S]
-        for layer in self.layers:
-            x = layer(x, mask)  # [N, S, E]
+        layers = cast("list[EncoderLayer]", list(self.layers))
+        # A layer-1 input is [history, candidate], so its projection is a part a request plus one row a candidate: exact, and cheaper.
+        of_history, of_candidate = layers[0].qkv.weight.tensor_split([history.shape[-1]], 1)
+        qkv = functional.linear(history, of_history, layers[0].qkv.bias)[request_row]  # [N, S, 3E]
+        qkv = qkv + functional.linear(candidate, of_candidate)[:, None]
+        for depth, layer in enumerate(layers):
+            x = layer(x, qkv if depth == 0 else layer.qkv(x), mask)  # [N, S, E]
         real = real[request_row]  # [N, S, 1]
-        first = functional.pad(
-            x[:, : self.first_k].masked_fill(~real[:, : self.first_k], 0.0), (0, 0, 0, max(0, self.first_k - S))
-        )  # [N, K, E]
+        first = x[:, : self.first_k].masked_fill(~real[:, : self.first_k], 0.0)  # [N, min(K, S), E]
+        first = functional.pad(first, (0, 0, 0, self.first_k - first.shape[1]))  # [N, K, E]
         pooled = x.masked_fill(~real, MASKED).amax(1).masked_fill(~real.any(1), 0.0)  # [N, E]
         return torch.cat([first.flatten(1), pooled], 1)  # [N, (K + 1) E]
 
@@ -196,11 +201,11 @@ class EncoderLayer(nn.Module):
         self.narrow = nn.Linear(feedforward, width)
         self.norm_feedforward = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attention over the S tokens of each candidate; `mask` [N, 1, 1, S] is added to the scores."""
+    def forward(self, x: Tensor, qkv: Tensor, mask: Tensor) -> Tensor:
+        """Attention over the S tokens of each candidate. `qkv` is `self.qkv(x)` [N, S, 3E]; `mask` [N, 1, 1, S] is added to the scores."""
         N, S, E = x.shape
         p = self.dropout if self.training else 0.0
-        q, k, v = self.qkv(x).view(N, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)  # each [N, heads, S, E / heads]
+        q, k, v = qkv.view(N, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)  # each [N, heads, S, E / heads]
         scores = (q @ k.transpose(-1, -2)) * (E // self.heads) ** -0.5 + mask  # [N, heads, S, S]
         attended = functional.dropout(scores.softmax(-1), p) @ v  # [N, heads, S, E / heads]
         attended = self.out(attended.transpose(1, 2).reshape(N, S, E))  # [N, S, E]

@@ -1,0 +1,491 @@
+"""The command `freshrank`: thin, so that everything it does can be called from Python as well."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy.settings import Settings, SettingsError, load_settings
+from features.domain import DomainError
+
+app = typer.Typer(
+    name="freshrank",
+    help="Fresh rankings: what a user did a second ago changes what they see next.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console(stderr=True)
+
+Home = Annotated[Path | None, typer.Option(help="Folder of state, releases and tables.", show_default="./.freshrank")]
+DomainFile = Annotated[Path | None, typer.Option("--domain", help="Domain file; the home folder's own copy where absent.")]
+RankerName = Annotated[str | None, typer.Option("--ranker", help="A [ranker.NAME] of the domain file; the first one where absent.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def settings_for(home: Path | None, domain: Path | None = None) -> Settings:
+    """Settings from file and environment, with what the command line says on top."""
+    settings = load_settings(home=home, domain=domain)
+    kept = settings.home / "domain.toml"
+    if "domain" not in settings.model_fields_set and kept.exists():
+        settings = settings.model_copy(update={"domain": kept})
+    return settings
+
+
+def workspace(settings: Settings) -> Any:
+    """The folders of a domain's data."""
+    from deploy.learn import Workspace
+
+    return Workspace(settings.domain, settings.home)
+
+
+@app.command()
+def up(
+    home: Home = None,
+    domain: DomainFile = None,
+    as_json: Json = False,
+) -> None:
+    """Start the local stack: Kafka, Triton, worker, reader, server. Ctrl-C stops it; a second start keeps the data.
+
+    It serves the newest release of each ranker in its folder.
+
+    Example: `freshrank up --domain domains/simulator.toml`
+    """
+    from deploy.stack import Stack
+
+    def on_event(name: str, text: str) -> None:
+        console.print(f"[dim]{name:>8}[/dim]  {text}")
+
+    settings = settings_for(home, domain)
+    with Stack(settings, on_event=on_event) as stack:
+        endpoints = stack.endpoints()
+        if as_json:
+            print(json.dumps(endpoints), flush=True)
+        else:
+            table = Table("part", "endpoint", title=f"freshrank runs in {settings.home} (Ctrl-C stops it)")
+            for name, endpoint in endpoints.items():
+                table.add_row(name, endpoint)
+            console.print(table)
+        stack.supervisor.wait_for_signal()
+
+
+@app.command()
+def produce(
+    user: Annotated[str, typer.Option(help="User id: a number, or text that is hashed.")] = "",
+    item: Annotated[str, typer.Option(help="Item id: a number, or text that is hashed.")] = "",
+    action: Annotated[str, typer.Option(help="Name of an action of the domain file.")] = "",
+    kind: Annotated[str | None, typer.Option(help="Entity kind; needed where the domain has several.")] = None,
+    surface: Annotated[str, typer.Option(help="Name of a surface.")] = "",
+    value: Annotated[float, typer.Option(help="Value of the action, such as dwell.")] = float("nan"),
+    request_id: Annotated[int, typer.Option(help="The ranking that it answers.")] = 0,
+    event_time_ms: Annotated[int | None, typer.Option(help="When the user acted; now where absent.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Instead: produce a whole canonical log folder, in its order.")] = None,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Produce one action, or a canonical log, and print the position that the log gave it.
+
+    Example: `freshrank produce --user 42 --item 7 --action click`
+    """
+    from deploy.processes import kafka_config
+    from deploy.stack import running
+    from features.domain import load_domain
+    from streams.producer import ActionProducer
+
+    settings = running(settings_for(home, domain))
+    product = load_domain(settings.domain)
+    producer = ActionProducer(kafka_config(settings), product, settings.topic_actions)
+    try:
+        if log is not None:
+            print(f"{producer.produce_log(log)} records produced")
+            return
+        for name, text in (("--user", user), ("--item", item), ("--action", action)):
+            if not text:
+                raise typer.BadParameter("is needed", param_hint=name)
+        position = producer.produce(
+            user_id=parse_id(user),
+            entity_kind=_kind(product.entities, kind),
+            entity_id=parse_id(item),
+            action=action,
+            surface=surface or 0,
+            value=value,
+            request_id=request_id,
+            event_time_ms=event_time_ms,
+        ).result()
+        print(position_text(position))
+    finally:
+        producer.close()
+
+
+@app.command()
+def erase(
+    user: Annotated[str, typer.Option(help="User id: a number, or text that is hashed.")],
+    reason: Annotated[str, typer.Option(help="For the audit.")] = "asked by the user",
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Erase a user: the next ranking knows nothing of their past, nor does any later replay.
+
+    Example: `freshrank erase --user 42 --reason "ticket 17"`
+    """
+    from deploy.processes import kafka_config
+    from deploy.stack import running
+    from features.domain import load_domain
+    from streams.producer import ActionProducer
+
+    settings = running(settings_for(home, domain))
+    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions)
+    try:
+        print(position_text(producer.erase(parse_id(user), reason).result()))
+    finally:
+        producer.close()
+
+
+@app.command()
+def rank(
+    user: Annotated[str, typer.Option(help="User id: a number, or text that is hashed.")],
+    candidates: Annotated[str, typer.Option(help="Item ids, separated by commas.")],
+    ranker: RankerName = None,
+    kind: Annotated[str | None, typer.Option(help="Entity kind; needed where the domain has several.")] = None,
+    after: Annotated[list[str] | None, typer.Option(help="Position that a produce printed: the answer includes it.")] = None,
+    timeout_ms: Annotated[int, typer.Option(help="Deadline.")] = 2000,
+    as_json: Json = False,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Rank candidates for a user, with the user's newest actions.
+
+    Example: `freshrank rank --user 42 --candidates 7,8,9 --after 5e0f6b8c9d1a2b3c:2:17`
+    """
+    from deploy.learn import default_ranker
+    from deploy.stack import running
+    from features.domain import load_domain
+    from inference.client import RankingClient
+
+    settings = running(settings_for(home, domain))
+    product = load_domain(settings.domain)
+    token = settings.server_token.get_secret_value() if settings.server_token else None
+    with RankingClient(settings.server_address, timeout_s=timeout_ms / 1000, token=token) as client:
+        answer = client.rank(
+            default_ranker(product, ranker),
+            parse_id(user),
+            [parse_id(part) for part in candidates.split(",")],
+            kinds=_kind(product.entities, kind),
+            after=[parse_position(text) for text in after or ()],
+        )
+    if as_json:
+        fields = {"request_id": answer.request_id, "tier": answer.tier, "release_id": answer.release_id, "generations": answer.generations}
+        fields |= {"ranked_ids": answer.ids.tolist(), "scores": answer.scores.tolist(), "cold_start": answer.cold_start}
+        fields |= {"head_scores": {name: scores.tolist() for name, scores in answer.head_scores.items()}}
+        fields |= {"watermark": [position_text(at) for at in answer.watermark], "sequence_age_ms": answer.sequence_age_ms}
+        fields |= {"sequence_count": answer.sequence_count, "after_reached": answer.after_reached}
+        print(json.dumps(fields))
+        return
+    table = Table("rank", "item", "score", *answer.head_scores)
+    for place, (item, score) in enumerate(zip(answer.ids.tolist(), answer.scores.tolist(), strict=True)):
+        table.add_row(str(place + 1), str(item), f"{score:.4f}", *(f"{scores[place]:.4f}" for scores in answer.head_scores.values()))
+    Console().print(table)
+    age = "no action used" if answer.sequence_age_ms < 0 else f"newest action {answer.sequence_age_ms} ms old"
+    late = "" if answer.after_reached else "; NOT YET including the position asked for"
+    print(f"{answer.tier} of {answer.release_id}; {answer.sequence_count} actions seen, {age}{late}")
+
+
+@app.command("import")
+def import_command(
+    domain: Annotated[Path, typer.Argument(help="Domain file with a [log] part.")],
+    data: Annotated[Path, typer.Argument(help="Folder of the published files.")],
+    home: Home = None,
+) -> None:
+    """Import a published log: canonical Parquet logs and feature tables, in bounded memory, from any order of rows.
+
+    Example: `freshrank import domains/kuairand.toml ../shared/data/kuairand-pure`
+    """
+    from deploy.learn import import_data
+    from streams.importer import print_summary
+
+    settings = settings_for(home, domain)
+    work = workspace(settings)
+    print_summary(import_data(work, data, console), Console())
+    print(f"canonical log: {work.log}")
+
+
+@app.command()
+def check(
+    domain: Annotated[Path, typer.Argument(help="Domain file with a [log] part.")],
+    data: Annotated[Path, typer.Argument(help="Folder of the published files.")],
+    as_json: Json = False,
+) -> None:
+    """Check a published log against its domain file: unknown actions, unseen items, times, duplicates, label rates, with examples.
+
+    Example: `freshrank check domains/kuairand.toml ../shared/data/kuairand-pure`
+    """
+    from features.domain import load_domain
+    from streams.check import check as check_log
+
+    report = check_log(load_domain(domain), data)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        report.print(Console())
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command()
+def train(
+    ranker: RankerName = None,
+    epochs: Annotated[int, typer.Option(help="Most passes over the training part.")] = 10,
+    seconds: Annotated[float | None, typer.Option(help="Time budget in seconds.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Train a ranker on the imported log: temporal parts, early stop, checkpoints, curves.
+
+    Example: `freshrank train --domain domains/kuairand.toml --ranker home --epochs 5`
+    """
+    from deploy.learn import default_ranker, train_ranker
+    from inference.train import TrainOptions
+
+    settings = settings_for(home, domain)
+    work = workspace(settings)
+    name = default_ranker(work.domain, ranker)
+    options = TrainOptions(epochs=epochs, seconds_max=seconds, learning_rate=learning_rate, seed=seed, threads=os.cpu_count() or 1)
+    result = train_ranker(work, name, options, resume=resume)
+    Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
+    print(f"weights, metrics and curves: {result.folder}")
+
+
+@app.command()
+def publish(
+    ranker: RankerName = None,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Publish the trained ranker as a release; a running stack loads it, warms it and switches.
+
+    Example: `freshrank publish --ranker home`
+    """
+    from deploy.learn import default_ranker, now_ms, release
+    from deploy.processes import announce_release
+    from deploy.stack import StackNotRunningError, running
+
+    settings = settings_for(home, domain)
+    work = workspace(settings)
+    name = default_ranker(work.domain, ranker)
+    written = release(work, name)
+    print(written.release_id)
+    try:
+        announce_release(running(settings), name, written.release_id, now_ms())
+    except StackNotRunningError:
+        console.print("no stack runs: the next `freshrank up` serves it")
+
+
+@app.command()
+def evaluate(
+    ranker: RankerName = None,
+    epochs: Annotated[int, typer.Option(help="Most passes of each training.")] = 10,
+    seconds: Annotated[float | None, typer.Option(help="Time budget of each training, seconds.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    home: Home = None,
+    domain: DomainFile = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
+) -> None:
+    """Train the ranker with and without its realtime sequence and compare both on the temporal test part.
+
+    Example: `freshrank evaluate --domain domains/kuairand.toml --seconds 300`
+    """
+    from deploy.learn import default_ranker, evaluate_ranker
+    from inference.train import TrainOptions
+
+    settings = settings_for(home, domain)
+    work = workspace(settings)
+    name = default_ranker(work.domain, ranker)
+    options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
+    comparison = evaluate_ranker(work, name, options)
+    comparison.print(Console())
+    if json_file is not None:
+        json_file.write_text(comparison.to_json(), "utf-8")
+
+
+@app.command()
+def replay(
+    archive: Annotated[Path | None, typer.Option(help="Archive folder; Kafka where absent.")] = None,
+    write_archive: Annotated[Path | None, typer.Option(help="First copy both topics into this folder.")] = None,
+    score_sample: Annotated[int, typer.Option(help="How many rankings to score again.")] = 100,
+    users_share: Annotated[float, typer.Option(help="Share of users, by hash.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    home: Home = None,
+) -> None:
+    """Prove parity: rebuild each logged ranking's inputs from the logs and the release files alone, and compare.
+
+    Exits with 1 on any difference, or where nothing was replayed.
+
+    Example: `freshrank replay --json parity.json`
+    """
+    from deploy.processes import kafka_config, topics
+    from deploy.replay import ReplayOptions, archive_logs
+    from deploy.replay import replay as replay_logs
+    from deploy.stack import running
+
+    settings = settings_for(home)
+    source: dict[str, Any] = {"archive": archive}
+    if archive is None:
+        settings = running(settings)
+        source = {"kafka": kafka_config(settings), "topics": topics(settings)}
+    options = ReplayOptions(
+        releases=settings.home / "releases",
+        tables=settings.home / "tables",
+        users_share=users_share,
+        score_sample=score_sample,
+        seed=seed,
+        **source,
+    )
+    if write_archive is not None:
+        archive_logs(options, write_archive)
+    report = replay_logs(options)
+    print(report.to_text())
+    if json_file is not None:
+        json_file.write_text(report.to_json(), "utf-8")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def demo(
+    domain: Annotated[Path | None, typer.Option(help="Domain file of a real log; the simulator where absent.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the published files that the domain file reads.")] = None,
+    seconds: Annotated[float, typer.Option(help="Budget of each of the two trainings.")] = 60.0,
+    home: Home = None,
+) -> None:
+    """Train, start the stack, act live, and show what matters. Needs nothing but this checkout.
+
+    Example: `freshrank demo` or `freshrank demo --domain domains/kuairand.toml --data ../shared/data/kuairand-pure`
+    """
+    from deploy.demo import run_demo
+
+    settings = settings_for(home, domain)
+    raise typer.Exit(run_demo(settings, domain, data, seconds, Console()))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="ingest, freshness, rank or replay.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
+) -> None:
+    """Measure: starts what it needs and stops it. Median and spread, with machine and versions.
+
+    Example: `freshrank bench ingest --json ingest.json`
+    """
+    from deploy.bench import run_bench
+
+    result = run_bench(name, runs, console)
+    table = Table("figure", "median", "min", "max", "unit", title=f"{name} on {result['machine']}")
+    for figure, row in result["figures"].items():
+        table.add_row(figure, *(f"{row[key]:.4g}" for key in ("median", "min", "max")), row["unit"])
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+@app.command()
+def worker(home: Home = None, domain: DomainFile = None) -> None:
+    """Run one worker: Kafka to RocksDB. `freshrank up` does it for you.
+
+    Example: `FRESHRANK_KAFKA_BOOTSTRAP=broker:9092 freshrank worker --domain shop.toml`
+    """
+    from deploy import processes
+
+    raise typer.Exit(processes.worker(settings_for(home, domain)))
+
+
+@app.command()
+def reader(home: Home = None, domain: DomainFile = None) -> None:
+    """Run the gRPC sequence reader beside a worker. `freshrank up` does it for you.
+
+    Example: `freshrank reader --domain shop.toml`
+    """
+    from deploy import processes
+
+    raise typer.Exit(processes.reader(settings_for(home, domain)))
+
+
+@app.command()
+def server(home: Home = None, domain: DomainFile = None) -> None:
+    """Run the ranking server beside a worker. `freshrank up` does it for you.
+
+    Example: `FRESHRANK_TRITON_URL=triton:8001 freshrank server --domain shop.toml`
+    """
+    from deploy import processes
+
+    raise typer.Exit(processes.server(settings_for(home, domain)))
+
+
+def parse_id(text: str) -> int:
+    """An id as a person types it: digits are the number itself, anything else is hashed as importers do."""
+    from features.ids import ID_MAX, string_id
+
+    if text.isdecimal() and int(text) <= ID_MAX:
+        return int(text)
+    return string_id(text)
+
+
+def position_text(position: Any) -> str:
+    """A position as commands print and take it: epoch in hexadecimal, partition, offset."""
+    return f"{position.log_epoch:016x}:{position.partition}:{position.offset}"
+
+
+def parse_position(text: str) -> Any:
+    """What `position_text` printed; "partition:offset" means the current epoch."""
+    from features.ports import Position
+
+    try:
+        epoch, partition, offset = ("0", *text.split(":"))[-3:]
+        return Position(int(epoch, 16), int(partition), int(offset))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not EPOCH:PARTITION:OFFSET, as produce prints it", param_hint="--after") from None
+
+
+def _kind(entities: dict[str, int], kind: str | None) -> int:
+    if kind is None and len(entities) == 1:
+        return next(iter(entities.values()))
+    if kind not in entities:
+        raise typer.BadParameter(f"allowed: {', '.join(entities)}", param_hint="--kind")
+    return entities[kind]
+
+
+def metrics_table(metrics: dict[str, Any], title: str) -> Table:
+    """Metrics of each head."""
+    heads = metrics["heads"]
+    names = list(next(iter(heads.values())))
+    table = Table("head", *names, title=title)
+    for head, figures in heads.items():
+        table.add_row(head, *("-" if figures[name] is None else f"{figures[name]:.4f}" for name in names))
+    return table
+
+
+def main() -> None:
+    """Runs the command; an error that a person can mend is one message, not a traceback."""
+    from deploy.stack import StackNotRunningError
+    from deploy.supervisor import SupervisorError
+    from inference.client import RankError
+    from streams.errors import StreamError
+
+    expected = (DomainError, SettingsError, StackNotRunningError, SupervisorError, StreamError, RankError, ValueError, FileNotFoundError)
+    try:
+        app()
+    except expected as error:
+        console.print(f"[red]error[/red]  {error}", highlight=False, markup=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

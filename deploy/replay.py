@@ -1,0 +1,293 @@
+"""Replay: rebuilds every logged ranking from the log of actions and the release files, and compares it byte for byte.
+
+It shares no state with the server: rows come from the records up to the logged watermark, tensors from the logged release and generations.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from features.actions import EVENT_DTYPE, REJECTED, decode_batch
+from features.ids import partition_of, string_id, user_key
+from features.pack import Packer
+from features.parity import PartitionLog, Report, Tally, missing_events
+from features.request import RequestError, inputs_from_request
+from features.sequence import NEVER_ERASED, Definition, decode_row, definition
+from features.tables import TableError, TableSet
+from inference.release import Release, ReleaseError, open_release, release_folder
+from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord
+from streams.archive import KafkaLog, ParquetLog, RecordLog, write_archive
+from streams.kafka import KafkaConfig, Topics
+
+if TYPE_CHECKING:
+    from inference.rescore import Rescorer
+
+ACTIONS, RANKINGS = "actions", "rankings"
+"""Folders of an archive: one for each topic."""
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What to replay. The logs come from `archive` where it is given, else from `kafka`.
+
+    releases, tables: folders of the release files. archive: folder that `archive_logs` wrote. users_share: share of users, chosen by the
+    hash of their key, so that all rankings of a chosen user are replayed. score_sample: how many rankings are scored again, chosen by
+    `seed`; device: where ("cpu", "cuda"). progress: called with (events read, events there are).
+    """
+
+    releases: Path
+    tables: Path
+    archive: Path | None = None
+    kafka: KafkaConfig | None = None
+    topics: Topics = field(default_factory=Topics)
+    users_share: float = 1.0
+    score_sample: int = 100
+    seed: int = 0
+    device: str = "cpu"
+    progress: Callable[[int, int], None] | None = None
+
+
+@contextmanager
+def open_logs(options: ReplayOptions) -> Iterator[tuple[RecordLog, RecordLog]]:
+    """(rankings, actions). Rankings are opened first: every watermark among them is then inside the log of actions as it was opened."""
+    logs: list[RecordLog] = []
+    try:
+        for folder, topic in ((RANKINGS, options.topics.rankings), (ACTIONS, options.topics.actions)):
+            if options.archive is not None:
+                logs.append(ParquetLog(options.archive / folder))
+            elif options.kafka is not None:
+                logs.append(KafkaLog(options.kafka, topic))
+            else:
+                raise ValueError("archive: neither an archive's folder nor Kafka is given")
+        yield logs[0], logs[1]
+    finally:
+        for log in logs:
+            log.close()
+
+
+def archive_logs(options: ReplayOptions, folder: Path) -> None:
+    """Copies both topics, whole, into `folder`: what a later replay needs beside the release files. Raises ArchiveError, StreamError."""
+    with open_logs(options) as (rankings, actions):
+        write_archive(rankings, folder / RANKINGS)
+        write_archive(actions, folder / ACTIONS)
+
+
+def replay(options: ReplayOptions) -> Report:
+    """Replays and reports; `report.ok` is what the exit code of the command says.
+
+    Raises:
+        ArchiveError, StreamError: a log cannot be read. Everything wrong with single rankings, releases or tables stands in the report.
+    """
+    started = time.monotonic()
+    with open_logs(options) as (rankings, actions):
+        return _Replay(options, rankings, actions).run(started)
+
+
+class _Excluded(Exception):  # noqa: N818 - not an error: it carries a reason up to where it is counted
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+class _Replay:
+    """One run: reads the rankings, then the actions partition by partition."""
+
+    def __init__(self, options: ReplayOptions, rankings: RecordLog, actions: RecordLog) -> None:
+        self.options, self.rankings, self.actions = options, rankings, actions
+        self.tally = Tally()
+        self.report = self.tally.report
+        self.report.log = {
+            "topic": actions.topic,
+            "epoch": f"{actions.log_epoch:016x}",
+            "partitions": len(actions.partitions),
+            "rankings": rankings.topic,
+        }
+        self.scoring_s = 0.0
+        self._releases: dict[str, Release | ReleaseError] = {}
+        self._packers: dict[tuple[object, ...], Packer | TableError] = {}
+        self._rescorers: dict[str, Rescorer] = {}
+        self._to_score: set[int] = set()
+        self._events_total = 0
+
+    def run(self, started: float) -> Report:
+        wanted = self._read_rankings()
+        scored = [id(record) for users in wanted.values() for records in users.values() for record in records if record.tier == TIER_MODEL]
+        sample = min(self.options.score_sample, len(scored))
+        picks = np.random.default_rng(self.options.seed).choice(len(scored), sample, replace=False) if sample else ()
+        self._to_score = {scored[i] for i in picks}
+        self._events_total = sum(end - start for p, (start, end) in self.actions.partitions.items() if p in wanted)
+        for partition in sorted(wanted):
+            self._replay_partition(partition, wanted[partition])
+        return self.tally.finish(elapsed_s=time.monotonic() - started, scoring_s=self.scoring_s)
+
+    def _read_rankings(self) -> dict[int, dict[int, list[RankingRecord]]]:
+        """The rankings that can be replayed, by partition of the actions and user, in the order of their watermarks."""
+        wanted: dict[int, dict[int, list[RankingRecord]]] = {}
+        for partition in sorted(self.rankings.partitions):
+            for records in self.rankings.read(partition):
+                for offset, value in zip(records.offsets.tolist(), records.values, strict=True):
+                    try:
+                        record = RankingRecord.FromString(value or b"")
+                    except DecodeError as error:
+                        self.report.rankings_read += 1
+                        self.tally.exclude("undecodable", f"{self.rankings.topic} partition {partition} offset {offset}: {error}")
+                        continue
+                    user_id = record.request.user_id
+                    if string_id(user_key(user_id).decode()) >= self.options.users_share * 2**64:
+                        continue
+                    self.report.rankings_read += 1
+                    try:
+                        self._check(record)
+                    except _Excluded as excluded:
+                        self.tally.exclude(excluded.reason, str(excluded), record)
+                    else:
+                        wanted.setdefault(record.watermark[0].partition, {}).setdefault(user_id, []).append(record)
+        for users in wanted.values():
+            for of_user in users.values():
+                of_user.sort(key=lambda record: record.watermark[0].offset)
+        return wanted
+
+    def _check(self, record: RankingRecord) -> None:
+        """Raises _Excluded where the logs and the release files at hand cannot answer for this ranking."""
+        if len(record.watermark) != 1:
+            raise _Excluded("undecodable", f"{len(record.watermark)} watermark positions")
+        if not record.digest:
+            if record.tier == TIER_MODEL:
+                raise _Excluded("digest_missing", "no digest")
+            raise _Excluded("not_packed", "no digest")
+        position = record.watermark[0]
+        if position.log_epoch != self.actions.log_epoch:
+            raise _Excluded("other_log", f"epoch {position.log_epoch:016x}, this log is {self.actions.log_epoch:016x}")
+        partition = partition_of(user_key(record.request.user_id), len(self.actions.partitions))
+        if position.partition != partition or partition not in self.actions.partitions:
+            raise _Excluded("other_partition", f"partition {position.partition}, the user's records are in {partition}")
+        start, end = self.actions.partitions[partition]
+        if position.offset >= end:
+            raise _Excluded("beyond_log_end", f"offset {position.offset}, the log ends at {end - 1}")
+        if start > 0 and position.offset >= 0:
+            raise _Excluded("log_cut", f"the log begins at offset {start}")
+        release = self._release(record)
+        if record.sequence_fingerprint != release.sequence_fingerprint:
+            ours = f"{release.sequence_fingerprint:016x}"
+            raise _Excluded("definition_differs", f"state {record.sequence_fingerprint:016x}, the release's definition is {ours}")
+
+    def _release(self, record: RankingRecord) -> Release:
+        found = self._releases.get(record.release_id)
+        if found is None:
+            try:
+                found = open_release(release_folder(self.options.releases, record.release_id))
+            except ReleaseError as error:
+                found = error
+            self._releases[record.release_id] = found
+        if isinstance(found, ReleaseError):
+            raise _Excluded("release_refused", str(found))
+        if found.ranker != record.request.ranker:
+            raise _Excluded("release_refused", f"the release is for ranker {found.ranker!r}, the request for {record.request.ranker!r}")
+        return found
+
+    def _packer(self, release: Release, record: RankingRecord) -> Packer:
+        generations = dict(record.generations)
+        key = (release.release_id, *sorted(generations.items()))
+        found = self._packers.get(key)
+        if found is None:
+            try:
+                found = self._open_packer(release, generations)
+            except TableError as error:
+                found = error
+            self._packers[key] = found
+        if isinstance(found, TableError):
+            raise _Excluded("tables_refused", str(found))
+        return found
+
+    def _open_packer(self, release: Release, generations: dict[str, str]) -> Packer:
+        tables = TableSet.open(self.options.tables, release.domain, release.ranker, generations, verify=True)
+        if tables.generations != generations:
+            raise TableError(f"logged generations {generations}, the release needs {tables.generations}")
+        return Packer(release.domain, release.ranker, tables)
+
+    def _replay_partition(self, partition: int, users: dict[int, list[RankingRecord]]) -> None:
+        started = time.monotonic()
+        logs = self._read_actions(partition, users)
+        self.report.reading_s += time.monotonic() - started
+        for tolerance_ms, log in logs.items():
+            for user_id, records in users.items():
+                mine = [r for r in records if self._release(r).domain.future_tolerance_ms == tolerance_ms]
+                self._replay_user(log, user_id, mine)
+
+    def _read_actions(self, partition: int, users: dict[int, list[RankingRecord]]) -> dict[int, PartitionLog]:
+        """The partition's records of these users, decoded with the future tolerance of each release that they were ranked with."""
+        tolerances = {self._release(record).domain.future_tolerance_ms for records in users.values() for record in records}
+        logs = {tolerance_ms: PartitionLog(users) for tolerance_ms in sorted(tolerances)}
+        start, end = self.actions.partitions[partition]
+        found = 0
+        for records in self.actions.read(partition):
+            for tolerance_ms, log in logs.items():
+                batch = decode_batch(
+                    log_epoch=self.actions.log_epoch,
+                    partition=partition,
+                    offsets=records.offsets,
+                    keys=records.keys,
+                    values=records.values,
+                    append_times_ms=records.append_time_ms,
+                    future_tolerance_ms=tolerance_ms,
+                    partition_count=len(self.actions.partitions),
+                )
+                log.add(batch)
+            found += len(records)
+            self.report.events_read += len(records)
+            self.report.events_rejected += int((batch.verdict == REJECTED).sum())
+            if self.options.progress is not None:
+                self.options.progress(self.report.events_read, self._events_total)
+        self.report.offsets_without_record += end - start - found
+        return logs
+
+    def _replay_user(self, log: PartitionLog, user_id: int, records: list[RankingRecord]) -> None:
+        erased_at = log.last_erasure(user_id)
+        by_definition: dict[int, list[RankingRecord]] = {}
+        for record in records:
+            if erased_at > record.watermark[0].offset:
+                self.tally.exclude("erased_since", f"erased at offset {erased_at}", record)
+            else:
+                by_definition.setdefault(record.sequence_fingerprint, []).append(record)
+        for same in by_definition.values():
+            release = self._release(same[0])
+            what = definition(release.domain, release.domain.ranker[release.ranker].sequence)
+            rows = log.rows_at(what, user_id, [record.watermark[0].offset for record in same])
+            for record, row in zip(same, rows, strict=True):
+                try:
+                    self._replay_one(what, log, record, row)
+                except _Excluded as excluded:
+                    self.tally.exclude(excluded.reason, str(excluded), record)
+
+    def _replay_one(self, what: Definition, log: PartitionLog, record: RankingRecord, bytes_of_row: bytes) -> None:
+        release, request = self._release(record), record.request
+        packer = self._packer(release, record)
+        events, erased_before_ms = np.zeros(0, EVENT_DTYPE), NEVER_ERASED
+        if bytes_of_row:
+            row = decode_row(bytes_of_row, request.user_id)
+            events, erased_before_ms = row.events, row.erased_before_ms
+        try:
+            inputs = inputs_from_request(release.domain, request, events, erased_before_ms=erased_before_ms)
+        except RequestError as error:
+            raise _Excluded("request_refused", str(error)) from error
+        packed = packer.pack(inputs)
+        agree = self.tally.compare(record, bytes_of_row, packer, packed)
+        later = log.later_events(request.user_id, record.watermark[0].offset, request.request_time_ms)
+        self.tally.add_freshness(request.request_time_ms, *missing_events(what, packer, inputs, later))
+        if agree and id(record) in self._to_score:
+            started = time.monotonic()
+            self.tally.compare_scores(record, self._rescorer(release).scores(packed.tensors, request.head_weights))
+            self.scoring_s += time.monotonic() - started
+
+    def _rescorer(self, release: Release) -> "Rescorer":
+        from inference.rescore import Rescorer  # PyTorch takes seconds and 300 MB: only where scores are asked for
+
+        if release.release_id not in self._rescorers:
+            self._rescorers[release.release_id] = Rescorer(release, device=self.options.device)
+        return self._rescorers[release.release_id]

@@ -1,0 +1,178 @@
+"""Every setting of every process, typed, in one place.
+
+A setting comes from an argument of `load_settings`, else from the environment (`FRESHRANK_` and its name in capitals), else from the TOML
+file (`freshrank.toml` in the working directory, or the one that FRESHRANK_CONFIG names), else from the default here.
+"""
+
+import json
+import os
+import tomllib
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+ENVIRONMENT_PREFIX = "FRESHRANK_"
+CONFIG_VARIABLE = "FRESHRANK_CONFIG"
+_CHECKOUT = Path(__file__).parents[1]
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it, where it came from and what is allowed."""
+
+
+def _is_address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if value and not (host and colon and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError("must be host:port, or empty for the local stack's")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_is_address)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+TopicName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+
+class Settings(BaseSettings):
+    """All settings. Sizes and times carry their unit at the end of the name; 0 as a port means any free one."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, env_ignore_empty=False)
+
+    home: Path = Field(Path(".freshrank"), description="Folder of everything a stack keeps: log, state, tables, releases, log files.")
+    domain: Path = Field(
+        _CHECKOUT / "domains" / "simulator.toml", description="The domain file: what differs from one product to the next."
+    )
+    data: Path = Field(_CHECKOUT.parent / "shared" / "data", description="Folder of published logs, for tests and the demo.")
+
+    kafka_bootstrap: str = Field("", description="host:port[,host:port] of an outside Kafka; empty: the local stack starts one.")
+    kafka_properties: dict[str, str] = Field(
+        {}, description="librdkafka properties for every client, such as security.protocol and sasl.*; JSON in the environment."
+    )
+    topic_actions: TopicName = Field("freshrank.actions.v1", description="The one order of all actions (LogAppendTime).")
+    topic_dead_letters: TopicName = Field("freshrank.dead-letters.v1", description="Records that could not be decoded, with the reason.")
+    topic_rankings: TopicName = Field("freshrank.rankings.v1", description="What was ranked for whom, for training and replay.")
+    topic_announcements: TopicName = Field("freshrank.announcements.v1", description="Compacted: what every process must learn.")
+    partitions: PositiveInt = Field(4, description="Partitions of the actions and rankings topics when they are created.")
+    replication_factor: PositiveInt = Field(1, description="Replicas of topics when they are created; 3 on a production cluster.")
+    retention_ms: int = Field(-1, ge=-1, description="How long created topics keep actions and rankings; -1: for ever.")
+
+    triton_url: Address = Field("", description="host:port of an outside Triton's gRPC service; empty: the local stack starts one.")
+    torch_threads: PositiveInt = Field(1, description="CPU threads of each model instance and of training.")
+
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain of the servers; with tls_key they serve TLS.")
+    tls_key: Path | None = Field(None, validate_default=True, description="PEM private key of tls_certificate.")
+    server_token: SecretStr | None = Field(None, description="Bearer token that every ranking call must carry; none: calls are open.")
+    server_host: str = Field("127.0.0.1", validate_default=True, description="Address the ranking server binds; without TLS only loopback.")
+    server_port: Port = Field(0, description="Port of the ranking server.")
+    server_address: Address = Field("", description="host:port of the ranking server that commands call; empty: the local stack's.")
+    reader_host: str = Field("127.0.0.1", description="Address the sequence reader binds; only loopback.")
+    reader_port: Port = Field(0, description="Port of the sequence reader.")
+    reader_address: Address = Field("", description="host:port of the sequence reader that commands call; empty: the local stack's.")
+    reflection: bool = Field(True, description="gRPC reflection, for tools such as grpcurl; switch it off where the server is public.")
+
+    rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
+    rankings_max: PositiveInt = Field(64, description="Rankings in work at once; more are shed with RESOURCE_EXHAUSTED.")
+    message_bytes_max: PositiveInt = Field(4 << 20, description="Largest request that the ranking server accepts.")
+    ranking_log_queue_max: PositiveInt = Field(10_000, description="Ranking records that wait for Kafka; more are dropped and counted.")
+    inline_share: float = Field(0.01, ge=0, le=1, description="Share of users, by hash, whose packed bytes are logged inline.")
+
+    worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
+    rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
+    rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
+    view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
+
+    @field_validator("tls_key")
+    @classmethod
+    def _both_or_neither(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if "tls_certificate" in info.data and (value is None) != (info.data["tls_certificate"] is None):
+            raise ValueError("tls_certificate and tls_key belong together: set both or neither")
+        return value
+
+    @field_validator("server_host")
+    @classmethod
+    def _open_only_with_tls(cls, value: str, info: ValidationInfo) -> str:
+        if "tls_key" in info.data and info.data["tls_key"] is None and not _is_loopback(value):
+            raise ValueError(f"{value} is not a loopback address: set tls_certificate and tls_key, or bind 127.0.0.1")
+        return value
+
+    @field_validator("reader_host")
+    @classmethod
+    def _loopback_only(cls, value: str) -> str:
+        if not _is_loopback(value):
+            raise ValueError(f"{value} is not a loopback address: the sequence reader has no TLS yet and binds loopback only")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Argument, environment, file: in this order."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_path())
+
+    def as_environment(self) -> dict[str, str]:
+        """The same settings as variables for a child process, paths made absolute; secrets are in clear. Unset ones are absent."""
+        variables = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            elif isinstance(value, Path):
+                value = str(value.absolute())
+            if value is not None:
+                variables[f"{ENVIRONMENT_PREFIX}{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
+        return variables
+
+
+def config_path() -> Path:
+    """The TOML file that settings are read from; the default one may be absent."""
+    return Path(os.environ.get(CONFIG_VARIABLE) or "freshrank.toml")
+
+
+def load_settings(**arguments: Any) -> Settings:
+    """Settings from all sources; an argument that is None counts as not given.
+
+    Raises:
+        SettingsError: naming each wrong setting, its source and what is allowed.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    path = config_path()
+    if os.environ.get(CONFIG_VARIABLE) and not path.is_file():
+        raise SettingsError(f"{CONFIG_VARIABLE} names {path}, which is no file")
+    try:
+        return Settings(**given)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    except ValidationError as error:
+        lines = [_explain(str(".".join(map(str, part["loc"]))), part["msg"], given, path) for part in error.errors(include_input=False)]
+        raise SettingsError("\n".join(lines)) from error
+    except ValueError as error:  # pydantic-settings' own: a variable that should hold JSON does not
+        raise SettingsError(f"{error}: a variable {ENVIRONMENT_PREFIX}* of this setting must hold JSON") from error
+
+
+def _explain(setting: str, message: str, given: dict[str, Any], path: Path) -> str:
+    name = setting.split(".")[0]
+    if name in given:
+        source = "argument"
+    elif f"{ENVIRONMENT_PREFIX}{name.upper()}" in os.environ:
+        source = f"variable {ENVIRONMENT_PREFIX}{name.upper()}"
+    elif path.is_file() and name in tomllib.loads(path.read_text(encoding="utf-8")):
+        source = str(path)
+    else:
+        source = "default"
+    text = "is no setting of freshrank" if message.startswith("Extra inputs") else message.removeprefix("Value error, ")
+    return f"setting {setting} (from {source}): {text}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,120 @@
+"""The local stack: Kafka, Triton, worker, reader and server as supervised processes on free loopback ports in one folder.
+
+A second start keeps the data. Where the settings name an outside Kafka or Triton, that one is used instead.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deploy.kafka_server import KafkaServer
+from deploy.processes import kafka_config, topics
+from deploy.settings import Settings
+from deploy.supervisor import Command, Supervisor
+from deploy.triton_server import TritonServer
+from features.domain import load_domain
+from streams.kafka import ensure_topics
+
+SERVING = ("worker", "reader", "server")
+
+
+class StackNotRunningError(RuntimeError):
+    """No local stack runs in the folder, and the settings name no outside parts."""
+
+
+class Stack:
+    """Starts everything in order, as a context manager; `settings` then names the endpoints. Stops in reverse, leaving only data."""
+
+    def __init__(
+        self, settings: Settings, *, on_event: Callable[[str, str], None] | None = None, serving: tuple[str, ...] = SERVING
+    ) -> None:
+        self.settings = settings
+        self.supervisor = Supervisor(settings.home, on_event)
+        self._serving = serving
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.supervisor)
+            self._start()
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._exit.__exit__(kind, error, trace)
+
+    def endpoints(self) -> dict[str, str]:
+        """Address of each part by name."""
+        found = {name: str(child.statistics().get("endpoint", "")) for name, child in self.supervisor.children.items()}
+        return {"kafka": self.settings.kafka_bootstrap, "triton": self.settings.triton_url, **found}
+
+    def _start(self) -> None:
+        settings = self.settings
+        home = settings.home
+        keep_domain(settings.domain, home)
+        triton = None
+        if not settings.triton_url:
+            server = TritonServer(home / "triton", home / "triton" / "repository", threads=settings.torch_threads, restart=True)
+            triton = self.supervisor.start(server.command())
+            settings = settings.model_copy(update={"triton_url": server.grpc_url})
+        if not settings.kafka_bootstrap:
+            broker = KafkaServer(home / "kafka", restart=True)
+            self.supervisor.start(broker.command()).wait_ready()
+            settings = settings.model_copy(update={"kafka_bootstrap": broker.bootstrap})
+        if triton is not None:
+            triton.wait_ready()
+        ensure_topics(kafka_config(settings), topics(settings), partition_count=settings.partitions, retention_ms=settings.retention_ms)
+        self.settings = settings
+        for name in self._serving:  # in order: the reader and the server read the view that the worker writes
+            self.supervisor.start(process(name, settings)).wait_ready()
+
+
+def process(name: str, settings: Settings) -> Command:
+    """One of freshrank's own processes, with these settings."""
+    return Command(name, (sys.executable, "-m", "deploy.cli", name), settings.as_environment(), ready_within_s=120)
+
+
+def keep_domain(domain: Path, home: Path) -> Path:
+    """The home folder's own copy of the domain file, which commands use that name no other."""
+    kept = home / "domain.toml"
+    if domain.resolve() != kept.resolve():
+        load_domain(domain)
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(domain, kept)
+    return kept
+
+
+def running(settings: Settings) -> Settings:
+    """Settings that reach the stack which runs in the home folder, or the outside parts that they name already.
+
+    Raises:
+        StackNotRunningError: neither is there.
+    """
+    found = settings
+    for name, key in (("kafka", "kafka_bootstrap"), ("triton", "triton_url"), ("server", "server_address"), ("reader", "reader_address")):
+        if not getattr(found, key):
+            found = found.model_copy(update={key: endpoint(settings.home, name)})
+    if not found.kafka_bootstrap and not found.server_address:
+        raise StackNotRunningError(
+            f"no stack runs in {settings.home}: start one with `freshrank up`, or set kafka_bootstrap and server_address"
+        )
+    return found
+
+
+def endpoint(home: Path, name: str) -> str:
+    """Address of a running part of a local stack; empty if it does not run."""
+    try:
+        details: dict[str, Any] = json.loads((home / "run" / f"{name}.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return ""
+    try:
+        os.kill(details["pid"], 0)
+    except ProcessLookupError:
+        return ""
+    return str(details["endpoint"])

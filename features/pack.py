@@ -1,0 +1,359 @@
+"""`pack()`: what a user did and what a request asks become the model's tensors. Training, serving and replay call the same code.
+
+Only operations whose bits are the same on every machine: copies, comparisons, integer arithmetic. What a release understands of the state
+is decided here, not in the state: unknown actions, ages, retractions and take-downs. The rules for the sequence, in this order:
+
+1. actions and entity kinds that the domain file does not name are dropped;
+2. events more than the domain's future tolerance after the request, and events older than the sequence's maximum age at request time, are
+   hidden. What a request may see is decided by the log; an event slightly ahead of the request's clock is seen with age 0;
+3. an action with `retracts = a` removes every earlier event of action a on the same item, and is left out itself;
+4. events on items taken down are left out (candidates taken down stay: the caller chose them; they are counted);
+5. actions outside of the ranker's `sequence_actions` are left out;
+6. the newest `sequence_length` stay, newest first. Places behind the count are padding, whatever their ids.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from features.domain import Domain, Feature
+from features.ids import U64, string_ids
+from features.sequence import NEVER_ERASED, Events
+from features.tables import Found, TableSet
+from features.tensors import Tensor, feature_names, tensor_table
+
+Array = npt.NDArray[Any]
+Tensors = dict[str, Array]
+
+MISSING, OUTSIDE, FIRST = 0, 1, 2
+"""Codes of a category: no value, a value outside of the vocabulary, the vocabulary's first (or the first hash bucket)."""
+
+_RETRACTS, _SEEN = np.uint8(1), np.uint8(2)
+_NAN = np.float32(np.nan)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Values of a request's or of its candidates' feature, one of: number float32 [n] (NaN: missing); category uint64 [n] (xxh3-64 of the
+    text, 0: missing); category uint64 [sum of lengths] with lengths uint32 [n] for a list.
+    """
+
+    number: npt.NDArray[np.float32] | None = None
+    category: U64 | None = None
+    lengths: npt.NDArray[np.uint32] | None = None
+
+
+@dataclass(frozen=True)
+class RankInputs:
+    """A request, checked, with the user's sequence (`features.request` makes it from a RankRequest).
+
+    events EVENT_DTYPE ascending and erased_before_ms, as the row has them; candidate_ids uint64 [C]; candidate_kinds uint8 [C]; columns of
+    C values for candidate features and of one value for request features. Absent columns are missing.
+    """
+
+    user_id: int
+    request_time_ms: int
+    events: Events
+    candidate_ids: U64
+    candidate_kinds: npt.NDArray[np.uint8]
+    candidate_features: Mapping[str, Column] = field(default_factory=dict)
+    request_features: Mapping[str, Column] = field(default_factory=dict)
+    erased_before_ms: int = NEVER_ERASED
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors in the order, dtypes and shapes of `tensor_table`, and what was found on the way.
+
+    sequence_age_ms: of the newest action that the model sees, -1: none. Items are missing if the embedding space has no vector of them; so
+    is the user, and a user erased since that space's generation was made.
+    """
+
+    tensors: Tensors
+    sequence_count: int
+    sequence_age_ms: int
+    missing_candidates: int
+    missing_sequence_items: int
+    missing_user: bool
+    taken_down_candidates: int
+
+
+class Packer:
+    """Packs requests of one ranker with one set of tables. Immutable: threads may share it; new tables need a new one."""
+
+    def __init__(self, domain: Domain, ranker_name: str, tables: TableSet) -> None:
+        ranker = domain.ranker[ranker_name]
+        self.domain, self.ranker_name, self.tables = domain, ranker_name, tables
+        self.table = tensor_table(domain, ranker_name)
+        self._length, self._dimension = ranker.sequence_length, ranker.embedding_dimension
+        self._age_ms_max = domain.sequence[ranker.sequence].age_ms_max
+        self._future_tolerance_ms = domain.future_tolerance_ms
+        self._attributes = ranker.sequence_attributes
+        self._flags = np.zeros(256, np.uint8)
+        self._retractions: list[tuple[int, int]] = []
+        for name, action in domain.actions.items():
+            if ranker.sequence_actions is None or name in ranker.sequence_actions:
+                self._flags[action.id] = _SEEN
+            if action.retracts is not None:
+                self._flags[action.id] |= _RETRACTS
+                self._retractions.append((action.id, domain.actions[action.retracts].id))
+        self._kind_known = np.zeros(256, bool)
+        self._kind_known[list(domain.entities.values())] = True
+        self._surfaces = np.zeros(65536, np.int32)
+        for number in domain.surfaces.values():
+            self._surfaces[number] = number
+        self._kinds = len(domain.entities) > 1
+        self._numbers = {side: feature_names(domain, ranker_name, side, "number") for side in ("user", "item", "request", "candidate")}
+        self._categories = {side: feature_names(domain, ranker_name, side, "category") for side in self._numbers}
+        self._lists = {side: feature_names(domain, ranker_name, side, "list") for side in self._numbers}
+        self._codes = {name: _Codes(name, domain.features[name]) for name in ranker.features if domain.features[name].kind != "number"}
+        self._stored = {side: bool(self._numbers[side] or self._categories[side] or self._lists[side]) for side in self._numbers}
+
+    def pack(self, inputs: RankInputs) -> Packed:
+        """The tensors of one request. Neither reads a clock nor depends on anything but its inputs, the domain file and the tables."""
+        tables, tensors = self.tables, Tensors()
+        seen = inputs.events[self.visible(inputs)]
+        count = len(seen)
+        self._add_sequence(tensors, seen, inputs.request_time_ms)
+
+        kinds, ids = inputs.candidate_kinds, inputs.candidate_ids
+        found = tables.find(tables.items, np.concatenate((seen["entity_kind"], kinds)), np.concatenate((seen["entity_id"], ids)))
+        vectors = np.zeros((count + len(ids), self._dimension), np.float16)
+        found.fill_vectors(vectors)
+        tensors["sequence_embedding"] = np.zeros((self._length, self._dimension), np.float16)
+        tensors["sequence_embedding"][:count] = vectors[:count]
+        tensors["candidate_embedding"] = vectors[count:]
+
+        missing_user = False
+        if tables.users is not None:
+            user = tables.find_user(tables.users, inputs.user_id, inputs.erased_before_ms)
+            vector = np.zeros((1, self._dimension), np.float16)
+            user.fill_vectors(vector)
+            tensors["user_embedding"], missing_user = vector[0], bool(user.missing[0])
+        if self._kinds:
+            tensors["candidate_kind"] = kinds.astype(np.int32)
+        if tables.features is not None and self._stored["user"]:
+            self._add_stored(tensors, "user", tables.find_user(tables.features, inputs.user_id, inputs.erased_before_ms), 1)
+        if tables.features is not None and self._stored["item"]:
+            self._add_stored(tensors, "item", tables.find(tables.features, kinds, ids), len(ids))
+        if self._stored["request"]:
+            self._add_columns(tensors, "request", inputs.request_features, 1)
+        if self._stored["candidate"]:
+            self._add_columns(tensors, "candidate", inputs.candidate_features, len(ids))
+        for side in ("user", "request"):
+            self._drop_axis(tensors, side)
+        return Packed(
+            tensors={row.name: tensors[row.name] for row in self.table},
+            sequence_count=count,
+            sequence_age_ms=int(tensors["sequence_age_ms"][0]) if count else -1,
+            missing_candidates=int(np.count_nonzero(found.missing[count:])),
+            missing_sequence_items=int(np.count_nonzero(found.missing[:count])),
+            missing_user=missing_user,
+            taken_down_candidates=int(np.count_nonzero(tables.taken_down(kinds, ids))) if tables.takedowns is not None else 0,
+        )
+
+    def digest(self, tensors: Mapping[str, Array]) -> bytes:
+        """See `digest`."""
+        return _digest(self.table, tensors)
+
+    def tensor_digests(self, tensors: Mapping[str, Array]) -> dict[str, int]:
+        """See `tensor_digests`."""
+        return _tensor_digests(self.table, tensors)
+
+    def visible(self, inputs: RankInputs) -> npt.NDArray[np.int64]:
+        """Rules 1 to 6: index of each event that the model sees, newest first, int64."""
+        events = inputs.events
+        time_ms, kind = events["event_time_ms"], events["entity_kind"]
+        flags = self._flags.take(events["action"])  # 0: unknown; it leaves with what the ranker does not ask for, and retracts nothing
+        keep = self._kind_known.take(kind)
+        keep &= time_ms <= inputs.request_time_ms + self._future_tolerance_ms
+        keep &= time_ms >= inputs.request_time_ms - self._age_ms_max
+        if self._retractions:
+            retracts = (flags & _RETRACTS).astype(bool)
+            if retracts.any():
+                keep &= ~(self._retracted(events, keep) | retracts)
+        if self.tables.takedowns is not None:
+            keep &= ~self.tables.taken_down(kind, events["entity_id"])
+        keep &= (flags & _SEEN).astype(bool)
+        return np.flatnonzero(keep)[-self._length :][::-1]
+
+    def _retracted(self, events: Events, keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which events a later retraction among the kept ones takes back: bool [n]."""
+        action, kind, entity = events["action"], events["entity_kind"], events["entity_id"]
+        order = np.lexsort((entity, kind))
+        differs = np.ones(len(events), bool)
+        differs[1:] = (entity[order[1:]] != entity[order[:-1]]) | (kind[order[1:]] != kind[order[:-1]])
+        item = np.empty(len(events), np.int64)
+        item[order] = np.cumsum(differs) - 1
+        retracted = np.zeros(len(events), bool)
+        for retraction, target in self._retractions:
+            last = np.full(len(events), -1)
+            by = np.flatnonzero(keep & (action == retraction))
+            last[item[by]] = by  # the last assignment to an item wins: `by` ascends
+            of = np.flatnonzero(keep & (action == target))
+            retracted[of] |= of < last[item[of]]
+        return retracted
+
+    def _add_sequence(self, tensors: Tensors, seen: Events, request_time_ms: int) -> None:
+        count = len(seen)
+        tensors["sequence_count"] = np.array([count], np.int32)
+        tensors["sequence_action"] = np.zeros(self._length, np.int32)
+        tensors["sequence_action"][:count] = seen["action"]
+        if self._kinds:
+            tensors["sequence_kind"] = np.zeros(self._length, np.int32)
+            tensors["sequence_kind"][:count] = seen["entity_kind"]
+        tensors["sequence_age_ms"] = np.zeros(self._length, np.int64)
+        np.maximum(request_time_ms - seen["event_time_ms"], 0, out=tensors["sequence_age_ms"][:count])
+        if "surface" in self._attributes:  # 0: none, or one that the domain file does not name
+            tensors["sequence_surface"] = np.zeros(self._length, np.int32)
+            tensors["sequence_surface"][:count] = self._surfaces.take(seen["surface"])
+        if "value" in self._attributes:
+            tensors["sequence_value"] = np.zeros(self._length, np.float32)
+            tensors["sequence_value"][:count] = seen["value"]
+            _canonical(tensors["sequence_value"])
+
+    def _add_stored(self, tensors: Tensors, side: str, found: Found, n: int) -> None:
+        """Features of users or items from the tables."""
+        if numbers := self._numbers[side]:
+            out = np.full((n, len(numbers)), _NAN, np.float32)
+            for j, name in enumerate(numbers):
+                found.fill(name, out[:, j])
+            tensors[f"{side}_number"] = _canonical(out)
+        if categories := self._categories[side]:
+            codes = np.zeros((n, len(categories)), np.int32)
+            for j, name in enumerate(categories):
+                raw = np.zeros(n, np.uint64)
+                found.fill(name, raw)
+                codes[:, j] = self._codes[name](raw)
+            tensors[f"{side}_category"] = codes
+        for name in self._lists[side]:
+            raw = np.zeros((n, self._codes[name].length_max), np.uint64)
+            found.fill(name, raw)
+            tensors[f"{side}_list_{name}"] = self._codes[name](raw)
+
+    def _add_columns(self, tensors: Tensors, side: str, columns: Mapping[str, Column], n: int) -> None:
+        """Features that the request brought along."""
+        if numbers := self._numbers[side]:
+            out = np.full((n, len(numbers)), _NAN, np.float32)
+            for j, name in enumerate(numbers):
+                if name in columns:
+                    out[:, j] = columns[name].number
+            tensors[f"{side}_number"] = _canonical(out)
+        if categories := self._categories[side]:
+            codes = np.zeros((n, len(categories)), np.int32)
+            for j, name in enumerate(categories):
+                if name in columns:
+                    codes[:, j] = self._codes[name](columns[name].category)
+            tensors[f"{side}_category"] = codes
+        for name in self._lists[side]:
+            raw = np.zeros((n, self._codes[name].length_max), np.uint64)
+            if name in columns:
+                _spread(columns[name], raw)
+            tensors[f"{side}_list_{name}"] = self._codes[name](raw)
+
+    def _drop_axis(self, tensors: Tensors, side: str) -> None:
+        names = [f"{side}_number", f"{side}_category", *(f"{side}_list_{name}" for name in self._lists[side])]
+        for name in names:
+            if name in tensors:
+                tensors[name] = tensors[name][0]
+
+
+class _Codes:
+    """From hashed texts to the codes of a category or list feature."""
+
+    def __init__(self, name: str, feature: Feature) -> None:
+        self.length_max = feature.length_max
+        self._buckets = np.uint64(feature.hash_buckets or 0)
+        hashed = string_ids(feature.vocabulary or ())
+        order = np.argsort(hashed)
+        self._sorted, self._code = hashed[order], (order + FIRST).astype(np.int32)
+        if (self._sorted[1:] == self._sorted[:-1]).any():
+            raise ValueError(f"features.{name}.vocabulary: a value stands there twice (or two share one hash)")
+
+    def __call__(self, raw: Array | None) -> npt.NDArray[np.int32]:
+        """Codes of uint64 hashes: int32 of the same shape."""
+        if raw is None:
+            raise TypeError("a category or list column without values")
+        if self._buckets:
+            codes = (raw % self._buckets).astype(np.int32) + np.int32(FIRST)
+        elif len(self._sorted):
+            place = self._sorted.searchsorted(raw)
+            found = self._sorted.take(place, mode="clip") == raw
+            codes = np.where(found, self._code.take(place, mode="clip"), np.int32(OUTSIDE))
+        else:
+            codes = np.full(raw.shape, OUTSIDE, np.int32)
+        codes[raw == 0] = MISSING
+        return codes
+
+
+def _spread(column: Column, out: U64) -> None:
+    """Ragged lists into rows of `out` [n, width], cut at its width."""
+    if column.category is None or column.lengths is None:
+        raise TypeError("a list column needs category and lengths")
+    if not len(column.category):
+        return
+    lengths = column.lengths.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(out.shape[1])
+    values = column.category.take(starts[:, None] + places, mode="clip")
+    np.copyto(out, values, where=places < lengths[:, None])
+
+
+def _canonical(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Gives every NaN the same bits, in place."""
+    numbers[np.isnan(numbers)] = _NAN
+    return numbers
+
+
+def digest(domain: Domain, ranker_name: str, tensors: Mapping[str, Array]) -> bytes:
+    """Digest of all packed tensors: xxh3-128, 16 bytes big-endian, over name, dtype, shape and bytes of each in the table's order.
+
+    Raises:
+        ValueError: a tensor is absent or differs in dtype or rank from the table.
+    """
+    return _digest(tensor_table(domain, ranker_name), tensors)
+
+
+def tensor_digests(domain: Domain, ranker_name: str, tensors: Mapping[str, Array]) -> dict[str, int]:
+    """xxh3-64 of each tensor by name, over the same bytes: tells which one differs."""
+    return _tensor_digests(tensor_table(domain, ranker_name), tensors)
+
+
+def _digest(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> bytes:
+    hasher = xxhash.xxh3_128()
+    for row in table:
+        array = _checked(row, tensors)
+        hasher.update(_head(row, array))
+        hasher.update(array.data)
+    return hasher.digest()
+
+
+def _tensor_digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> dict[str, int]:
+    digests: dict[str, int] = {}
+    for row in table:
+        array = _checked(row, tensors)
+        hasher = xxhash.xxh3_64(_head(row, array))
+        hasher.update(array.data)
+        digests[row.name] = hasher.intdigest()
+    return digests
+
+
+def _head(row: Tensor, array: Array) -> bytes:
+    return f"{row.name}\0{row.dtype.str}\0{array.shape}\0".encode()
+
+
+def _checked(row: Tensor, tensors: Mapping[str, Array]) -> Array:
+    array = tensors.get(row.name)
+    if array is None:
+        raise ValueError(f"tensor {row.name} is absent")
+    if (
+        array.dtype != row.dtype
+        or array.ndim != len(row.shape)
+        or any(a != b for a, b in zip(array.shape, row.shape, strict=True) if b >= 0)
+    ):
+        raise ValueError(f"tensor {row.name} is {array.dtype.str} {array.shape}; the table says {row.dtype.str} {row.shape}")
+    return np.ascontiguousarray(array)

@@ -1,0 +1,190 @@
+"""Item and user embeddings from the log alone: factorised co-engagement, the baseline that batch models replace behind the same tables.
+
+Items acted on positively by one user soon after each other are similar: their positive pointwise mutual information is factorised
+(truncated SVD), which gives the item vectors. A user's vector is the mean of the vectors of what they acted on positively, so that the dot
+product of user and item ranks by itself. Only what the log held before `until_ms` is used.
+
+User vectors are published as several generations in the order of time, each from what came before it. Training gives a request the
+generation that serving would have had then; with today's vectors a request would be told its own answer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from features.domain import Domain
+from features.ids import U64
+from features.logs import LoggedActions, read_actions
+from features.tables import USER, Member, item_member, write_generation
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+PAIR_WINDOW = 10
+CONTEXT_SMOOTHING = 0.75
+CONFIDENCE_PRIOR = 2.0
+SNAPSHOTS = 8
+
+
+class EmbeddingError(ValueError):
+    """The log does not hold what embeddings need; says what is missing."""
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Positive actions in the order of the log: users uint64, kinds uint8, ids uint64, append_time_ms int64, each [n]."""
+
+    users: U64
+    kinds: npt.NDArray[np.uint8]
+    ids: U64
+    append_time_ms: I64
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """kinds uint8 [items], ids uint64 [items], vectors float32 [items, D]; `row` int64 [n] is the item of each positive."""
+
+    kinds: npt.NDArray[np.uint8]
+    ids: U64
+    vectors: F32
+    row: I64
+
+
+def publish_embeddings(
+    domain: Domain, ranker_name: str, log: str | Path, root: str | Path, *, until_ms: int, seed: int = 0, snapshots: int = SNAPSHOTS
+) -> list[Path]:
+    """Trains on `log` up to `until_ms` (exclusive) and writes generations of the ranker's item and user space below `root`.
+
+    Returns the folders, oldest first; the last one of each space is the one to serve.
+
+    Raises:
+        EmbeddingError: no positive action before `until_ms`.
+    """
+    ranker = domain.ranker[ranker_name]
+    positives = positive_actions(domain, log, until_ms)
+    items = item_vectors(positives, ranker.embedding_dimension, seed=seed)
+    members = {
+        item_member(name): Member(items.ids[items.kinds == kind], items.vectors[items.kinds == kind].astype(np.float16))
+        for name, kind in domain.entities.items()
+    }
+    first_ms = int(positives.append_time_ms.min())
+    folders = []
+    for space in sorted({ranker.item_space, ranker.user_space} - {None}, key=str):
+        # What a space holds does not depend on which of the rankers that share it asks.
+        held = members if any(other.item_space == space for other in domain.ranker.values()) else {}
+        has_users = any(other.user_space == space for other in domain.ranker.values())
+        moments = np.linspace(first_ms, until_ms, snapshots + 1, dtype=np.int64) if has_users else [until_ms]
+        for moment_ms in sorted(map(int, set(moments))):
+            users = {USER: user_vectors(positives, items, moment_ms)} if has_users else {}
+            folders.append(write_generation(root, str(space), moment_ms, {**held, **users}))
+    return folders
+
+
+def positive_actions(domain: Domain, log: str | Path, until_ms: int) -> Positives:
+    """Positive actions appended before `until_ms` on kinds that the domain names, without those of users erased before it.
+
+    Raises:
+        EmbeddingError: there are none.
+    """
+    wanted = np.zeros(256, bool)
+    wanted[[action.id for action in domain.actions.values() if action.kind == "positive"]] = True
+    kinds = np.zeros(256, bool)
+    kinds[list(domain.entities.values())] = True
+    parts, erased_at = [], dict[int, tuple[int, int]]()
+    seen = 0
+    for batch in read_actions(log, domain):
+        place = seen + np.arange(len(batch))
+        seen += len(batch)
+        early = batch.append_time_ms < until_ms
+        for i in np.flatnonzero(batch.erase & early).tolist():
+            earlier = erased_at.get(int(batch.users[i]), (0, 0))
+            erased_at[int(batch.users[i])] = int(place[i]), max(earlier[1], int(batch.append_time_ms[i]))
+        keep = early & ~batch.erase & wanted[batch.events["action"]] & kinds[batch.events["entity_kind"]]
+        parts.append(_columns(batch, place, keep))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    if not parts or not len(columns[0]):
+        raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
+    users, event_kinds, ids, append_time_ms, event_time_ms, place = columns
+    alive = np.ones(len(users), bool)
+    for user, (at, time_ms) in erased_at.items():
+        alive &= (users != user) | ((place > at) & (event_time_ms > time_ms))
+    return Positives(users[alive], event_kinds[alive], ids[alive], append_time_ms[alive])
+
+
+def item_vectors(positives: Positives, dimension: int, *, seed: int) -> ItemVectors:
+    """Vectors of every item acted on positively, about unit length, shorter where an item was seen seldom.
+
+    Singular vectors are found by a randomised range finder with its own seed: the same log gives the same vectors on the same machine.
+    """
+    keys = np.stack([positives.kinds.astype(np.uint64), positives.ids], 1)
+    distinct, row = np.unique(keys, axis=0, return_inverse=True)
+    row = row.reshape(-1).astype(np.int64)
+    items = len(distinct)
+    first, second = _pairs(positives.users, row)
+    code, count = np.unique(first * items + second, return_counts=True)
+    first, second = code // items, code % items
+    degree = np.bincount(first, count, minlength=items)
+    context = degree**CONTEXT_SMOOTHING
+    with np.errstate(divide="ignore"):
+        information = np.log(count * context.sum() / (degree[first] * context[second]))
+    positive = information > 0
+    vectors = np.zeros((items, dimension), np.float32)
+    if positive.any():
+        matrix = torch.sparse_coo_tensor(
+            torch.from_numpy(np.stack([first[positive], second[positive]])),
+            torch.from_numpy(information[positive].astype(np.float32)),
+            (items, items),
+            check_invariants=True,
+        ).coalesce()
+        rank = min(dimension, items)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            left, scale, _ = torch.svd_lowrank(matrix, q=min(items, rank + 8), niter=4)
+        raw = (left[:, :rank] * scale[:rank].sqrt()).numpy()
+        length = np.linalg.norm(raw, axis=1, keepdims=True)
+        seen = np.bincount(row, minlength=items)[:, None]
+        # An item seen once has a direction but little evidence for it: a short vector says so.
+        vectors[:, :rank] = raw / np.maximum(length, 1e-6) * (seen / (seen + CONFIDENCE_PRIOR))
+    return ItemVectors(distinct[:, 0].astype(np.uint8), distinct[:, 1], vectors, row)
+
+
+def user_vectors(positives: Positives, items: ItemVectors, until_ms: int) -> Member:
+    """Mean vector of what each user acted on positively before `until_ms`; users without such an action are absent."""
+    early = np.flatnonzero(positives.append_time_ms < until_ms)
+    early = early[np.argsort(positives.users[early], kind="stable")]
+    users, starts = np.unique(positives.users[early], return_index=True)
+    if not len(users):
+        return Member(np.zeros(0, np.uint64), np.zeros((0, items.vectors.shape[1]), np.float16))
+    sums = np.add.reduceat(items.vectors[items.row[early]], starts, axis=0)
+    counts = np.diff(np.append(starts, len(early)))[:, None]
+    return Member(users, (sums / counts).astype(np.float16))
+
+
+def _columns(batch: LoggedActions, place: I64, keep: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.generic], ...]:
+    events = batch.events[keep]
+    return (
+        batch.users[keep],
+        events["entity_kind"],
+        events["entity_id"],
+        batch.append_time_ms[keep],
+        events["event_time_ms"],
+        place[keep],
+    )
+
+
+def _pairs(users: U64, row: I64) -> tuple[I64, I64]:
+    """Ordered pairs of different items that a user acted on within PAIR_WINDOW positive actions, both ways: int64 [pairs] each."""
+    order = np.argsort(users, kind="stable")
+    users, row = users[order], row[order]
+    firsts, seconds = [], []
+    for distance in range(1, min(PAIR_WINDOW, len(row) - 1) + 1):
+        same = (users[distance:] == users[:-distance]) & (row[distance:] != row[:-distance])
+        before, after = row[:-distance][same], row[distance:][same]
+        firsts += [before, after]
+        seconds += [after, before]
+    if not firsts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(firsts), np.concatenate(seconds)

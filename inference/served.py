@@ -1,0 +1,306 @@
+"""What is served now: a release with one set of tables for each ranker, swapped as a whole while requests go on."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from features.domain import Domain, Ranker
+from features.pack import Packer
+from features.tables import TableError, TableSet
+from features.tensors import output_table
+from inference.release import Release, ReleaseError, blank_request, newest_releases, open_release, release_folder, write_triton_model
+from inference.triton import ModelTimeoutError, ModelUnavailableError, Tensors, TritonError, TritonModels
+
+log = logging.getLogger(__name__)
+
+TIMEOUTS_IN_A_ROW_MAX = 3
+FAIR_TIMEOUT_S = 0.25
+"""A time-out counts against the model only if it was given this long: a caller in a hurry says nothing about Triton."""
+PROBE_INTERVAL_S = 0.25
+LOAD_TIMEOUT_S = 120.0
+WARM_TIMEOUT_S = 10.0
+RETRY_S_MIN, RETRY_S_MAX = 1.0, 30.0
+
+
+class ModelGate:
+    """Whether one model is asked at all. After a failure it is not, until a probe has loaded it again and got an answer.
+
+    So a Triton that is gone costs the requests nothing but their tier, and one that is back (with no model loaded, under explicit model
+    control) is in use again without anybody's doing.
+    """
+
+    def __init__(self, triton: TritonModels, release: Release) -> None:
+        self.model = release.release_id
+        self.opened = asyncio.Event()
+        self.trips = 0
+        (self._output,) = output_table(release.domain, release.ranker)
+        self._heads = self._output.shape[1]
+        self._blank = blank_request(release.domain, release.ranker, 1)
+        self._triton = triton
+        self._timeouts = 0
+        self._probe: asyncio.Task[None] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether the model is asked."""
+        return self.opened.is_set()
+
+    async def infer(self, tensors: Tensors, *, timeout_s: float) -> npt.NDArray[np.float32]:
+        """Probabilities of a request, float32 [C, H].
+
+        Raises:
+            ModelUnavailableError, ModelTimeoutError: answer from another tier.
+        """
+        if not self.open:
+            raise ModelUnavailableError(f"{self.model}: not asked since it failed; it is probed")
+        try:
+            probability = await self._infer(tensors, timeout_s=timeout_s)
+        except ModelTimeoutError as error:
+            self._timeouts += timeout_s >= FAIR_TIMEOUT_S
+            if self._timeouts >= TIMEOUTS_IN_A_ROW_MAX:
+                self._trip(error)
+            raise
+        except ModelUnavailableError as error:
+            self._trip(error)
+            raise
+        self._timeouts = 0
+        return probability
+
+    async def bring_up(self) -> None:
+        """Loads the model where it is not, asks it once, and opens. Raises TritonError."""
+        if not await self._triton.ready(self.model):
+            await self._triton.load(self.model, timeout_s=LOAD_TIMEOUT_S)
+        await self._infer(self._blank, timeout_s=WARM_TIMEOUT_S)
+        self._timeouts = 0
+        self.opened.set()
+
+    def probe(self) -> None:
+        """Starts probing in the background, until the gate is open."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._probe_until_open(), name=f"probe {self.model}")
+
+    async def close(self) -> None:
+        """Ends probing."""
+        self.opened.clear()
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+
+    def _trip(self, error: TritonError) -> None:
+        if self.open:
+            self.opened.clear()
+            self.trips += 1
+            log.warning("model %s is out of use until a probe succeeds: %s", self.model, error)
+        self.probe()
+
+    async def _probe_until_open(self) -> None:
+        reported = ""
+        while not self.open:
+            try:
+                await self.bring_up()
+                log.info("model %s is in use", self.model)
+            except TritonError as error:
+                if str(error) != reported:
+                    reported = str(error)
+                    log.warning("model %s cannot be used yet: %s", self.model, error)
+                await asyncio.sleep(PROBE_INTERVAL_S)
+
+    async def _infer(self, tensors: Tensors, *, timeout_s: float) -> npt.NDArray[np.float32]:
+        answer = (await self._triton.infer(self.model, tensors, (self._output.name,), timeout_s=timeout_s))[self._output.name]
+        shape = (len(tensors["candidate_embedding"]), self._heads)
+        if answer.shape != shape or answer.dtype != self._output.dtype:
+            raise ModelUnavailableError(
+                f"{self.model}: answered {answer.dtype} {list(answer.shape)}, not {self._output.dtype} {list(shape)}"
+            )
+        if not np.isfinite(answer).all():
+            raise ModelUnavailableError(f"{self.model}: answered a probability that is not a number")
+        return answer.astype(np.float32, copy=False)
+
+
+@dataclass
+class Served:
+    """One release with one set of tables. Nothing of it changes but the count of requests that use it."""
+
+    release: Release
+    packer: Packer
+    gate: ModelGate
+    domain: Domain = field(init=False)
+    ranker: Ranker = field(init=False)
+    generations: Mapping[str, str] = field(init=False)
+    sequence_fingerprint: int = field(init=False)
+    late_ms_max: int | None = field(init=False)
+    """How far request_time_ms may lie behind the log's clock before evicted events are missed, milliseconds; None: nothing is evicted."""
+    in_flight: int = 0
+
+    def __post_init__(self) -> None:
+        self.domain = self.release.domain
+        self.ranker = self.domain.ranker[self.release.ranker]
+        self.generations = self.packer.tables.generations
+        self.sequence_fingerprint = self.release.sequence_fingerprint
+        sequence = self.domain.sequence[self.ranker.sequence]
+        self.late_ms_max = None if sequence.evict_age_ms is None else sequence.evict_age_ms - sequence.age_ms_max
+
+
+class Releases:
+    """Loads releases and tables, keeps one `Served` a ranker, and swaps it.
+
+    Args:
+        releases: folder of releases.
+        tables: root of the table generations.
+        repository: Triton's model repository.
+        triton: the client.
+        threads: PyTorch threads of a model in Triton.
+        unload_delay_s: how long a model that nothing here uses stays loaded: other servers of the same Triton may still be switching.
+    """
+
+    def __init__(
+        self, releases: Path, tables: Path, repository: Path, triton: TritonModels, *, threads: int = 2, unload_delay_s: float = 10.0
+    ) -> None:
+        self._folder, self._tables, self._repository, self._triton = Path(releases), Path(tables), Path(repository), triton
+        self._threads, self._unload_delay_s = threads, unload_delay_s
+        self._served: dict[str, Served] = {}
+        self.any_served = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._announced: dict[str, tuple[str, dict[str, str]]] = {}
+        self._news: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.switches = 0
+        self.switch_failures = 0
+
+    @property
+    def rankers(self) -> list[str]:
+        """Names of the rankers served."""
+        return sorted(self._served)
+
+    @contextmanager
+    def use(self, ranker: str) -> Iterator[Served]:
+        """What is served for a ranker, which stays loaded until the block ends. Raises KeyError where there is none."""
+        served = self._served[ranker]
+        served.in_flight += 1
+        try:
+            yield served
+        finally:
+            served.in_flight -= 1
+            if not served.in_flight and self._served.get(ranker) is not served:
+                self._retire(served)
+
+    async def start(self) -> None:
+        """Opens the newest release of each ranker with the newest tables. Their models load in the background: see `warm`.
+
+        Raises:
+            ReleaseError, TableError: what is there cannot be served; both sides are named.
+        """
+        for ranker, release_id in sorted(newest_releases(self._folder).items()):
+            served = await asyncio.to_thread(self._prepare, ranker, release_id, {})
+            self._served[ranker] = served
+            self.any_served.set()
+            served.gate.probe()
+
+    async def warm(self) -> None:
+        """Returns once every ranker's model has answered for the first time."""
+        for served in list(self._served.values()):
+            await served.gate.opened.wait()
+
+    async def switch(self, ranker: str, release_id: str, generations: Mapping[str, str] | None = None) -> None:
+        """Serves another release, or other generations: loads and warms it first, then swaps one pointer.
+
+        What was served stays loaded until the last request that uses it has ended.
+
+        Raises:
+            ReleaseError, TableError: it cannot be served; what was served still is.
+            TritonError: its model does not load; what was served still is.
+        """
+        async with self._lock:
+            old = self._served.get(ranker)
+            new = await asyncio.to_thread(self._prepare, ranker, release_id, dict(generations or {}))
+            if old is not None and (old.release.release_id, old.generations) == (release_id, new.generations):
+                return
+            if old is not None and old.release.release_id == release_id:
+                new.gate = old.gate
+            else:
+                await new.gate.bring_up()
+            self._served[ranker] = new
+            self.any_served.set()
+            self.switches += 1
+            log.info("ranker %s: serving %s with %s", ranker, release_id, dict(new.generations))
+        if old is not None and not old.in_flight:
+            self._retire(old)
+
+    def announce(self, ranker: str, release_id: str, generations: Mapping[str, str]) -> None:
+        """Switches in the background and tries again where that fails, until a later announcement. Called on the event loop."""
+        self._announced[ranker] = (release_id, dict(generations))
+        self._news.setdefault(ranker, asyncio.Event()).set()
+        if ranker not in self._tasks or self._tasks[ranker].done():
+            self._tasks[ranker] = asyncio.create_task(self._follow(ranker), name=f"switch {ranker}")
+
+    async def close(self) -> None:
+        """Ends everything in the background. Models stay loaded: other servers may use them."""
+        tasks = [*self._tasks.values(), *self._retiring]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for served in self._served.values():
+            await served.gate.close()
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start."""
+        gates = [served.gate for served in self._served.values()]
+        return {
+            "rankers": len(gates),
+            "models_in_use": sum(gate.open for gate in gates),
+            "model_trips": sum(gate.trips for gate in gates),
+            "switches": self.switches,
+            "switch_failures": self.switch_failures,
+        }
+
+    def _prepare(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
+        """Opens and checks everything; runs in a thread, and reads the tables' pages into memory there."""
+        release = open_release(release_folder(self._folder, release_id))
+        if release.ranker != ranker:
+            raise ReleaseError(f"{release_id}: is a release of ranker {release.ranker!r}, not of {ranker!r}")
+        tables = TableSet.open(self._tables, release.domain, ranker, generations, verify=True)
+        write_triton_model(release, self._repository, threads=self._threads)
+        packer = Packer(release.domain, ranker, tables)
+        return Served(release, packer, ModelGate(self._triton, release))
+
+    async def _follow(self, ranker: str) -> None:
+        delay_s, done = RETRY_S_MIN, None
+        while (wanted := self._announced[ranker]) != done:
+            self._news[ranker].clear()
+            try:
+                await self.switch(ranker, *wanted)
+                delay_s, done = RETRY_S_MIN, wanted
+            except (ReleaseError, TableError, TritonError) as error:
+                self.switch_failures += 1
+                log.warning("ranker %s: %s cannot be served, trying again in %.0f s: %s", ranker, wanted[0], delay_s, error)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(delay_s):
+                        await self._news[ranker].wait()
+                delay_s = min(2 * delay_s, RETRY_S_MAX)
+
+    def _retire(self, served: Served) -> None:
+        task = asyncio.create_task(self._unload(served), name=f"unload {served.gate.model}")
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _unload(self, served: Served) -> None:
+        await asyncio.sleep(self._unload_delay_s)
+        async with self._lock:  # not while a switch may be bringing the same model back
+            if any(other.gate.model == served.gate.model for other in self._served.values()):
+                return
+            await served.gate.close()
+            try:
+                await self._triton.unload(served.gate.model)
+            except TritonError as error:
+                log.warning("model %s stays loaded: %s", served.gate.model, error)
+
+
+Announce = Callable[[str, str, Mapping[str, str]], None]
+"""Takes (ranker, release id, generations by space), from any thread."""

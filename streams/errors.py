@@ -1,0 +1,35 @@
+"""What goes wrong in streams, and what the operator does about it.
+
+StreamError
+    KafkaUnavailableError   no broker answered, or it refused: bootstrap address, credentials
+    TopicError              a topic is missing or configured so that the contract does not hold
+    ProduceError            a record was not stored by the broker: nothing was lost silently, produce it again
+    StateError              the stored state cannot be carried on: wrong log, wrong definition, gap in the log
+    ViewError               the local view cannot be written
+
+Readers raise the errors of features/ports.py: SequenceUnavailableError (retry) and SequenceCorruptError (DATA_LOSS).
+"""
+
+
+class StreamError(RuntimeError):
+    """Base of the errors of this package."""
+
+
+class KafkaUnavailableError(StreamError):
+    """No broker answered within the time given, or it refused the client."""
+
+
+class TopicError(StreamError):
+    """A topic is missing, or its configuration breaks the contract."""
+
+
+class ProduceError(StreamError):
+    """A record was not acknowledged by the broker."""
+
+
+class StateError(StreamError):
+    """Stored state that cannot be carried on with this log or this domain file."""
+
+
+class ViewError(StreamError):
+    """The local view cannot be written."""

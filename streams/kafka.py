@@ -1,0 +1,216 @@
+"""Kafka as this project uses it: clients, topics, identity of a log. The only home of `confluent_kafka`.
+
+Every client takes its settings from one `KafkaConfig`, whose `properties` have librdkafka's own names (security.protocol, sasl.*, ssl.*)
+and go to each client unchanged, so that the same settings point at a local broker and at a secured cluster.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from features.ids import log_epoch
+from streams.errors import KafkaUnavailableError, TopicError
+
+__all__ = ["OFFSET_BEGINNING", "Consumer", "KafkaError", "KafkaException", "Message", "Producer", "TopicPartition"]
+
+log = logging.getLogger(__name__)
+
+PARTITIONER = "murmur2_random"
+"""Java clients' choice of partition for a key; librdkafka's own default differs."""
+
+RECORD_BYTES_MAX = 1 << 20
+"""Largest record of the actions topic."""
+
+_LARGE_BYTES_MAX = 2 * RECORD_BYTES_MAX  # a dead letter holds a whole source record, so that the largest one still fits
+_ANSWER_TIMEOUT_S = 10.0
+_AS_WRITTEN = ("error_cb", "log_level")  # the only settings whose names have underscores
+
+
+@dataclass(frozen=True)
+class KafkaConfig:
+    """How to reach Kafka. `properties`: librdkafka settings for every client."""
+
+    bootstrap: str
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    def client(self, role: str, **settings: Any) -> dict[str, Any]:
+        """Configuration of one client; underscores in `settings` stand for dots, and they win over `properties`."""
+        given = {name if name in _AS_WRITTEN else name.replace("_", "."): value for name, value in settings.items()}
+        return {"bootstrap.servers": self.bootstrap, "client.id": f"freshrank-{role}", "logger": log, **self.properties, **given}
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Names of the topics."""
+
+    actions: str = "freshrank.actions"
+    dead_letters: str = "freshrank.dead-letters"
+    rankings: str = "freshrank.rankings"
+    announcements: str = "freshrank.announcements"
+
+
+@dataclass(frozen=True)
+class LogIdentity:
+    """A topic as a log: its epoch (`features.ids.log_epoch`) and its number of partitions."""
+
+    topic: str
+    epoch: int
+    partition_count: int
+
+
+def ensure_topics(
+    config: KafkaConfig,
+    topics: Topics,
+    *,
+    partition_count: int,
+    replication_factor: int = 1,
+    retention_ms: int = -1,
+    timeout_s: float = _ANSWER_TIMEOUT_S,
+) -> LogIdentity:
+    """Creates the topics that are missing and returns the identity of the actions topic. Existing topics are left as they are, and checked.
+
+    retention_ms: of actions and rankings, -1 for ever. State can be rebuilt and rankings replayed only as far back as the log reaches.
+
+    Raises:
+        KafkaUnavailableError: no broker answered.
+        TopicError: the actions topic exists and is not what the contract needs.
+    """
+    retention = {"retention.ms": str(retention_ms)}
+    large = {"max.message.bytes": str(_LARGE_BYTES_MAX), **retention}
+    stamped = {"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(RECORD_BYTES_MAX), **retention}
+    wanted = [
+        NewTopic(topics.actions, partition_count, replication_factor, config=stamped),
+        NewTopic(topics.dead_letters, 1, replication_factor, config=large),
+        NewTopic(topics.rankings, partition_count, replication_factor, config=large),
+        NewTopic(topics.announcements, 1, replication_factor, config={"cleanup.policy": "compact"}),
+    ]
+    admin = AdminClient(config.client("admin"))
+    with answering(config):
+        existing = set(admin.list_topics(timeout=timeout_s).topics)
+    missing = [topic for topic in wanted if topic.topic not in existing]
+    if missing:
+        for name, future in admin.create_topics(missing, operation_timeout=timeout_s, request_timeout=timeout_s).items():
+            try:
+                future.result()
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise TopicError(f"topic {name}: cannot be created: {error.args[0].str()}") from error
+    check_actions_topic(config, topics.actions, timeout_s=timeout_s)
+    return log_identity(config, topics.actions, timeout_s=timeout_s)
+
+
+def check_actions_topic(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+    """Raises TopicError unless the broker stamps the topic's records (LogAppendTime) and does not compact it."""
+    admin = AdminClient(config.client("admin"))
+    with answering(config):
+        futures = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=timeout_s)
+        entries = next(iter(futures.values())).result()
+    for name, needed in (("message.timestamp.type", "LogAppendTime"), ("cleanup.policy", "delete")):
+        if entries[name].value != needed:
+            raise TopicError(
+                f"topic {topic}: {name} is {entries[name].value}, it must be {needed}: kafka-configs --alter --entity-type topics "
+                f"--entity-name {topic} --add-config {name}={needed}"
+            )
+
+
+def log_identity(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> LogIdentity:
+    """The log that a topic is now.
+
+    Raises:
+        KafkaUnavailableError: no broker answered.
+        TopicError: there is no such topic.
+    """
+    admin = AdminClient(config.client("admin"))
+    with answering(config):
+        cluster_id = admin.describe_cluster(request_timeout=timeout_s).result().cluster_id
+        described = admin.describe_topics(TopicCollection([topic]), request_timeout=timeout_s)[topic].result()
+    partition_count = len(described.partitions)
+    return LogIdentity(topic, log_epoch(cluster_id, str(described.topic_id), partition_count), partition_count)
+
+
+@contextmanager
+def answering(config: KafkaConfig) -> Iterator[None]:
+    """Turns librdkafka's errors into this project's, with what to do."""
+    try:
+        yield
+    except KafkaException as error:
+        cause = error.args[0]
+        if cause.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+            raise TopicError(f"{cause.str()}: create the topics first (freshrank up, or streams.kafka.ensure_topics)") from error
+        raise KafkaUnavailableError(unavailable(config, cause)) from error
+
+
+def unavailable(config: KafkaConfig, cause: KafkaError) -> str:
+    """What to tell the operator where a broker does not answer or refuses."""
+    return (
+        f"Kafka at {config.bootstrap} does not answer as needed ({cause.name()}: {cause.str()}): is it running, is the address right, "
+        "and do the credentials allow this (properties security.protocol, sasl.*, ssl.*)?"
+    )
+
+
+def new_producer(config: KafkaConfig, role: str, **settings: Any) -> Producer:
+    """An idempotent producer that waits for all replicas and partitions keys as Java clients do."""
+    defaults = {"partitioner": PARTITIONER, "enable_idempotence": True, "acks": "all", "message_max_bytes": _LARGE_BYTES_MAX}
+    return Producer(config.client(role, **{**defaults, **settings}))
+
+
+def new_group_consumer(config: KafkaConfig, group: str, instance: str, *, on_error: Callable[[KafkaError], None]) -> Consumer:
+    """The hot path's consumer: fast fetching, no offsets of its own, an error instead of a jump where its offset is gone from the log.
+
+    `instance`: name of this worker, the same after a restart, so that it gets its partitions back at once.
+    """
+    return Consumer(
+        config.client(
+            "worker",
+            group_id=group,
+            group_instance_id=instance,
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=2_000,
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            auto_offset_reset="error",
+            partition_assignment_strategy="range",
+            # The defaults starve a consumer that empties its queue in milliseconds: it would wait up to a second before fetching again.
+            fetch_queue_backoff_ms=5,
+            queued_min_messages=200_000,
+            queued_max_messages_kbytes=65_536,
+            fetch_wait_max_ms=100,
+            error_cb=on_error,
+        )
+    )
+
+
+def new_reader(config: KafkaConfig, role: str, **settings: Any) -> Consumer:
+    """A consumer without a group: it reads what it is assigned and commits nothing. The group id is only a name that librdkafka demands."""
+    defaults = {"group_id": f"freshrank-{role}-unused", "enable_auto_commit": False, "enable_auto_offset_store": False}
+    return Consumer(config.client(role, **{**defaults, "auto_offset_reset": "error", "fetch_wait_max_ms": 100, **settings}))
+
+
+def log_range(consumer: Consumer, topic: str, partition: int, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[int, int]:
+    """(first offset there is, offset of the next record) of a partition."""
+    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
+    return low, high
+
+
+def end_offsets(config: KafkaConfig, topic: str, partitions: Seq[int]) -> dict[int, int]:
+    """Offset of the next record of each partition."""
+    consumer = new_reader(config, "offsets")
+    try:
+        with answering(config):
+            return {partition: log_range(consumer, topic, partition)[1] for partition in partitions}
+    finally:
+        consumer.close()
+
+
+def broker_answers(config: KafkaConfig, *, timeout_s: float = 1.0) -> bool:
+    """Whether a broker answers a metadata request within `timeout_s`: it serves, not only listens."""
+    try:
+        return bool(AdminClient(config.client("admin", log_level=0)).list_topics(timeout=timeout_s).brokers)
+    except KafkaException:
+        return False

@@ -1,0 +1,79 @@
+"""What one partition's state is called and what stands beside its rows: shared by store and view, so that both hold the same bytes."""
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from features.domain import Domain
+from features.sequence import Definition, definition
+from streams.errors import StateError
+
+META_KEY = b"\x00"
+"""Key of the partition's meta row; it sorts before every row, for sequence ids start at 1."""
+
+_HEAD = struct.Struct("<4sHHiIQqq")
+_ENTRY = struct.Struct("<BQ")
+_CRC = struct.Struct("<I")
+_MAGIC, _FORMAT_VERSION = b"FRSM", 1
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Where a partition's state stands. It is written in the same batch as the rows it belongs to.
+
+    applied_offset: last record folded in, -1 for none; log_clock_ms: greatest append time up to there, 0 for none;
+    fingerprints: (sequence id, fingerprint) of every sequence kept, ascending.
+    """
+
+    log_epoch: int
+    partition: int
+    applied_offset: int
+    log_clock_ms: int
+    fingerprints: tuple[tuple[int, int], ...]
+
+    def encode(self) -> bytes:
+        """Fixed little-endian bytes with a checksum behind them."""
+        head = _HEAD.pack(
+            _MAGIC, _FORMAT_VERSION, len(self.fingerprints), self.partition, 0, self.log_epoch, self.applied_offset, self.log_clock_ms
+        )
+        data = head + b"".join(_ENTRY.pack(*entry) for entry in self.fingerprints)
+        return data + _CRC.pack(zlib.crc32(data))
+
+    @staticmethod
+    def decode(data: bytes, where: str) -> "Meta":
+        """Raises StateError, which names `where`, if the bytes are damaged or of a newer format."""
+        body = data[: -_CRC.size]
+        if len(data) < _HEAD.size + _CRC.size or _CRC.pack(zlib.crc32(body)) != data[-_CRC.size :]:
+            raise StateError(f"{where}: checksum of the meta row differs; remove this folder, the worker rebuilds it from the log")
+        magic, version, count, partition, _, log_epoch, applied_offset, log_clock_ms = _HEAD.unpack_from(body)
+        if magic != _MAGIC or version != _FORMAT_VERSION or len(body) != _HEAD.size + count * _ENTRY.size:
+            raise StateError(f"{where}: meta row of format {version} is not one that this program reads: upgrade it")
+        return Meta(log_epoch, partition, applied_offset, log_clock_ms, tuple(_ENTRY.iter_unpack(body[_HEAD.size :])))
+
+
+def definitions(domain: Domain) -> dict[int, Definition]:
+    """The definition of every [sequence.NAME] of a domain, by its id, ascending."""
+    return {sequence.id: definition(domain, name) for name, sequence in sorted(domain.sequence.items(), key=lambda item: item[1].id)}
+
+
+def fingerprints(kept: Mapping[int, Definition]) -> tuple[tuple[int, int], ...]:
+    """(sequence id, fingerprint) of each, ascending."""
+    return tuple(sorted((number, what.fingerprint) for number, what in kept.items()))
+
+
+def row_key(sequence_id: int, user_id: int) -> bytes:
+    """Key of a user's row: the sequence's id, then the user id, 8 bytes big-endian."""
+    return bytes((sequence_id,)) + user_id.to_bytes(8, "big")
+
+
+def row_keys(sequence_id: int, users: npt.NDArray[np.uint64]) -> list[bytes]:
+    """`row_key` of each of users uint64 [n]; ascending where the users are."""
+    keys = np.empty((len(users), 9), np.uint8)
+    keys[:, 0] = sequence_id
+    keys[:, 1:] = users.astype(">u8").view(np.uint8).reshape(-1, 8)
+    data = keys.tobytes()
+    return [data[start : start + 9] for start in range(0, len(data), 9)]

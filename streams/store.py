@@ -1,0 +1,182 @@
+"""The durable state: one RocksDB database a partition, rows and applied offset in one WriteBatch. The only home of `rocksdict`.
+
+A database is the truth of its partition; the view (streams/view.py) is a copy of it that readers may see. Writes go to RocksDB's log
+without an fsync: a killed process loses nothing, a machine that loses power loses the last moments, and the worker reads those again from
+Kafka, from the offset that the database then has.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Protocol
+
+import rocksdict
+
+from features.sequence import Definition
+from streams.errors import StateError
+from streams.state import META_KEY, Meta, fingerprints
+
+
+class PartitionStore(Protocol):
+    """One partition's state. The contract suite runs over each implementation."""
+
+    meta: Meta
+
+    def get(self, keys: Seq[bytes]) -> list[bytes | None]:
+        """The rows of some keys (`streams.state.row_keys`), None where there is none."""
+        ...
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """Rows and meta, all or nothing, also through a crash."""
+        ...
+
+    def scan(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, row), ascending, without the meta row."""
+        ...
+
+    def close(self) -> None:
+        """Releases files and lock."""
+        ...
+
+
+class Store(Protocol):
+    """Partitions under one folder."""
+
+    def open(self, partition: int, log_epoch: int) -> PartitionStore:
+        """Opens or creates a partition's state.
+
+        Raises:
+            StateError: it belongs to another log or another definition, or another process holds it.
+        """
+        ...
+
+
+def initial_meta(partition: int, log_epoch: int, kept: Mapping[int, Definition]) -> Meta:
+    """Meta of a partition without any record."""
+    return Meta(log_epoch, partition, -1, 0, fingerprints(kept))
+
+
+def check_meta(meta: Meta, expected: Meta, where: str) -> None:
+    """Raises StateError where stored state does not belong to this log and these definitions."""
+    if meta.partition != expected.partition:
+        raise StateError(f"{where}: holds partition {meta.partition}, not {expected.partition}: folders were mixed up")
+    if meta.log_epoch != expected.log_epoch:
+        raise StateError(
+            f"{where}: belongs to log {meta.log_epoch:016x}, the topic is now log {expected.log_epoch:016x} (its cluster, topic id or "
+            "number of partitions changed). Point the settings at the old log, or give the worker a new state folder: it rebuilds from "
+            "this log"
+        )
+    if meta.fingerprints != expected.fingerprints:
+        raise StateError(
+            f"{where}: was kept by other [sequence] definitions than the domain file's. Undo the change of length, caps or eviction, or "
+            "give the worker a new state folder: it rebuilds from the log"
+        )
+
+
+class RocksStore:
+    """RocksDB databases under one folder, sharing one block cache and one write-buffer budget."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        kept: Mapping[int, Definition],
+        *,
+        cache_bytes: int = 256 << 20,
+        write_buffer_bytes: int = 256 << 20,
+        lock_wait_s: float = 10.0,
+    ) -> None:
+        """`kept`: definitions by sequence id (`streams.state.definitions`). `lock_wait_s`: how long the last owner may hold a lock."""
+        self._folder = Path(folder)
+        self._kept = dict(kept)
+        self._lock_wait_s = lock_wait_s
+        self._cache = rocksdict.Cache(cache_bytes)
+        # Without a stall: a full budget flushes the fullest table instead of stopping writers.
+        self._buffers = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, self._cache)
+        self._write_buffer_bytes = write_buffer_bytes
+
+    def open(self, partition: int, log_epoch: int) -> "RocksPartition":
+        """See `Store.open`."""
+        path = self._folder / str(partition)
+        path.mkdir(parents=True, exist_ok=True)
+        database = self._open_database(path)
+        try:
+            meta = self._read_meta(database, initial_meta(partition, log_epoch, self._kept), str(path))
+        except BaseException:
+            database.close()
+            raise
+        return RocksPartition(database, meta)
+
+    @staticmethod
+    def _read_meta(database: rocksdict.Rdict, initial: Meta, where: str) -> Meta:
+        stored = database.get(META_KEY)
+        if stored is not None:
+            meta = Meta.decode(stored, where)
+            check_meta(meta, initial, where)
+            return meta
+        if next(iter(database.items()), None) is not None:
+            raise StateError(f"{where}: has rows but no meta row; remove this folder, the worker rebuilds it from the log")
+        return initial
+
+    def _open_database(self, path: Path) -> rocksdict.Rdict:
+        deadline = time.monotonic() + self._lock_wait_s
+        while True:
+            try:
+                return rocksdict.Rdict(str(path), self._options())
+            except Exception as error:  # rocksdict raises plain Exception for everything
+                if "lock" not in str(error).lower():
+                    raise StateError(f"{path}: RocksDB cannot open it: {error}") from error
+                if time.monotonic() > deadline:
+                    raise StateError(f"{path}: another worker holds it: stop that one, or give this one its own state folder") from error
+                time.sleep(0.05)  # the previous owner is closing: RocksDB offers no way to wait for a lock
+
+    def _options(self) -> rocksdict.Options:
+        table = rocksdict.BlockBasedOptions()
+        table.set_block_cache(self._cache)
+        table.set_cache_index_and_filter_blocks(True)
+        table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+        table.set_bloom_filter(10, False)
+        table.set_block_size(16 << 10)
+        table.set_format_version(5)
+        options = rocksdict.Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_write_buffer_manager(self._buffers)
+        options.set_write_buffer_size(max(self._write_buffer_bytes // 4, 1 << 20))
+        options.set_block_based_table_factory(table)
+        # Rows are rewritten whole: what is young dies young, so only the last level is worth compressing.
+        options.set_compression_type(rocksdict.DBCompressionType.none())
+        options.set_bottommost_compression_type(rocksdict.DBCompressionType.lz4())
+        options.set_level_compaction_dynamic_level_bytes(True)
+        options.set_max_background_jobs(2)
+        options.set_keep_log_file_num(5)
+        return options
+
+
+class RocksPartition:
+    """One partition's RocksDB database: see `PartitionStore`."""
+
+    def __init__(self, database: rocksdict.Rdict, meta: Meta) -> None:
+        self._database = database
+        self.meta = meta
+
+    def get(self, keys: Seq[bytes]) -> list[bytes | None]:
+        """See `PartitionStore.get`. A list get leaves the GIL to other threads."""
+        return self._database.get(list(keys)) if keys else []
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """See `PartitionStore.write`."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        put = batch.put
+        for key, row in zip(keys, rows, strict=True):
+            put(key, row)
+        put(META_KEY, meta.encode())
+        self._database.write(batch)
+        self.meta = meta
+
+    def scan(self) -> Iterator[tuple[bytes, bytes]]:
+        """See `PartitionStore.scan`."""
+        yield from self._database.items(from_key=META_KEY + b"\x00")
+
+    def close(self) -> None:
+        """See `PartitionStore.close`."""
+        self._database.close()

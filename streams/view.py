@@ -1,0 +1,269 @@
+"""The view: rows and watermark of one moment, for readers in other processes. The only home of `lmdb`.
+
+One LMDB environment a partition. The worker writes it right after the store's WriteBatch, all rows of the batch and the meta row in one
+transaction; a reader's transaction therefore sees rows and applied offset of one moment, also for a user without a row. The view is a copy:
+it is not synced to disk, and where it does not agree with the store (another offset, log, definition or boot of the machine) the worker
+makes it anew from the store. Readers meanwhile are told that there is nothing to read yet.
+"""
+
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from itertools import islice
+from pathlib import Path
+
+import lmdb
+
+from features.domain import Domain
+from features.ids import partition_of, user_key
+from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
+from features.sequence import decode_row
+from streams.errors import StateError, ViewError
+from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
+
+MAP_BYTES = 64 << 30
+"""Address space of one partition's view. The file grows as it is written; this is only its limit."""
+
+_READERS_MAX = 510
+_REBUILD_ROWS = 5_000
+_BOOT_FILE = "boot"
+_DATA_FILE = "data.mdb"
+_NO_META = b""
+
+
+class PartitionView:
+    """The writing end of one partition's view; there is one writer, the worker that owns the partition."""
+
+    def __init__(self, folder: str | Path, partition: int, *, map_bytes: int = MAP_BYTES) -> None:
+        """Opens the view of `<folder>/<partition>/`, and drops what an earlier boot of the machine left: it may be torn.
+
+        Raises:
+            ViewError: the folder cannot be written.
+        """
+        self._path = Path(folder) / str(partition)
+        try:
+            self._prepare()
+            # Without writemap: a stray pointer cannot write into the map, the file is no larger than its content, and it measured faster.
+            self._environment = lmdb.open(
+                str(self._path), map_size=map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
+            )
+        except (OSError, lmdb.Error) as error:
+            raise ViewError(f"{self._path}: the view cannot be opened for writing: {error}") from error
+
+    def _prepare(self) -> None:
+        boot = _boot_id()
+        marker = self._path / _BOOT_FILE
+        if self._path.exists() and (not marker.exists() or marker.read_text() != boot):
+            # Renamed first: a reader must never combine the old data file with a new lock file.
+            stale = self._path.with_name(f"{self._path.name}.stale")
+            shutil.rmtree(stale, ignore_errors=True)
+            self._path.rename(stale)
+            shutil.rmtree(stale)
+        self._path.mkdir(parents=True, exist_ok=True)
+        marker.write_text(boot)
+
+    def meta(self) -> bytes | None:
+        """The encoded meta row; None where the view was never completed."""
+        with self._environment.begin() as transaction:
+            return transaction.get(META_KEY) or None
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """Rows and meta in one transaction: readers see all of it or nothing.
+
+        Raises:
+            ViewError: the view has no room.
+        """
+        try:
+            with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                cursor.putmulti([*zip(keys, rows, strict=True), (META_KEY, meta.encode())])
+        except lmdb.MapFullError as error:
+            limit_bytes = self._environment.info()["map_size"]
+            raise ViewError(f"{self._path}: the view is full at {limit_bytes} bytes: raise the worker's view_map_bytes") from error
+        except lmdb.Error as error:
+            raise ViewError(f"{self._path}: the view cannot be written: {error}") from error
+
+    def rebuild(self, items: Iterable[tuple[bytes, bytes]], meta: Meta) -> int:
+        """Makes the view anew from the store's rows; returns how many. Readers get SequenceUnavailableError until it is complete."""
+        database = self._environment.open_db()
+        with self._environment.begin(write=True) as transaction:
+            transaction.drop(database, delete=False)
+            transaction.put(META_KEY, _NO_META)
+        count = 0
+        remaining = iter(items)
+        while chunk := list(islice(remaining, _REBUILD_ROWS)):
+            with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                cursor.putmulti(chunk, append=True)
+            count += len(chunk)
+        self.write([], [], meta)
+        return count
+
+    def clear_dead_readers(self) -> int:
+        """Frees the slots of readers that were killed, so that they do not hold old pages; returns how many."""
+        return int(self._environment.reader_check())
+
+    def close(self) -> None:
+        """Closes the file; the view stays readable."""
+        self._environment.close()
+
+
+class ViewReader:
+    """Reads the view from any process of the machine: implements `features.ports.SequenceReader`.
+
+    A read is a few microseconds of look-ups in shared memory; rows are checked (user and checksum), not decoded.
+    """
+
+    def __init__(self, folder: str | Path, domain: Domain, partition_count: int) -> None:
+        """`folder` is the worker's view folder; it may be empty still."""
+        self._folder = Path(folder)
+        self._partition_count = partition_count
+        self._sequence_ids = {name: sequence.id for name, sequence in domain.sequence.items()}
+        self._fingerprints = fingerprints(definitions(domain))
+        self._open: dict[int, tuple[tuple[int, int], lmdb.Environment]] = {}
+        self._metas: dict[int, tuple[bytes, Meta]] = {}
+        self._opening = threading.Lock()
+        self._counters = dict.fromkeys(("reads", "users", "rows_missing", "reopened", "unavailable", "corrupt"), 0)
+
+    def read(self, sequence: str, user_ids: Seq[int]) -> list[Reading]:
+        """See `features.ports.SequenceReader.read`. Raises KeyError for a sequence that the domain does not define."""
+        sequence_id = self._sequence_ids[sequence]
+        self._counters["reads"] += 1
+        self._counters["users"] += len(user_ids)
+        by_partition: dict[int, list[int]] = {}
+        for i, user_id in enumerate(user_ids):
+            by_partition.setdefault(partition_of(user_key(user_id), self._partition_count), []).append(i)
+        readings: list[Reading | None] = [None] * len(user_ids)
+        try:
+            for partition, indices in by_partition.items():
+                keys = [row_key(sequence_id, user_ids[i]) for i in indices]
+                meta, rows = self._fetch(partition, keys)
+                watermark = Position(meta.log_epoch, partition, meta.applied_offset)
+                for i, row in zip(indices, rows, strict=True):
+                    self._check(row, user_ids[i])
+                    readings[i] = Reading(user_ids[i], row, watermark, meta.log_clock_ms)
+        except SequenceUnavailableError:
+            self._counters["unavailable"] += 1
+            raise
+        except SequenceCorruptError:
+            self._counters["corrupt"] += 1
+            raise
+        return [reading for reading in readings if reading is not None]
+
+    def position(self, user_id: int) -> Position:
+        """See `features.ports.SequenceReader.position`."""
+        partition = partition_of(user_key(user_id), self._partition_count)
+        meta, _ = self._fetch(partition, ())
+        return Position(meta.log_epoch, partition, meta.applied_offset)
+
+    def positions(self) -> list[Position]:
+        """The watermark of every partition that has a view now."""
+        found = []
+        for partition in range(self._partition_count):
+            try:
+                meta, _ = self._fetch(partition, ())
+            except SequenceUnavailableError:
+                continue
+            found.append(Position(meta.log_epoch, partition, meta.applied_offset))
+        return found
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start."""
+        return dict(self._counters)
+
+    def close(self) -> None:
+        """Closes every partition's view."""
+        for _, environment in self._open.values():
+            environment.close()
+        self._open.clear()
+
+    def _fetch(self, partition: int, keys: Seq[bytes]) -> tuple[Meta, list[bytes]]:
+        """Meta and rows of one moment; an empty row where there is none."""
+        environment = self._environment(partition)
+        try:
+            with environment.begin() as transaction:
+                encoded = transaction.get(META_KEY)
+                rows = [transaction.get(key, b"") for key in keys]
+        except lmdb.MapResizedError:
+            environment.set_mapsize(0)  # the worker's limit was raised: adopt its size
+            return self._fetch(partition, keys)
+        except lmdb.Error as error:
+            raise SequenceUnavailableError(f"{self._folder / str(partition)}: the view cannot be read: {error}") from error
+        self._counters["rows_missing"] += rows.count(b"")
+        return self._meta(partition, encoded), rows
+
+    def _meta(self, partition: int, encoded: bytes | None) -> Meta:
+        if not encoded:
+            raise SequenceUnavailableError(f"{self._folder / str(partition)}: the worker is rebuilding the view: retry")
+        known = self._metas.get(partition)
+        if known is not None and known[0] == encoded:
+            return known[1]
+        try:
+            meta = Meta.decode(encoded, str(self._folder / str(partition)))
+        except StateError as error:
+            raise SequenceCorruptError(str(error)) from error
+        if meta.fingerprints != self._fingerprints:
+            raise SequenceUnavailableError(
+                f"{self._folder / str(partition)}: the worker keeps other [sequence] definitions than this domain file: start both with one"
+            )
+        self._metas[partition] = (encoded, meta)
+        return meta
+
+    def _environment(self, partition: int) -> lmdb.Environment:
+        """The partition's environment; opened again where the worker replaced the file."""
+        path = self._folder / str(partition)
+        known = self._open.get(partition)
+        try:
+            identity = _identity(path / _DATA_FILE)
+        except OSError as error:
+            raise SequenceUnavailableError(f"{path}: no view of partition {partition} yet: is the worker running?") from error
+        if known is not None and known[0] == identity:
+            return known[1]
+        with self._opening:
+            return self._reopen(partition, path, identity)
+
+    def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
+        try:
+            known = self._open.get(partition)
+            if known is not None:
+                if known[0] == identity:
+                    return known[1]
+                known[1].close()
+                del self._open[partition]
+                self._counters["reopened"] += 1
+            environment = lmdb.open(str(path), map_size=MAP_BYTES, readonly=True, max_readers=_READERS_MAX, max_spare_txns=4)
+            if _identity(path / _DATA_FILE) != identity:
+                environment.close()
+                raise SequenceUnavailableError(f"{path}: the worker is replacing the view: retry")
+        except (OSError, lmdb.Error) as error:
+            raise SequenceUnavailableError(f"{path}: the view of partition {partition} cannot be opened yet: {error}") from error
+        environment.reader_check()
+        self._open[partition] = (identity, environment)
+        return environment
+
+    def _check(self, row: bytes, user_id: int) -> None:
+        """The header's own checks in two comparisons; `decode_row` says what is wrong."""
+        if row and (row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little") or row[16:24] != user_id.to_bytes(8, "little")):
+            decode_row(row, user_id)
+            raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
+
+
+def sync_view(view: PartitionView, meta: Meta, scan: Iterator[tuple[bytes, bytes]]) -> int | None:
+    """Brings a view to the store's moment: None if it was there already, otherwise the rows copied from `scan`."""
+    if view.meta() == meta.encode():
+        return None
+    return view.rebuild(scan, meta)
+
+
+def disk_bytes(folder: str | Path) -> Mapping[int, int]:
+    """Size of each partition's view, by partition."""
+    return {int(path.parent.name): path.stat().st_size for path in Path(folder).glob(f"*/{_DATA_FILE}") if path.parent.name.isdigit()}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_dev
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -1,0 +1,30 @@
+"""Real servers for tests: one broker for the session, and Triton servers on request."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.kafka_server import KafkaServer
+from deploy.triton_server import TritonServer
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A real broker, shared by the session: tests take topic names of their own and never stop it."""
+    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., TritonServer]]:
+    """`triton(repository, load=[...])` starts a real Triton for this test; it stops at the test's end."""
+    servers: list[TritonServer] = []
+
+    def start(repository: Path, *, load: tuple[str, ...] = (), threads: int = 1) -> TritonServer:
+        servers.append(TritonServer(tmp_path_factory.mktemp("triton"), repository, load=load, threads=threads))
+        return servers[-1].start()
+
+    yield start
+    for server in reversed(servers):
+        server.stop()

@@ -1,0 +1,309 @@
+"""One suite over every sequence reader: the LMDB view, and one in memory that is built on the naive oracle."""
+
+import multiprocessing
+from dataclasses import replace
+
+import lmdb
+import numpy as np
+import pytest
+
+from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
+from features.domain import parse_domain
+from features.ids import partition_of, user_key
+from features.oracle import naive_fold
+from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
+from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
+from streams.batch_loop import fold_batch
+from streams.errors import ViewError
+from streams.memory import MemoryStore
+from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
+from streams.view import PartitionView, ViewReader, sync_view
+
+PARTITIONS = 2
+EPOCH = 9
+DOMAIN = parse_domain(
+    """
+name = "test"
+[entities]
+item = 1
+[actions.click]
+id = 1
+kind = "positive"
+[actions.view]
+id = 2
+kind = "impression"
+[sequence.main]
+id = 1
+length = 4
+[sequence.clicks]
+id = 2
+length = 3
+caps = { view = 1 }
+[ranker.home]
+sequence = "main"
+sequence_length = 4
+item_space = "items"
+[ranker.home.heads.click]
+actions = ["click"]
+""",
+    source="test",
+)
+USERS = list(range(100, 112))
+
+
+def partition_for(user: int) -> int:
+    return partition_of(user_key(user), PARTITIONS)
+
+
+def batches(seed: int) -> list[Batch]:
+    """Two batches for each partition, with an erasure and a rejected record."""
+    random = np.random.default_rng(seed)
+    found = []
+    for partition in range(PARTITIONS):
+        own = [user for user in USERS if partition_for(user) == partition]
+        for start in (0, 40):
+            n = 40
+            events = np.zeros(n, EVENT_DTYPE)
+            events["event_time_ms"] = random.integers(1, 1000, n)
+            events["event_id"], events["entity_id"] = random.integers(0, 50, n), random.integers(0, 9, n)
+            events["action"], events["entity_kind"] = random.integers(1, 3, n), 1
+            verdict = np.full(n, ACTION, np.uint8)
+            verdict[5], verdict[7] = REJECTED, ERASE
+            users = random.choice(own, n).astype(np.uint64)
+            users[5] = 0
+            events[verdict != ACTION] = np.zeros((), EVENT_DTYPE)
+            stamps = 200 + start + np.arange(n)
+            found.append(Batch(EPOCH, partition, start + np.arange(n), stamps, verdict, users, events, {5: "value: bad"}))
+    return found
+
+
+class OracleReader:
+    """Reads what the oracle says. Its rows are encoded from the naive fold."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._folds = {p: naive_fold(b for b in batches if b.partition == p) for p in range(PARTITIONS)}
+        self._last = {p: [b for b in batches if b.partition == p][-1] for p in range(PARTITIONS)}
+        self._touched: dict[int, int] = {}
+        for batch in batches:
+            for user, offset, verdict in zip(batch.users.tolist(), batch.offsets.tolist(), batch.verdict.tolist(), strict=True):
+                if verdict != REJECTED:
+                    self._touched[user] = offset
+
+    def read(self, sequence: str, user_ids: list[int]) -> list[Reading]:
+        what = definition(DOMAIN, sequence)
+        return [self._reading(what, user) for user in user_ids]
+
+    def _reading(self, what, user: int) -> Reading:
+        naive, row = self._folds[partition_for(user)].get(user), b""
+        if naive is not None:
+            erased = max((append_ms for _, append_ms in naive.erasures), default=NEVER_ERASED)
+            place = EPOCH, partition_for(user), self._touched[user]
+            row = encode_row(Row(user, what.fingerprint, *place, erased, naive.sequence(what)))
+        return Reading(user, row, self.position(user), int(self._last[partition_for(user)].append_time_ms.max()))
+
+    def position(self, user_id: int) -> Position:
+        partition = partition_for(user_id)
+        return Position(EPOCH, partition, int(self._last[partition].offsets[-1]))
+
+    def statistics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def build_view(folder, batches: list[Batch]) -> None:
+    """What a worker does: fold, store, view."""
+    kept, store = definitions(DOMAIN), MemoryStore(definitions(DOMAIN))
+    for partition in range(PARTITIONS):
+        held, view = store.open(partition, EPOCH), PartitionView(folder, partition, map_bytes=1 << 24)
+        sync_view(view, held.meta, held.scan())
+        for batch in batches:
+            if batch.partition == partition:
+                keys, rows, meta = fold_batch(kept, held, batch)
+                held.write(keys, rows, meta)
+                view.write(keys, rows, meta)
+        view.close()
+        held.close()
+
+
+@pytest.fixture(params=["view", "oracle"])
+def reader(request, tmp_path):
+    if request.param == "oracle":
+        yield OracleReader(batches(1))
+        return
+    build_view(tmp_path, batches(1))
+    found = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("sequence", ["main", "clicks"])
+def test_rows_are_the_naive_fold(reader, sequence):
+    readings = reader.read(sequence, USERS)
+    assert readings == OracleReader(batches(1)).read(sequence, USERS)
+    assert any(decode_row(reading.row).events.size for reading in readings if reading.row)
+
+
+def test_readings_stand_in_the_order_asked_for(reader):
+    asked = [USERS[3], 999, USERS[0], USERS[3]]
+    assert [reading.user_id for reading in reader.read("main", asked)] == asked
+    assert reader.read("main", []) == []
+
+
+def test_an_unknown_user_has_an_empty_row_and_a_watermark(reader):
+    (reading,) = reader.read("main", [999])
+    assert reading.row == b""
+    assert reading.watermark == Position(EPOCH, partition_for(999), 79)
+    assert reading.log_clock_ms == 200 + 40 + 39
+
+
+def test_the_position_is_that_of_a_reading(reader):
+    for reading in reader.read("main", USERS):
+        assert reader.position(reading.user_id) == reading.watermark
+
+
+def test_an_unknown_sequence_is_an_error(reader):
+    with pytest.raises(KeyError):
+        reader.read("nope", USERS)
+
+
+# What only the view can get wrong.
+
+
+def test_nothing_is_read_before_there_is_a_view(tmp_path):
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    with pytest.raises(SequenceUnavailableError, match="is the worker running"):
+        reader.read("main", USERS)
+    assert reader.positions() == []
+    build_view(tmp_path, batches(1))
+    assert len(reader.read("main", USERS)) == len(USERS)
+    reader.close()
+
+
+def test_an_empty_partition_has_a_watermark(tmp_path):
+    build_view(tmp_path, [])
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    assert [reading.watermark.offset for reading in reader.read("main", USERS[:1])] == [-1]
+    reader.close()
+
+
+def test_readers_wait_while_the_view_is_made_anew(tmp_path):
+    build_view(tmp_path, batches(1))
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    meta = Meta.decode(view.meta() or b"", "view")
+
+    def broken_scan():
+        yield row_key(1, 1), b"x" * 64
+        raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        view.rebuild(broken_scan(), meta)
+    assert view.meta() is None
+    view.close()
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    with pytest.raises(SequenceUnavailableError, match="rebuilding"):
+        reader.read("main", [user for user in USERS if partition_for(user) == 0])
+    assert reader.statistics()["unavailable"] == 1
+    assert [position.partition for position in reader.positions()] == [1]
+    reader.close()
+
+
+def test_a_view_that_differs_from_the_store_is_made_anew(tmp_path):
+    build_view(tmp_path, batches(1))
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    meta = Meta.decode(view.meta() or b"", "view")
+    row = encode_row(Row(7, definition(DOMAIN, "main").fingerprint, EPOCH, 0, 3, NEVER_ERASED, np.zeros(1, EVENT_DTYPE)))
+    assert sync_view(view, meta, iter(())) is None
+    later = replace(meta, applied_offset=meta.applied_offset + 1)
+    assert sync_view(view, later, iter([(row_key(1, 7), row)])) == 1
+    assert view.meta() == later.encode()
+    with view._environment.begin() as transaction:
+        assert [key for key, _ in transaction.cursor()] == [META_KEY, row_key(1, 7)]
+    view.close()
+
+
+def test_a_view_of_an_earlier_boot_is_dropped_and_readers_follow(tmp_path):
+    build_view(tmp_path, batches(1))
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    before = reader.read("main", USERS)
+    for partition in range(PARTITIONS):
+        (tmp_path / str(partition) / "boot").write_text("an earlier one")
+    build_view(tmp_path, batches(2))
+    after = reader.read("main", USERS)
+    assert after == OracleReader(batches(2)).read("main", USERS)
+    assert after != before
+    assert reader.statistics()["reopened"] == PARTITIONS
+    reader.close()
+
+
+@pytest.mark.parametrize("damage", ["bit", "other user"])
+def test_a_row_that_cannot_be_trusted_is_data_loss(tmp_path, damage):
+    build_view(tmp_path, batches(1))
+    user, other = [user for user in USERS if partition_for(user) == 0][:2]
+    with lmdb.open(str(tmp_path / "0"), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        row = bytearray(transaction.get(row_key(1, user)))
+        if damage == "bit":
+            row[-1] ^= 1
+        else:
+            row = bytearray(transaction.get(row_key(1, other)))
+        transaction.put(row_key(1, user), bytes(row))
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    with pytest.raises(SequenceCorruptError, match="checksum differs" if damage == "bit" else "another user"):
+        reader.read("main", [user])
+    assert reader.statistics()["corrupt"] == 1
+    reader.close()
+
+
+def test_a_view_of_other_definitions_is_not_read(tmp_path):
+    build_view(tmp_path, batches(1))
+    changed = DOMAIN.model_copy(update={"sequence": {**DOMAIN.sequence, "main": DOMAIN.sequence["main"].model_copy(update={"length": 5})}})
+    reader = ViewReader(tmp_path, changed, PARTITIONS)
+    with pytest.raises(SequenceUnavailableError, match=r"other \[sequence\] definitions"):
+        reader.read("main", USERS)
+    reader.close()
+
+
+def test_a_full_view_is_an_error_that_says_what_to_raise(tmp_path):
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 17)
+    meta = Meta(EPOCH, 0, 1, 1, fingerprints(definitions(DOMAIN)))
+    with pytest.raises(ViewError, match="full at 131072 bytes: raise the worker's view_map_bytes"):
+        view.write([row_key(1, user) for user in range(1, 100)], [b"x" * 4000] * 99, meta)
+    assert view.meta() is None
+    view.close()
+
+
+def write_for_ever(folder, ready, stop) -> None:
+    """Each batch rewrites every user's row with the batch's own number, which is also the watermark."""
+    view, number = PartitionView(folder, 0, map_bytes=1 << 24), 0
+    meta = Meta(EPOCH, 0, -1, 0, fingerprints(definitions(DOMAIN)))
+    sync_view(view, meta, iter(()))
+    what = definition(DOMAIN, "main").fingerprint
+    while not stop.is_set():
+        rows = [encode_row(Row(user, what, EPOCH, 0, number, NEVER_ERASED, np.zeros(20, EVENT_DTYPE))) for user in USERS]
+        view.write([row_key(1, user) for user in USERS], rows, replace(meta, applied_offset=number))
+        number += 1
+        ready.set()
+    view.close()
+
+
+def test_rows_and_watermark_are_of_one_moment_in_another_process(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, stop = context.Event(), context.Event()
+    writer = context.Process(target=write_for_ever, args=(tmp_path, ready, stop))
+    writer.start()
+    try:
+        assert ready.wait(60)
+        reader = ViewReader(tmp_path, DOMAIN, 1)
+        seen = set()
+        while len(seen) < 300:
+            moments = {(decode_row(reading.row).offset, reading.watermark.offset) for reading in reader.read("main", USERS)}
+            assert len(moments) == 1
+            ((offset, watermark),) = moments
+            assert offset == watermark
+            seen.add(offset)
+        reader.close()
+    finally:
+        stop.set()
+        writer.join(30)
+    assert writer.exitcode == 0

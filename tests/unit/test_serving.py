@@ -1,0 +1,196 @@
+"""Parts of the ranking server by themselves: scores, the gate before a model, requests, addresses, columns."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving_world import DOMAIN, NOW_MS
+
+from features.ids import string_id
+from features.request import RequestError
+from inference.client import feature_column
+from inference.release import Release
+from inference.scoring import best_first, embedding_scores, final_scores, head_weights
+from inference.served import ModelGate
+from inference.server import STATUS, ServerConfig, Timings, is_sampled, parse_request, server_credentials
+from inference.triton import ModelTimeoutError, ModelUnavailableError
+from protos.v1.ranking_pb2 import FeatureColumn, RankRequest
+
+RELEASE = Release(Path(), "related-20231114T221320Z-00000000", "related", NOW_MS, DOMAIN, {}, {}, {})
+REQUEST = {"candidate_embedding": np.zeros((3, 16), np.float16)}
+CONFIG = ServerConfig(Path(), Path(), Path(), "127.0.0.1:1")
+
+
+def test_a_requests_weights_replace_those_of_the_heads_they_name():
+    ranker = DOMAIN.ranker["home"]
+    assert head_weights(ranker, {}).tolist() == [1.0, -0.5]
+    assert head_weights(ranker, {"hide": -3.0}).tolist() == [1.0, -3.0]
+    with pytest.raises(KeyError, match="like"):
+        head_weights(ranker, {"like": 1.0})
+
+
+def test_final_scores_are_weighted_sums_in_float32():
+    probability = np.array([[0.5, 0.25], [0.125, 1.0]], np.float32)
+    scores = final_scores(probability, np.array([1.0, -0.5]))
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [0.375, -0.375]
+
+
+def test_equal_scores_keep_the_callers_order():
+    assert best_first(np.array([1, 2, 1, 2, 3], np.float32)).tolist() == [4, 1, 3, 0, 2]
+
+
+def test_embedding_scores_are_dot_products_in_float32():
+    tensors = {"candidate_embedding": np.full((2, 3), 300, np.float16), "user_embedding": np.full(3, 300, np.float16)}
+    assert embedding_scores(tensors).tolist() == [270_000.0, 270_000.0]  # beyond float16
+
+
+def test_the_sampled_share_of_users_is_by_hash():
+    sampled = [is_sampled(user, 0.1) for user in range(5000)]
+    assert 400 < sum(sampled) < 600
+    assert sampled == [is_sampled(user, 0.1) for user in range(5000)]
+    assert all(is_sampled(user, 0.2) for user, is_in in enumerate(sampled) if is_in)
+    assert not any(is_sampled(user, 0.0) for user in range(100))
+    assert all(is_sampled(user, 1.0) for user in range(100))
+
+
+def test_an_oversized_request_names_its_largest_field():
+    request = RankRequest(ranker="home", candidate_ids=bytes(800))
+    request.candidate_features["price"].CopyFrom(FeatureColumn(number=bytes(2000)))
+    assert parse_request(request.SerializeToString(), 4000) == request
+    with pytest.raises(RequestError) as caught:
+        parse_request(request.SerializeToString(), 1000)
+    assert caught.value.field == "candidate_features"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"host": "0.0.0.0"}, "host"), ({"host": "example.org"}, "host"), ({"host": "[::]"}, "host"), ({"key": Path("x")}, "certificate")],
+)
+def test_an_open_address_needs_encryption_or_a_word(changes, named):
+    with pytest.raises(ValueError, match=named):
+        server_credentials(dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"host": "localhost"}, {"host": "[::1]"}, {"host": "0.0.0.0", "insecure": True}])
+def test_loopback_needs_none(changes):
+    assert server_credentials(dataclasses.replace(CONFIG, **changes)) is None
+
+
+def test_each_error_has_one_status():
+    kinds = [kind for kind, _ in STATUS]
+    assert len(kinds) == len(set(kinds))
+    assert len({code for _, code in STATUS}) == len(STATUS)
+    for i, kind in enumerate(kinds):
+        assert not any(issubclass(kind, earlier) for earlier in kinds[:i])
+
+
+def test_timings_show_percentiles_of_the_newest():
+    timings = Timings()
+    assert timings.percentiles() == {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    for ms in range(1, 102):
+        timings.add(ms / 1000)
+    assert timings.percentiles() == pytest.approx({"p50": 51.0, "p99": 100.0, "max": 101.0})
+
+
+def test_columns_are_encoded_by_what_they_hold():
+    assert np.frombuffer(feature_column([1.5, float("nan")]).number, "<f4").tolist()[0] == 1.5
+    texts = feature_column(["day", "", "night"])
+    assert np.frombuffer(texts.category, "<u8").tolist() == [string_id("day"), 0, string_id("night")]
+    lists = feature_column([["a"], [], ["b", "c"]])
+    assert np.frombuffer(lists.list_length, "<u4").tolist() == [1, 0, 2]
+    assert np.frombuffer(lists.category, "<u8").tolist() == [string_id(text) for text in "abc"]
+
+
+class ScriptedTriton:
+    """Answers what the script says: an error to raise, or probabilities; loads are counted."""
+
+    def __init__(self) -> None:
+        self.answer: object = None
+        self.loaded = False
+        self.loads = 0
+
+    async def ready(self, _model: str) -> bool:
+        return self.loaded
+
+    async def load(self, _model: str, **_: float) -> None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        self.loads += 1
+        self.loaded = True
+
+    async def infer(self, _model, tensors, outputs, **_):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        given = self.answer if self.answer is not None else 0.5
+        return {outputs[0]: np.full((len(tensors["candidate_embedding"]), 1), given, np.float32)}
+
+
+def gated(scenario):
+    async def run() -> None:
+        triton = ScriptedTriton()
+        gate = ModelGate(triton, RELEASE)
+        await gate.bring_up()
+        try:
+            await scenario(triton, gate)
+        finally:
+            await gate.close()
+
+    asyncio.run(run())
+
+
+def test_a_lost_model_is_not_asked_until_a_probe_has_loaded_it_again():
+    async def scenario(triton, gate):
+        assert (await gate.infer(REQUEST, timeout_s=1)).tolist() == [[0.5]] * 3
+        triton.answer, triton.loaded = ModelUnavailableError("gone"), False
+        with pytest.raises(ModelUnavailableError, match="gone"):
+            await gate.infer(REQUEST, timeout_s=1)
+        with pytest.raises(ModelUnavailableError, match="not asked"):
+            await gate.infer(REQUEST, timeout_s=1)
+        assert gate.trips == 1
+        triton.answer = None
+        await asyncio.wait_for(gate.opened.wait(), 5)
+        assert triton.loads == 2
+        assert len(await gate.infer(REQUEST, timeout_s=1)) == 3
+
+    gated(scenario)
+
+
+def test_only_fair_timeouts_in_a_row_count_against_a_model():
+    async def scenario(triton, gate):
+        async def time_out(times, timeout_s):
+            triton.answer = ModelTimeoutError("slow")
+            for _ in range(times):
+                with pytest.raises(ModelTimeoutError):
+                    await gate.infer(REQUEST, timeout_s=timeout_s)
+
+        await time_out(10, 0.01)
+        assert gate.open
+        await time_out(2, 1.0)
+        triton.answer = None
+        await gate.infer(REQUEST, timeout_s=1)
+        await time_out(2, 1.0)
+        assert gate.open
+        await time_out(1, 1.0)
+        assert not gate.open
+
+    gated(scenario)
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), np.zeros(2, np.float32)])
+def test_an_answer_that_is_no_probability_is_no_answer(answer):
+    async def scenario(triton, gate):
+        triton.answer = answer
+        if isinstance(answer, np.ndarray):
+
+            async def infer(_model, _tensors, outputs, **_):
+                return {outputs[0]: answer}
+
+            triton.infer = infer
+        with pytest.raises(ModelUnavailableError):
+            await gate.infer(REQUEST, timeout_s=1)
+        assert not gate.open
+
+    gated(scenario)
