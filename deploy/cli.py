@@ -233,7 +233,6 @@ def check(
         print(json.dumps(report.as_json()))
     else:
         report.print(Console())
-    raise typer.Exit(1 if report.problems else 0)
 
 
 @app.command()
@@ -303,16 +302,18 @@ def evaluate(
     Example: `freshrank evaluate --domain domains/kuairand.toml --seconds 300`
     """
     from deploy.learn import default_ranker, evaluate_ranker
+    from inference.evaluate import comparison_table
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
     work = workspace(settings)
     name = default_ranker(work.domain, ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
-    comparison = evaluate_ranker(work, name, options)
-    comparison.print(Console())
+    result = evaluate_ranker(work, name, options)
+    Console().print(comparison_table(result))
+    print(f"table and plot: {work.home / 'evaluation' / name}")
     if json_file is not None:
-        json_file.write_text(comparison.to_json(), "utf-8")
+        json_file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 @app.command()
@@ -474,6 +475,8 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
 
 def main() -> None:
     """Runs the command; an error that a person can mend is one message, not a traceback."""
+    # OpenMP threads that spin while they wait make everybody else on busy cores wait; it reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deploy.stack import StackNotRunningError
     from deploy.supervisor import SupervisorError
     from inference.client import RankError
@@ -482,6 +485,8 @@ def main() -> None:
     expected = (DomainError, SettingsError, StackNotRunningError, SupervisorError, StreamError, RankError, ValueError, FileNotFoundError)
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except expected as error:
         console.print(f"[red]error[/red]  {error}", highlight=False, markup=True)
         sys.exit(1)

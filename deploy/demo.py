@@ -39,6 +39,7 @@ from protos.v1.ranking_pb2 import RankRequest
 from streams.producer import ActionProducer
 
 SEED = 7
+REQUESTS = 10_000
 LIVE_USERS, LIVE_REQUESTS = 60, 6
 FRESH_TRIALS = 200
 MOMENTS = 200
@@ -63,7 +64,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     if domain_path is None:
         simulator = Simulator(SEED)
         domain_path, data = settings.domain, settings.home / "demo" / "published"
-        simulator.write(data)
+        simulator.write(data, requests=REQUESTS)
         console.print(f"[bold]1[/bold]  simulated a published log: {data}")
     elif data is None:
         raise ValueError("--data: the folder with the published files is needed with --domain")

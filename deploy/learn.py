@@ -13,6 +13,7 @@ from rich.console import Console
 from features.domain import Domain, load_domain
 from inference.dataset import split_times
 from inference.embeddings import publish_embeddings
+from inference.evaluate import evaluate
 from inference.release import Release, write_release
 from inference.train import TrainOptions, TrainResult, load_trained, train
 from streams.importer import import_log
@@ -67,6 +68,13 @@ def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) 
     """The same model without the realtime sequence, beside the one with it."""
     out = work.training(f"{ranker}-without-sequence")
     return train(work.domain, ranker, work.log, work.tables, out, replace(options, use_sequence=False))
+
+
+def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict[str, Any]:
+    """Trains the ranker with and without its realtime sequence; what both reach on the temporal test part (`inference.evaluate`)."""
+    train_ranker(work, ranker, options)
+    out = work.home / "evaluation" / ranker
+    return evaluate(work.domain, ranker, work.log, work.tables, work.training(ranker), out, options=options)
 
 
 def release(work: Workspace, ranker: str) -> Release:

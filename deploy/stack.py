@@ -16,7 +16,7 @@ from typing import Any, Self
 from deploy.kafka_server import KafkaServer
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings
-from deploy.supervisor import Command, Supervisor
+from deploy.supervisor import Command, Supervisor, free_ports
 from deploy.triton_server import TritonServer
 from features.domain import load_domain
 from streams.kafka import ensure_topics
@@ -69,7 +69,18 @@ class Stack:
             settings = settings.model_copy(update={"kafka_bootstrap": broker.bootstrap})
         if triton is not None:
             triton.wait_ready()
-        ensure_topics(kafka_config(settings), topics(settings), partition_count=settings.partitions, retention_ms=settings.retention_ms)
+        ensure_topics(
+            kafka_config(settings),
+            topics(settings),
+            partition_count=settings.partitions,
+            replication_factor=settings.replication_factor,
+            retention_ms=settings.retention_ms,
+        )
+        # Ports are chosen here, so that a process that the supervisor restarts is found where it was.
+        server_port, reader_port = free_ports(2)
+        settings = settings.model_copy(
+            update={"server_port": settings.server_port or server_port, "reader_port": settings.reader_port or reader_port}
+        )
         self.settings = settings
         for name in self._serving:  # in order: the reader and the server read the view that the worker writes
             self.supervisor.start(process(name, settings)).wait_ready()

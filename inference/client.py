@@ -110,15 +110,19 @@ class RankingClient:
     def call(self, request: RankRequest, *, timeout_s: float | None = None) -> RankResponse:
         """`rank` for a request that is there already. Raises as `rank`."""
         deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        for is_last in (False, True):
-            left_s = deadline_s - time.monotonic()
+        unavailable: RankError | None = None
+        while True:
             try:
-                return self._stub.Rank(request, timeout=left_s, metadata=self._metadata, wait_for_ready=is_last)
+                # The second try waits for a connection: a server that restarts is there in a moment.
+                left_s = deadline_s - time.monotonic()
+                return self._stub.Rank(request, timeout=left_s, metadata=self._metadata, wait_for_ready=unavailable is not None)
             except grpc.RpcError as error:
                 code: grpc.StatusCode = error.code()
-                if is_last or code != grpc.StatusCode.UNAVAILABLE or time.monotonic() >= deadline_s:
+                if unavailable is not None and code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise unavailable from error  # says more: nobody was there
+                if unavailable is not None or code != grpc.StatusCode.UNAVAILABLE or time.monotonic() >= deadline_s:
                     raise RankError(code, error.details() or "") from error
-        raise AssertionError("unreachable")
+                unavailable = RankError(code, error.details() or "")
 
     def close(self) -> None:
         """Closes the connection."""

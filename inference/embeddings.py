@@ -104,13 +104,14 @@ def positive_actions(domain: Domain, log: str | Path, until_ms: int) -> Positive
             erased_at[int(batch.users[i])] = int(place[i]), max(earlier[1], int(batch.append_time_ms[i]))
         keep = early & ~batch.erase & wanted[batch.events["action"]] & kinds[batch.events["entity_kind"]]
         parts.append(_columns(batch, place, keep))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    if not parts or not len(columns[0]):
-        raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
-    users, event_kinds, ids, append_time_ms, event_time_ms, place = columns
+    if not parts:
+        raise EmbeddingError(f"{log}: no action in it")
+    users, event_kinds, ids, append_time_ms, event_time_ms, place = (np.concatenate(column) for column in zip(*parts, strict=True))
     alive = np.ones(len(users), bool)
     for user, (at, time_ms) in erased_at.items():
         alive &= (users != user) | ((place > at) & (event_time_ms > time_ms))
+    if not alive.any():
+        raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
     return Positives(users[alive], event_kinds[alive], ids[alive], append_time_ms[alive])
 
 

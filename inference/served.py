@@ -171,6 +171,7 @@ class Releases:
         self._news: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._closed = False
         self.switches = 0
         self.switch_failures = 0
 
@@ -235,6 +236,8 @@ class Releases:
 
     def announce(self, ranker: str, release_id: str, generations: Mapping[str, str]) -> None:
         """Switches in the background and tries again where that fails, until a later announcement. Called on the event loop."""
+        if self._closed:
+            return
         self._announced[ranker] = (release_id, dict(generations))
         self._news.setdefault(ranker, asyncio.Event()).set()
         if ranker not in self._tasks or self._tasks[ranker].done():
@@ -242,6 +245,7 @@ class Releases:
 
     async def close(self) -> None:
         """Ends everything in the background. Models stay loaded: other servers may use them."""
+        self._closed = True
         tasks = [*self._tasks.values(), *self._retiring]
         for task in tasks:
             task.cancel()

@@ -401,15 +401,27 @@ class RankingServer:
 
         Raises:
             ReleaseError, TableError: a release cannot be served.
-            ValueError, OSError: the address cannot be bound, or must not be without encryption.
+            ValueError: the address must not be used without encryption.
+            RuntimeError: the address cannot be bound.
         """
-        config = self._config
-        credentials = server_credentials(config)
+        credentials = server_credentials(self._config)
         self._loop = asyncio.get_running_loop()
+        config = self._config
         self._triton = TritonModels(config.triton)
         folders = (config.releases, config.tables, config.repository)
         self.releases = Releases(*folders, self._triton, threads=config.model_threads, unload_delay_s=config.unload_delay_s)
-        await self.releases.start()
+        try:
+            await self.releases.start()
+            port = await self._bind(credentials)
+        except BaseException:
+            await self._close()
+            raise
+        self._warmed = asyncio.Event()
+        self._warming = asyncio.create_task(self._warm(), name="warm")
+        return f"{config.host}:{port}"
+
+    async def _bind(self, credentials: grpc.ServerCredentials | None) -> int:
+        config = self._config
         self.service = RankingService(config, self.releases, self._reader, self._sink, self._clock_ms)
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
         options = [("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", 0)]
@@ -424,9 +436,7 @@ class RankingServer:
         address = f"{config.host}:{config.port}"
         port = self._server.add_secure_port(address, credentials) if credentials else self._server.add_insecure_port(address)
         await self._server.start()
-        self._warmed = asyncio.Event()
-        self._warming = asyncio.create_task(self._warm(), name="warm")
-        return f"{config.host}:{port}"
+        return int(port)
 
     async def warm(self) -> None:
         """Returns once the model of each release found at the start has answered. The health service then says SERVING, unless there is no
@@ -440,7 +450,8 @@ class RankingServer:
 
     def announce(self, ranker: str, release_id: str, generations: Mapping[str, str]) -> None:
         """See `Releases.announce`; may be called from any thread."""
-        self._loop.call_soon_threadsafe(self.releases.announce, ranker, release_id, generations)
+        with suppress(RuntimeError):  # the loop is closed: there is nothing to switch any more
+            self._loop.call_soon_threadsafe(self.releases.announce, ranker, release_id, generations)
 
     def statistics(self) -> dict[str, float]:
         """See `RankingService.statistics`."""
@@ -452,9 +463,12 @@ class RankingServer:
         await asyncio.gather(self._warming, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
+        await self._close()
+        log.info("ranking server stopped: %s", {name: round(value, 3) for name, value in self.statistics().items()})
+
+    async def _close(self) -> None:
         await self.releases.close()
         await self._triton.close()
-        log.info("ranking server stopped: %s", {name: round(value, 3) for name, value in self.statistics().items()})
 
     async def _warm(self) -> None:
         await self.releases.warm()

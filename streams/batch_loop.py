@@ -69,6 +69,8 @@ class WorkerConfig:
     cache_bytes: int = 256 << 20
     write_buffer_bytes: int = 256 << 20
     view_map_bytes: int = MAP_BYTES
+    answer_timeout_s: float = 10.0
+    """How long Kafka may take to answer when the worker starts."""
     stalled_s: float = 30.0
     """A partition with lag and without progress for this long is not healthy."""
     web_host: str = "127.0.0.1"
@@ -146,8 +148,8 @@ class BatchLoop:
             StreamError: what stopped it; the message says what to do. Also any other exception: then it is a bug.
         """
         config = self._config
-        check_actions_topic(config.kafka, config.topics.actions)
-        self._identity = log_identity(config.kafka, config.topics.actions)
+        check_actions_topic(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
+        self._identity = log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
         self._producer = new_producer(config.kafka, "dead-letters")
         consumer = new_group_consumer(config.kafka, config.group, f"{config.group}-{config.instance}", on_error=self._on_error)
         try:

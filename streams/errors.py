@@ -2,7 +2,8 @@
 
 StreamError
     KafkaUnavailableError   no broker answered, or it refused: bootstrap address, credentials
-    TopicError              a topic is missing or configured so that the contract does not hold
+    TopicError              a topic is configured so that the contract does not hold
+        MissingTopicError   or it is not there
     ProduceError            a record was not stored by the broker: nothing was lost silently, produce it again
     StateError              the stored state cannot be carried on: wrong log, wrong definition, gap in the log
     ViewError               the local view cannot be written
@@ -21,6 +22,10 @@ class KafkaUnavailableError(StreamError):
 
 class TopicError(StreamError):
     """A topic is missing, or its configuration breaks the contract."""
+
+
+class MissingTopicError(TopicError):
+    """There is no such topic."""
 
 
 class ProduceError(StreamError):

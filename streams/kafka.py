@@ -5,6 +5,7 @@ and go to each client unchanged, so that the same settings point at a local brok
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from features.ids import log_epoch
-from streams.errors import KafkaUnavailableError, TopicError
+from streams.errors import KafkaUnavailableError, MissingTopicError, TopicError
 
 __all__ = ["OFFSET_BEGINNING", "Consumer", "KafkaError", "KafkaException", "Message", "Producer", "TopicPartition"]
 
@@ -101,8 +102,15 @@ def ensure_topics(
             except KafkaException as error:
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise TopicError(f"topic {name}: cannot be created: {error.args[0].str()}") from error
-    check_actions_topic(config, topics.actions, timeout_s=timeout_s)
-    return log_identity(config, topics.actions, timeout_s=timeout_s)
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            check_actions_topic(config, topics.actions, timeout_s=timeout_s)
+            return log_identity(config, topics.actions, timeout_s=timeout_s)
+        except MissingTopicError:
+            if not missing or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.05)  # created, but this broker has not heard of it yet
 
 
 def check_actions_topic(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
@@ -142,7 +150,7 @@ def answering(config: KafkaConfig) -> Iterator[None]:
     except KafkaException as error:
         cause = error.args[0]
         if cause.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
-            raise TopicError(f"{cause.str()}: create the topics first (freshrank up, or streams.kafka.ensure_topics)") from error
+            raise MissingTopicError(f"{cause.str()}: create the topics first (freshrank up, or streams.kafka.ensure_topics)") from error
         raise KafkaUnavailableError(unavailable(config, cause)) from error
 
 

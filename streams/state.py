@@ -25,7 +25,8 @@ _MAGIC, _FORMAT_VERSION = b"FRSM", 1
 class Meta:
     """Where a partition's state stands. It is written in the same batch as the rows it belongs to.
 
-    applied_offset: last record folded in, -1 for none; log_clock_ms: greatest append time up to there, 0 for none;
+    applied_offset: last record folded in, -1 for none; log_clock_ms: greatest append time of the
+    accepted records up to there, 0 for none;
     fingerprints: (sequence id, fingerprint) of every sequence kept, ascending.
     """
 

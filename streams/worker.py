@@ -159,7 +159,7 @@ def run_worker(
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        log_identity(config.kafka, config.topics.actions)  # said plainly here; Faust's client would say it with a long trace
+        log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)  # Faust would say it in a long trace
     except StreamError as error:
         log.critical("the worker does not start: %s", error)
         return 1

@@ -236,7 +236,7 @@ def requests(draw, domain, events=EVENTS):
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_retractions_equal_the_oracle(data):
-    packer, naive = data.draw(st.sampled_from([(packer, naive) for packer, naive in PACKERS if packer.ranker_name != "related"]))
+    packer, naive = PACKERS[data.draw(st.sampled_from([i for i, (packer, _) in enumerate(PACKERS) if packer.ranker_name != "related"]))]
     inputs = data.draw(requests(packer.domain, FEW_ITEMS))
     slow = naive_pack(packer.domain, packer.ranker_name, naive, inputs).tensors
     for name in ("sequence_action", "sequence_age_ms"):
@@ -246,7 +246,7 @@ def test_retractions_equal_the_oracle(data):
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_pack_equals_the_oracle(data):
-    packer, naive = data.draw(st.sampled_from(PACKERS))
+    packer, naive = PACKERS[data.draw(st.integers(0, len(PACKERS) - 1))]
     inputs = data.draw(requests(packer.domain))
     fast, slow = packer.pack(inputs), naive_pack(packer.domain, packer.ranker_name, naive, inputs)
     assert list(fast.tensors) == [row.name for row in packer.table]

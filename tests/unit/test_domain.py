@@ -2,7 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from features.domain import DomainError, load_domain, parse_domain
+from features.domain import (
+    Action,
+    Domain,
+    DomainError,
+    Feature,
+    Head,
+    Log,
+    ModelSettings,
+    Ranker,
+    Rule,
+    Sequence,
+    Source,
+    load_domain,
+    parse_domain,
+)
 
 DOMAINS = Path(__file__).parents[2] / "domains"
 GOOD = """
@@ -119,3 +133,11 @@ def test_shipped_domain_files_are_good(path):
 
 def test_one_shipped_product_has_two_rankers_over_one_state():
     assert sorted(load_domain(DOMAINS / "simulator.toml").ranker) == ["home", "related"]
+
+
+def test_the_examples_of_the_documentation_are_good_and_no_key_is_left_out():
+    text = (DOMAINS.parent / "docs" / "domain.md").read_text("utf-8")
+    examples = [block.split("```")[0] for block in text.split("```toml\n")[1:]]
+    assert [parse_domain(example, source="domain.md").name for example in examples] == ["videos", "shop"]
+    for part in (Domain, Action, Sequence, Feature, Head, Ranker, ModelSettings, Rule, Source, Log):
+        assert [key for key in part.model_fields if f"`{key}`" not in text and f"[{key}" not in text and f".{key}" not in text] == []

@@ -461,14 +461,14 @@ def test_check_tells_what_is_wrong_with_examples(tmp_path):
 
 
 def test_the_simulator_is_seeded_and_its_log_reads_without_a_complaint(tmp_path):
-    Simulator(3, users=50, held_back=5, items=200).write(tmp_path / "a", requests=150)
-    Simulator(3, users=50, held_back=5, items=200).write(tmp_path / "b", requests=150)
-    Simulator(4, users=50, held_back=5, items=200).write(tmp_path / "c", requests=150)
+    Simulator(3, users=50, held_back=5, items=200).write(tmp_path / "a", requests=60)
+    Simulator(3, users=50, held_back=5, items=200).write(tmp_path / "b", requests=60)
+    Simulator(4, users=50, held_back=5, items=200).write(tmp_path / "c", requests=60)
     assert (tmp_path / "a/events.csv").read_bytes() == (tmp_path / "b/events.csv").read_bytes() != (tmp_path / "c/events.csv").read_bytes()
     report = check(load_domain(DOMAINS / "simulator.toml"), tmp_path / "a")
     assert [problem for problem in report.problems if "no row is this action" not in problem] == []
     assert report.distributions["candidates of a request"] == {"mean": 20, "p50": 20, "p90": 20, "p99": 20, "p100": 20}
-    assert report.summary["requests"] == 150
+    assert report.summary["requests"] == 60
 
 
 def test_a_live_users_clicks_follow_the_intent():
@@ -489,7 +489,7 @@ def test_a_live_users_clicks_follow_the_intent():
 
 
 def test_the_stand_in_has_the_publishers_form(tmp_path):
-    write_kuairand_like(tmp_path, users=50, videos=40, impressions=400)
+    write_kuairand_like(tmp_path, users=30, videos=40, impressions=400)
     report = check(load_domain(DOMAINS / "kuairand.toml"), tmp_path)
     assert report.summary["rejected"] == {}
     assert report.summary["rows"] == 400

@@ -1,0 +1,311 @@
+"""`freshrank bench NAME`: each starts what it needs and stops it. Medians over runs, with machine and versions.
+
+The ranking benchmarks use the full-size model of domains/simulator.toml with weights as initialised: what a ranking costs does not depend
+on what the weights have learned.
+"""
+
+import contextlib
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from deploy.bench_ingest import bench_ingest
+from deploy.learn import now_ms
+from deploy.processes import kafka_config, topics
+from deploy.replay import ReplayOptions
+from deploy.replay import replay as replay_logs
+from deploy.settings import Settings, load_settings
+from deploy.stack import Stack
+from features.actions import EVENT_DTYPE
+from features.domain import Domain, load_domain
+from features.ports import Position
+from features.sequence import decode_row
+from features.tables import Member, item_member, write_generation
+from inference.client import RankingClient, feature_column
+from inference.release import write_release
+from inference.transact import TransActRanker
+from protos.v1.ranking_pb2 import RankRequest
+from streams.producer import ActionProducer
+from streams.view import ViewReader
+
+Runs = list[dict[str, float]]
+USERS, ITEMS, HISTORY = 1_000, 10_000, 60
+EVENTS_PER_S = 1_000
+FRESHNESS_S, FRESHNESS_SAMPLED = 20.0, 10
+RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
+REPLAY_RANKINGS, REPLAY_CANDIDATES = 500, 20
+_DOMAIN = Path(__file__).parents[1] / "domains" / "simulator.toml"
+_UNITS = (("_ms", "ms"), ("events_per_s", "events/s"), ("requests_per_s", "requests/s"), ("cpu_us_per_event", "us"), ("_mb", "MB"))
+
+
+def run_bench(name: str, runs: int, console: Console) -> dict[str, Any]:
+    """Runs one benchmark; returns {"name", "machine", "versions", "figures"}. Raises ValueError: there is no such benchmark."""
+    benches: dict[str, Callable[[int, Path, Console], Runs]] = {
+        "ingest": _ingest,
+        "freshness": _freshness,
+        "rank": _rank,
+        "replay": _replay,
+    }
+    if name not in benches:
+        raise ValueError(f"bench: {name!r} is not one of {', '.join(benches)}")
+    with tempfile.TemporaryDirectory(prefix="freshrank-bench-") as folder:
+        found = benches[name](runs, Path(folder), console)
+    figures = {}
+    for figure in found[0]:
+        values = [run[figure] for run in found]
+        figures[figure] = {"median": statistics.median(values), "min": min(values), "max": max(values), "unit": unit_of(figure)}
+    return {"name": name, "machine": machine(), "versions": versions(), "figures": figures}
+
+
+def unit_of(figure: str) -> str:
+    """Unit of a figure by its name."""
+    return next((unit for part, unit in _UNITS if part in figure), "bytes" if figure.startswith("bytes") else "1")
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores {model}, {memory_gib:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what does the work."""
+    packages = ("numpy", "torch", "confluent-kafka", "faust-streaming", "rocksdict", "lmdb", "grpcio", "nvidia-pytriton")
+    return {"python": platform.python_version(), "kafka": "4.3.1", **{name: version(name) for name in packages}}
+
+
+def _ingest(runs: int, folder: Path, console: Console) -> Runs:
+    console.print("fills a topic of 3,000,000 records, then folds it into an empty state, once a run")
+    found: Runs = bench_ingest(folder, runs=runs)["runs"]
+    return found
+
+
+@dataclass
+class _World:
+    """A running stack with a release, items, and users with full histories."""
+
+    stack: Stack
+    domain: Domain
+    producer: ActionProducer
+    random: np.random.Generator
+
+    @property
+    def settings(self) -> Settings:
+        """Settings with the stack's endpoints."""
+        return self.stack.settings
+
+    def produce(self, event_time_ms: int | None = None) -> tuple[int, int, Future[Position]]:
+        """One click of a random user: (user, event id, position)."""
+        user_id, event_id = int(self.random.integers(1, USERS + 1)), int(self.random.integers(1, 2**63))
+        future = self.producer.produce(
+            user_id=user_id,
+            entity_kind="item",
+            entity_id=int(self.random.integers(1, ITEMS + 1)),
+            action="click",
+            event_id=event_id,
+            event_time_ms=event_time_ms,
+        )
+        return user_id, event_id, future
+
+    def request(self, candidates: int) -> RankRequest:
+        """A ranking of random candidates for a random user."""
+        ids = self.random.choice(ITEMS, candidates, replace=False).astype("<u8") + np.uint64(1)
+        return RankRequest(
+            ranker="home",
+            user_id=int(self.random.integers(1, USERS + 1)),
+            candidate_ids=ids.tobytes(),
+            candidate_features={"retrieval_score": feature_column(self.random.random(candidates).tolist())},
+            request_features={"device": feature_column(["phone"])},
+        )
+
+
+@contextlib.contextmanager
+def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_World]:
+    settings = load_settings(home=folder / "home", domain=_DOMAIN, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
+    domain, random = load_domain(_DOMAIN), np.random.default_rng(1)
+    _write_release(settings, domain, random)
+    with Stack(settings, serving=serving) as stack:
+        producer = ActionProducer(kafka_config(stack.settings), domain, topics(stack.settings).actions)
+        try:
+            events = np.zeros(USERS * HISTORY, EVENT_DTYPE)
+            events["event_time_ms"] = now_ms() - random.integers(1, 10**7, len(events))
+            events["event_id"] = random.integers(1, 2**63, len(events))
+            events["entity_id"] = random.integers(1, ITEMS + 1, len(events))
+            events["entity_kind"], events["action"], events["value"] = 1, domain.actions["click"].id, np.nan
+            producer.produce_many(np.repeat(np.arange(1, USERS + 1, dtype=np.uint64), HISTORY), events)
+            producer.flush()
+            yield _World(stack, domain, producer, random)
+        finally:
+            producer.close()
+
+
+def _write_release(settings: Settings, domain: Domain, random: np.random.Generator) -> None:
+    dimension = domain.ranker["home"].embedding_dimension
+    tables = settings.home / "tables"
+
+    def vectors(n: int) -> npt.NDArray[np.float16]:
+        return np.asarray(random.normal(size=(n, dimension)) / np.sqrt(dimension), np.float16)
+
+    item_ids, user_ids = np.arange(1, ITEMS + 1, dtype=np.uint64), np.arange(1, USERS + 1, dtype=np.uint64)
+    members = {item_member("item"): Member(item_ids, vectors(ITEMS)), "user": Member(user_ids, vectors(USERS))}
+    spaces = {domain.ranker["home"].item_space: write_generation(tables, domain.ranker["home"].item_space, now_ms(), members).name}
+    kinds = {"number": np.float32, "category": np.uint64, "list": np.uint64}
+    columns: dict[str, dict[str, np.ndarray]] = {"item": {}, "user": {}}
+    for name, feature in domain.features.items():
+        if feature.side in columns:
+            n = ITEMS if feature.side == "item" else USERS
+            shape = (n, feature.length_max) if feature.kind == "list" else (n,)
+            columns[feature.side][name] = random.integers(1, 100, shape).astype(kinds[feature.kind])
+    features = {item_member("item"): Member(item_ids, features=columns["item"]), "user": Member(user_ids, features=columns["user"])}
+    spaces["features"] = write_generation(tables, "features", now_ms(), features).name
+    write_release(
+        settings.home / "releases",
+        model=TransActRanker(domain, "home").eval(),
+        domain_toml=_DOMAIN.read_text("utf-8"),
+        ranker="home",
+        created_ms=now_ms(),
+        generations=spaces,
+        metrics={},
+    )
+
+
+def _freshness(runs: int, folder: Path, console: Console) -> Runs:
+    console.print(f"{EVENTS_PER_S} events/s, open loop, {FRESHNESS_S:.0f} s a run; produce() to the answer of a reader in another process")
+    with _world(folder, ("worker",)) as world:
+        return [_freshness_run(world) for _ in range(runs)]
+
+
+def _freshness_run(world: _World) -> dict[str, float]:
+    view = ViewReader(world.settings.home / "view", world.domain, world.settings.partitions)
+    waiting: dict[int, tuple[float, int]] = {}
+    lock, done, found_ms = threading.Lock(), threading.Event(), []
+
+    def watch() -> None:
+        while not done.is_set() or waiting:
+            with lock:
+                now_waiting = dict(waiting)
+            for event_id, (started_s, user_id) in now_waiting.items():
+                (reading,) = view.read("main", [user_id])
+                seen = bool(reading.row) and event_id in decode_row(reading.row).events["event_id"].tolist()
+                if seen or time.perf_counter() - started_s > 10:
+                    found_ms.append((time.perf_counter() - started_s) * 1e3)
+                    with lock:
+                        del waiting[event_id]
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin_s = time.perf_counter()
+    for i in range(int(FRESHNESS_S * EVENTS_PER_S)):
+        due_s = begin_s + i / EVENTS_PER_S
+        time.sleep(max(0.0, due_s - time.perf_counter()))
+        if i % FRESHNESS_SAMPLED:
+            world.produce()
+        else:
+            user_id, event_id, _ = world.produce()
+            with lock:
+                waiting[event_id] = (due_s, user_id)  # from when it was due: a late producer's delay counts
+    done.set()
+    watcher.join()
+    view.close()
+    p50, p99 = np.percentile(found_ms, (50, 99))
+    return {"visible_ms_p50": float(p50), "visible_ms_p99": float(p99)}
+
+
+def _rank(runs: int, folder: Path, console: Console) -> Runs:
+    console.print(
+        f"{RANKINGS_PER_S} rankings/s at constant intervals, {CANDIDATES} candidates, {RANK_S:.0f} s a run, {EVENTS_PER_S} events/s"
+    )
+    with _world(folder, ("worker", "server"), torch_threads=2) as world:
+        return [_rank_run(world) for _ in range(runs)]
+
+
+def _rank_run(world: _World) -> dict[str, float]:
+    stop = threading.Event()
+    tiers: list[int] = []
+
+    def ingest() -> None:
+        begin_s, i = time.perf_counter(), 0
+        while not stop.is_set():
+            time.sleep(max(0.0, begin_s + i / EVENTS_PER_S - time.perf_counter()))
+            world.produce()
+            i += 1
+
+    def ask(due_s: float, request: RankRequest) -> float:
+        answer = client.call(request)
+        tiers.append(answer.tier)
+        return (time.perf_counter() - due_s) * 1e3
+
+    requests = [world.request(CANDIDATES) for _ in range(int(RANK_S * RANKINGS_PER_S))]
+    producing = threading.Thread(target=ingest)
+    with RankingClient(world.stack.endpoints()["server"], timeout_s=5.0) as client, ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            client.call(world.request(CANDIDATES))
+        producing.start()
+        begin_s = time.perf_counter()
+        pending = []
+        for i, request in enumerate(requests):
+            due_s = begin_s + i / RANKINGS_PER_S
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+            pending.append(pool.submit(ask, due_s, request))
+        found_ms = [future.result() for future in pending]
+        stop.set()
+        producing.join()
+    world.producer.flush()
+    if set(tiers) != {1}:
+        raise RuntimeError(f"rankings came from tiers {sorted(set(tiers))}, not all from the model")
+    p50, p99 = np.percentile(found_ms, (50, 99))
+    return {"rank_ms_p50": float(p50), "rank_ms_p99": float(p99)}
+
+
+def _replay(runs: int, folder: Path, console: Console) -> Runs:
+    console.print(
+        f"{REPLAY_RANKINGS} rankings of {REPLAY_CANDIDATES} candidates, {USERS * HISTORY} events; each run replays all, without scoring"
+    )
+    with _world(folder, ("worker", "server"), torch_threads=2) as world:
+        with RankingClient(world.stack.endpoints()["server"], timeout_s=10.0) as client:
+            for _ in range(REPLAY_RANKINGS):
+                user_id, _, future = world.produce()
+                request = world.request(REPLAY_CANDIDATES)
+                request.user_id = user_id
+                at = future.result()
+                request.after.add(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset)
+                client.call(request)
+        home = world.settings.home
+        options = ReplayOptions(
+            releases=home / "releases",
+            tables=home / "tables",
+            kafka=kafka_config(world.settings),
+            topics=topics(world.settings),
+            score_sample=0,
+        )
+        found = []
+        for _ in range(runs):
+            report = replay_logs(options)
+            if report.rankings_replayed < REPLAY_RANKINGS:
+                raise RuntimeError(f"only {report.rankings_replayed} of {REPLAY_RANKINGS} rankings were replayed: {report.verdict}")
+            found.append(
+                {
+                    "requests_per_s": report.requests_per_s,
+                    "events_per_s": report.events_per_s,
+                    "bytes_different": float(report.bytes_different),
+                }
+            )
+        return found

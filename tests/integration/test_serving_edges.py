@@ -1,0 +1,137 @@
+"""The client's second try, and a server's life without a model: empty, encrypted, stopped."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving_world import VIDEO, ListSink, MemoryReader
+
+from inference.client import RankError, RankingClient
+from inference.server import ServerConfig, serve
+from protos.v1.ranking_pb2 import RankRequest, RankResponse
+from protos.v1.ranking_pb2_grpc import RankingServicer, add_RankingServicer_to_server
+
+
+class Scripted(RankingServicer):
+    """Fails with each status of the script, then answers."""
+
+    def __init__(self, *script: grpc.StatusCode) -> None:
+        self.script, self.calls = list(script), 0
+
+    def Rank(self, request, context):  # noqa: N802 - the name of the service's method
+        self.calls += 1
+        if self.script:
+            context.abort(self.script.pop(0), "scripted")
+        return RankResponse(request_id=request.request_id)
+
+
+@contextmanager
+def scripted(*script):
+    servicer = Scripted(*script)
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_RankingServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with RankingClient(f"127.0.0.1:{port}", timeout_s=10) as client:
+        yield servicer, client
+    server.stop(None).wait()
+
+
+def test_unavailable_is_tried_once_more():
+    with scripted(grpc.StatusCode.UNAVAILABLE) as (servicer, client):
+        assert client.call(RankRequest(request_id=5)).request_id == 5
+        assert servicer.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "calls"),
+    [([grpc.StatusCode.UNAVAILABLE] * 3, 2), ([grpc.StatusCode.INVALID_ARGUMENT], 1), ([grpc.StatusCode.RESOURCE_EXHAUSTED], 1)],
+)
+def test_other_failures_and_a_second_one_are_the_callers(script, calls):
+    with scripted(*script) as (servicer, client):
+        with pytest.raises(RankError, match="scripted") as caught:
+            client.call(RankRequest())
+        assert caught.value.code == script[0]
+        assert servicer.calls == calls
+
+
+def test_a_server_that_is_not_there_is_unavailable_when_the_deadline_is_over():
+    with scripted() as (_, client):
+        pass
+    with RankingClient("127.0.0.1:1", timeout_s=0.3) as client, pytest.raises(RankError, match="connect") as caught:
+        client.call(RankRequest())
+    assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+
+
+def config_of(folder) -> ServerConfig:
+    return ServerConfig(folder / "releases", folder / "tables", folder / "repository", "127.0.0.1:1")
+
+
+def with_server(config, check):
+    """Runs `check(address)` in a thread beside `serve`, then stops the server."""
+    announced = []
+
+    async def run():
+        stop, ready = asyncio.Event(), asyncio.Queue()
+        server = asyncio.create_task(
+            serve(config, MemoryReader(), ListSink(), announcements=announced.append, on_ready=ready.put_nowait, stop=stop)
+        )
+        getting = asyncio.create_task(ready.get())
+        await asyncio.wait((server, getting), timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if not server.done():
+                await asyncio.to_thread(check, getting.result())
+        finally:
+            stop.set()
+            getting.cancel()
+            await asyncio.wait_for(server, 20)
+
+    asyncio.run(run())
+    assert len(announced) == 1
+
+
+def test_without_a_release_it_runs_and_says_what_to_do(tmp_path):
+    def check(address):
+        with grpc.insecure_channel(address) as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with (
+            RankingClient(address) as client,
+            pytest.raises(RankError, match=r"ranker: 'home' .* served: none; publish") as caught,
+        ):
+            client.rank("home", 1, [1], kinds=VIDEO)
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+
+    with_server(config_of(tmp_path), check)
+
+
+def test_a_damaged_release_stops_the_start_and_is_named(tmp_path):
+    folder = tmp_path / "releases" / "home-20231114T221320Z-00000000"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=folder.name):
+        asyncio.run(serve(config_of(tmp_path), MemoryReader(), ListSink(), stop=asyncio.Event()))
+
+
+@pytest.mark.skipif(not shutil.which("openssl") and "CI" not in os.environ, reason="makes its certificate with openssl")
+def test_with_a_certificate_only_encrypted_calls_are_answered(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    request += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(request, check=True, capture_output=True, timeout=30)
+
+    def check(address):
+        with RankingClient(address, root_certificate=certificate) as client, pytest.raises(RankError, match="publish a release"):
+            client.rank("home", 1, [1])
+        with RankingClient(address) as client, pytest.raises(RankError) as caught:
+            client.rank("home", 1, [1])
+        assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+
+    with_server(replace(config_of(tmp_path), certificate=certificate, key=key), check)
