@@ -43,6 +43,7 @@ class TransActRanker(nn.Module):
         self.per_candidate = {tensor.name: tensor.per_candidate for tensor in tensor_table(domain, ranker_name)}
         self.use_sequence = use_sequence
         D = ranker.embedding_dimension
+        self.vector_scale = vector_scale(D)
         width = D + (D if ranker.user_space is not None else 0)
         if use_sequence:
             self.sequence = SequenceEncoder(domain, ranker_name)
@@ -71,10 +72,10 @@ class TransActRanker(nn.Module):
         if request_row is None:
             tensors = {name: value if self.per_candidate[name] else value[None] for name, value in tensors.items()}
             request_row = torch.zeros_like(tensors["candidate_embedding"][:, 0], dtype=torch.int64)
-        candidate = tensors["candidate_embedding"].float()  # [N, D]
+        candidate = tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
         parts = [candidate]
         if "user_embedding" in tensors:
-            parts.append(tensors["user_embedding"].float()[request_row])  # [N, D]
+            parts.append((tensors["user_embedding"].float() * self.vector_scale)[request_row])  # [N, D]
         if "candidate_kind" in tensors:
             parts.append(self.kind(tensors["candidate_kind"].clamp(0, self.kind.num_embeddings - 1)))  # [N, 4]
         for side in self._sides():
@@ -113,6 +114,14 @@ class TransActRanker(nn.Module):
         return [self.features[side] for side in SIDES]  # type: ignore[misc]
 
 
+def vector_scale(dimension: int) -> float:
+    """What vectors of about unit length are multiplied with, so that their components are as large as those of the learned tables.
+
+    Deviates: the paper does not say. Without it the action table outweighs the items, and attention learns to match them much later.
+    """
+    return float(dimension) ** 0.5
+
+
 class SequenceEncoder(nn.Module):
     """Early fusion, two post-norm transformer layers without positions, first K and max pool: [N, (K + 1) E].
 
@@ -134,6 +143,7 @@ class SequenceEncoder(nn.Module):
             history_width += SURFACE_DIMENSION
         if self.has_value:
             history_width += 2
+        self.vector_scale = vector_scale(ranker.embedding_dimension)
         E = history_width + ranker.embedding_dimension
         # Heads of equal width need a token width that they divide; the rest is a constant zero.
         self.pad = -E % settings.attention_heads
@@ -159,7 +169,7 @@ class SequenceEncoder(nn.Module):
             valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
         real = valid.unsqueeze(-1)  # [R, S, 1]
         # Padding contents are replaced, not multiplied: NaN times zero is NaN.
-        parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float()]
+        parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float() * self.vector_scale]
         if self.has_surface:
             number = tensors["sequence_surface"][:, :S]
             parts.append(self.surface(number * ((number >= 0) & (number < self.surface.num_embeddings))))  # 0: a surface not in the domain

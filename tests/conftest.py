@@ -1,5 +1,6 @@
 """Real servers for tests: one broker for the session, and Triton servers on request."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from deploy.kafka_server import KafkaServer
 from deploy.triton_server import TritonServer
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see deploy/cli.py
 
 
 @pytest.fixture(scope="session")

@@ -88,16 +88,15 @@ def open_view(folder: Path) -> Callable[[int], list[bytes]]:
     return read
 
 
-def open_secondary(folder: Path, poll_s: float) -> Callable[[int], list[bytes]]:
+def open_secondary(folder: Path, partition: int) -> rocksdict.Rdict:
+    """A secondary instance of a partition's database."""
+    access = rocksdict.AccessType.secondary(str(folder / f"secondary-{partition}"))
+    return rocksdict.Rdict(str(folder / "state" / str(partition)), rocksdict.Options(raw_mode=True), access_type=access)
+
+
+def open_secondaries(folder: Path, poll_s: float) -> Callable[[int], list[bytes]]:
     """The same from secondaries; all of them catch up when `poll_s` has passed (0: the one that is read, before each read)."""
-    opened = [
-        rocksdict.Rdict(
-            str(folder / "state" / str(partition)),
-            rocksdict.Options(raw_mode=True),
-            access_type=rocksdict.AccessType.secondary(str(folder / f"secondary-{partition}")),
-        )
-        for partition in range(PARTITIONS)
-    ]
+    opened = [open_secondary(folder, partition) for partition in range(PARTITIONS)]
     keys = [META_KEY, *(row_key(1, user) for user in HOT)]
     next_s = [0.0]
 
@@ -150,7 +149,7 @@ def measure(way: str, events_per_s: int, write_buffer_bytes: int, seconds: float
     try:
         if not ready.wait(120):
             raise TimeoutError("the writer did not start")
-        read = open_view(folder) if with_view else open_secondary(folder, 0.02 if way == "secondary_poll_20ms" else 0.0)
+        read = open_view(folder) if with_view else open_secondaries(folder, 0.02 if way == "secondary_poll_20ms" else 0.0)
         figures = read_open_loop(read, seconds)
         stop.set()
         store_us, view_us = answers.get(timeout=60)
@@ -161,12 +160,38 @@ def measure(way: str, events_per_s: int, write_buffer_bytes: int, seconds: float
     return {**figures, "store_us_per_row": round(store_us, 2), "view_us_per_row": round(view_us, 2)}
 
 
+def mixed_moments(trials: int) -> dict[str, int]:
+    """Readings of a secondary that mix two batches, where flushes and catch-ups come at random between the batches, as they do when quiet."""
+    folder = Path(tempfile.mkdtemp(prefix="freshrank-read-path-"))
+    random = np.random.default_rng(2)
+    held = RocksStore(folder / "state", KEPT).open(0, EPOCH)
+    reads = mixed = 0
+    try:
+        secondary = None
+        for number in range(trials):
+            rows = [encode_row(Row(user, 5, EPOCH, 0, number, NEVER_ERASED, np.zeros(2, EVENT_DTYPE))) for user in HOT]
+            held.write([row_key(1, user) for user in HOT], rows, replace(held.meta, applied_offset=number))
+            if random.random() < 0.5:
+                held._database.flush()
+            secondary = secondary or open_secondary(folder, 0)
+            if random.random() < 0.5:
+                secondary.try_catch_up_with_primary()
+                meta, *found = secondary.get([META_KEY, *(row_key(1, user) for user in HOT)])
+                reads += 1
+                offset = Meta.decode(meta, "read").applied_offset
+                mixed += any(int.from_bytes(row[_ROW_OFFSET : _ROW_OFFSET + 8], "little") != offset for row in found)
+    finally:
+        held.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"reads": reads, "mixed_reads": mixed}
+
+
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each run")
     seconds = parser.parse_args().seconds
-    figures = {}
+    figures: dict[str, Any] = {"secondary, random flushes and catch-ups": mixed_moments(2_000)}
     for events_per_s in (1_000, 5_000):
         for write_buffer_mb in (4, 256):  # small: tables are flushed during the run, large: everything stays in the log
             for way in ("view", "secondary_poll_20ms", "secondary_each_read"):
