@@ -163,7 +163,6 @@ def rank(
 
     Example: `freshrank rank --user 42 --candidates 7,8,9 --after 5e0f6b8c9d1a2b3c:2:17`
     """
-    from deploy.learn import default_ranker
     from deploy.stack import running
     from features.domain import load_domain
     from inference.client import RankingClient
@@ -173,7 +172,7 @@ def rank(
     token = settings.server_token.get_secret_value() if settings.server_token else None
     with RankingClient(settings.server_address, timeout_s=timeout_ms / 1000, token=token) as client:
         answer = client.rank(
-            default_ranker(product, ranker),
+            product.ranker_name(ranker),
             parse_id(user),
             [parse_id(part) for part in candidates.split(",")],
             kinds=_kind(product.entities, kind),
@@ -250,12 +249,12 @@ def train(
 
     Example: `freshrank train --domain domains/kuairand.toml --ranker home --epochs 5`
     """
-    from deploy.learn import default_ranker, train_ranker
+    from deploy.learn import train_ranker
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
     work = workspace(settings)
-    name = default_ranker(work.domain, ranker)
+    name = work.domain.ranker_name(ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, learning_rate=learning_rate, seed=seed, threads=os.cpu_count() or 1)
     result = train_ranker(work, name, options, resume=resume)
     Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
@@ -272,13 +271,13 @@ def publish(
 
     Example: `freshrank publish --ranker home`
     """
-    from deploy.learn import default_ranker, now_ms, release
+    from deploy.learn import now_ms, release
     from deploy.processes import announce_release
     from deploy.stack import StackNotRunningError, running
 
     settings = settings_for(home, domain)
     work = workspace(settings)
-    name = default_ranker(work.domain, ranker)
+    name = work.domain.ranker_name(ranker)
     written = release(work, name)
     print(written.release_id)
     try:
@@ -301,13 +300,13 @@ def evaluate(
 
     Example: `freshrank evaluate --domain domains/kuairand.toml --seconds 300`
     """
-    from deploy.learn import default_ranker, evaluate_ranker
+    from deploy.learn import evaluate_ranker
     from inference.evaluate import comparison_table
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
     work = workspace(settings)
-    name = default_ranker(work.domain, ranker)
+    name = work.domain.ranker_name(ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
     result = evaluate_ranker(work, name, options)
     Console().print(comparison_table(result))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.drive import Moment, drive, logged_moments
-from deploy.learn import Workspace, default_ranker, import_data, now_ms, release, train_ranker, train_without_sequence
+from deploy.learn import Workspace, import_data, now_ms, release, train_ranker, train_without_sequence
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings
 from deploy.simulator import Simulator
@@ -71,7 +71,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     settings = settings.model_copy(update={"domain": keep_domain(domain_path, settings.home), "inline_share": 0.1})
     shutil.rmtree(settings.home / "releases", ignore_errors=True)
     work = Workspace(settings.domain, settings.home)
-    ranker = default_ranker(work.domain, None)
+    ranker = work.domain.ranker_name(None)
     summary = import_data(work, data, console)
     console.print(f"[bold]2[/bold]  imported {summary['actions']:,} actions, {summary['requests']:,} requests")
 

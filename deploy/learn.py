@@ -91,15 +91,6 @@ def release(work: Workspace, ranker: str) -> Release:
     )
 
 
-def default_ranker(domain: Domain, ranker: str | None) -> str:
-    """The ranker that a command means. Raises ValueError naming the allowed ones."""
-    if ranker is None:
-        return next(iter(domain.ranker))
-    if ranker not in domain.ranker:
-        raise ValueError(f"ranker: {ranker!r} is not defined; allowed: {', '.join(domain.ranker)}")
-    return ranker
-
-
 def now_ms() -> int:
     """This machine's clock, milliseconds since 1970-01-01 UTC."""
     return time.time_ns() // 1_000_000

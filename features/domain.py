@@ -327,6 +327,14 @@ class Domain(_Part):
         """Name of each action id."""
         return {action.id: name for name, action in self.actions.items()}
 
+    def ranker_name(self, given: str | None) -> str:
+        """The ranker that a command means: the one given, or the file's first. Raises ValueError naming the allowed ones."""
+        if given is None:
+            return next(iter(self.ranker))
+        if given not in self.ranker:
+            raise ValueError(f"ranker: {given!r} is not defined; allowed: {', '.join(self.ranker)}")
+        return given
+
 
 def _fingerprint(value: Any) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(value, sort_keys=True).encode()) or 1

@@ -133,7 +133,8 @@ def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_b
     new_index, new_group = _select(new_index > last_erase[new_group], new_index, new_group)
     events, group = _union(old, old_group, *_sorted_distinct(batch.events[new_index], new_group))
     keep = (events["event_time_ms"] > horizon_ms[group]) & (events["event_time_ms"] > 0)
-    events, group = events[keep], group[keep]
+    if not keep.all():
+        events, group = events[keep], group[keep]
     keep = _kept(what, events, group, len(users))
     events, group = events[keep], group[keep]
     counts = np.bincount(group, minlength=len(users))
@@ -302,17 +303,28 @@ def _union(
     mixed = np.zeros(groups, bool)
     mixed[both[~later]] = True
 
-    group = np.concatenate((old_group, new_group))
-    order = np.argsort(group, kind="stable")
-    events, group = np.concatenate((old, new))[order], group[order]
+    # Each event's place follows from how many of the other set stand before its group (the old ones come first in it): nothing to sort.
+    olds, news = np.bincount(old_group, minlength=groups), np.bincount(new_group, minlength=groups)
+    old_place = np.arange(len(old)) + (np.cumsum(news) - news)[old_group]
+    new_place = np.arange(len(new)) + np.cumsum(olds)[new_group]
+    events, group = np.empty(len(old) + len(new), EVENT_DTYPE), np.repeat(np.arange(groups), olds + news)
+    events[old_place], events[new_place] = old, new
     where = np.flatnonzero(mixed[group])
     if not len(where):
         return events, group
     merged, merged_group = _sorted_distinct(events[where], group[where])
-    rest = ~mixed[group]
-    events, group = np.concatenate((events[rest], merged)), np.concatenate((group[rest], merged_group))
-    order = np.argsort(group, kind="stable")
-    return events[order], group[order]
+    if len(merged) == len(where):
+        events[where] = merged
+        return events, group
+    # Equal events became one: each group's union takes its first places, the others go.
+    spare = (
+        _rank_from_end(group[where], groups)
+        < (np.bincount(group[where], minlength=groups) - np.bincount(merged_group, minlength=groups))[group[where]]
+    )
+    events[where[~spare]] = merged
+    stay = np.ones(len(events), bool)
+    stay[where[spare]] = False
+    return events[stay], group[stay]
 
 
 def _kept(what: Definition, events: Events, group: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.bool_]:

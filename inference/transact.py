@@ -9,6 +9,7 @@ Symbols: R requests, N candidates of all of them, L the ranker's sequence length
 D item dimension, E token width (action + attributes + D + D: the paper's 96), K first tokens, X width of the crossing, H heads.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import cast
@@ -119,7 +120,7 @@ def vector_scale(dimension: int) -> float:
 
     Deviates: the paper does not say. Without it the action table outweighs the items, and attention learns to match them much later.
     """
-    return float(dimension) ** 0.5
+    return math.sqrt(dimension)
 
 
 class SequenceEncoder(nn.Module):
@@ -136,6 +137,10 @@ class SequenceEncoder(nn.Module):
         self.window_ms_max = settings.time_window_hours_max * HOUR_MS
         self.action = nn.Embedding(256, settings.action_dimension, padding_idx=0)
         history_width = settings.action_dimension + ranker.embedding_dimension
+        self.has_kind = len(domain.entities) > 1
+        if self.has_kind:
+            self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
+            history_width += KIND_DIMENSION
         self.has_surface = "surface" in ranker.sequence_attributes
         self.has_value = "value" in ranker.sequence_attributes
         if self.has_surface:
@@ -170,6 +175,8 @@ class SequenceEncoder(nn.Module):
         real = valid.unsqueeze(-1)  # [R, S, 1]
         # Padding contents are replaced, not multiplied: NaN times zero is NaN.
         parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float() * self.vector_scale]
+        if self.has_kind:
+            parts.append(self.kind(tensors["sequence_kind"][:, :S] * valid))  # pack() leaves out kinds that the domain does not name
         if self.has_surface:
             number = tensors["sequence_surface"][:, :S]
             parts.append(self.surface(number * ((number >= 0) & (number < self.surface.num_embeddings))))  # 0: a surface not in the domain

@@ -64,7 +64,7 @@ class WorkerConfig:
     group: str = "freshrank-worker"
     instance: str = "worker-0"
     batch_events_max: int = 20_000
-    linger_ms: int = 5
+    linger_ms: int = 10
     """How long a batch that is not full waits for more records."""
     cache_bytes: int = 256 << 20
     write_buffer_bytes: int = 256 << 20

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka_server import KafkaServer
+from deploy.simulator import write_kuairand_like
 from deploy.triton_server import TritonServer
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see deploy/cli.py
@@ -31,3 +32,23 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., T
     yield start
     for server in reversed(servers):
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def kuairand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """KuaiRand's files below FRESHRANK_DATA; where they are absent, a generated log in their format. CI needs the real ones."""
+    data = Path(os.environ.get("FRESHRANK_DATA", Path(__file__).parents[2] / "shared" / "data")) / "kuairand-pure"
+    if data.is_dir():
+        return data
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{data}: the real KuaiRand log is required where CI=true; set FRESHRANK_DATA")
+    folder = tmp_path_factory.mktemp("kuairand")
+    write_kuairand_like(folder)
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which log stood for KuaiRand."""
+    data = Path(os.environ.get("FRESHRANK_DATA", Path(__file__).parents[2] / "shared" / "data")) / "kuairand-pure"
+    which = "the publishers' files" if data.is_dir() else f"a generated log in its format (no {data.name} below FRESHRANK_DATA)"
+    terminalreporter.write_line(f"KuaiRand: {which}")

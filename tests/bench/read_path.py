@@ -160,29 +160,36 @@ def measure(way: str, events_per_s: int, write_buffer_bytes: int, seconds: float
     return {**figures, "store_us_per_row": round(store_us, 2), "view_us_per_row": round(view_us, 2)}
 
 
-def mixed_moments(trials: int) -> dict[str, int]:
-    """Readings of a secondary that mix two batches, where flushes and catch-ups come at random between the batches, as they do when quiet."""
+def mixed_moments(batches: int, checkpoint_share: float) -> dict[str, float]:
+    """Readings of a secondary that are no moment of the state.
+
+    Each batch rewrites some of six users, half of the batches are followed by a catch-up and a read. A checkpoint, which every snapshot
+    takes, flushes the tables; the secondary then sees new rows beside old ones.
+    """
     folder = Path(tempfile.mkdtemp(prefix="freshrank-read-path-"))
     random = np.random.default_rng(2)
-    held = RocksStore(folder / "state", KEPT).open(0, EPOCH)
+    held, secondary = RocksStore(folder / "state", KEPT).open(0, EPOCH), None
+    keys = [row_key(1, user) for user in range(6)]
+    moments: list[list[bytes | None]] = []
+    state: list[bytes | None] = [None] * len(keys)
     reads = mixed = 0
-    try:
-        secondary = None
-        for number in range(trials):
-            rows = [encode_row(Row(user, 5, EPOCH, 0, number, NEVER_ERASED, np.zeros(2, EVENT_DTYPE))) for user in HOT]
-            held.write([row_key(1, user) for user in HOT], rows, replace(held.meta, applied_offset=number))
-            if random.random() < 0.5:
-                held._database.flush()
-            secondary = secondary or open_secondary(folder, 0)
-            if random.random() < 0.5:
-                secondary.try_catch_up_with_primary()
-                meta, *found = secondary.get([META_KEY, *(row_key(1, user) for user in HOT)])
-                reads += 1
-                offset = Meta.decode(meta, "read").applied_offset
-                mixed += any(int.from_bytes(row[_ROW_OFFSET : _ROW_OFFSET + 8], "little") != offset for row in found)
-    finally:
-        held.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    for number in range(batches):
+        touched = [user for user in range(len(keys)) if random.random() < 0.4]
+        for user in touched:
+            state[user] = b"%d" % number
+        moments.append(list(state))
+        rows = [b"%d" % number] * len(touched)
+        held.write([keys[user] for user in touched], rows, replace(held.meta, applied_offset=number))
+        if random.random() < checkpoint_share:
+            rocksdict.Checkpoint(held._database).create_checkpoint(str(folder / f"checkpoint-{number}"))
+        secondary = secondary or open_secondary(folder, 0)
+        if random.random() < 0.5:
+            secondary.try_catch_up_with_primary()
+            meta, *found = secondary.get([META_KEY, *keys])
+            reads += 1
+            mixed += found != moments[Meta.decode(meta, "read").applied_offset]
+    held.close()
+    shutil.rmtree(folder, ignore_errors=True)
     return {"reads": reads, "mixed_reads": mixed}
 
 
@@ -191,7 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each run")
     seconds = parser.parse_args().seconds
-    figures: dict[str, Any] = {"secondary, random flushes and catch-ups": mixed_moments(2_000)}
+    figures: dict[str, dict[str, float]] = {
+        f"secondary, a checkpoint behind {share:.0%} of batches": mixed_moments(1_500, share) for share in (0.0, 0.05, 0.3)
+    }
     for events_per_s in (1_000, 5_000):
         for write_buffer_mb in (4, 256):  # small: tables are flushed during the run, large: everything stays in the log
             for way in ("view", "secondary_poll_20ms", "secondary_each_read"):

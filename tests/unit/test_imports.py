@@ -18,7 +18,13 @@ HOMES = {
     "lmdb": {"streams/view.py"},
     "faust": {"streams/worker.py"},
     "mode": {"streams/worker.py"},
-    "confluent_kafka": {"streams/kafka.py", "streams/producer.py", "streams/batch_loop.py", "streams/ranking_log.py", "streams/broadcast.py"},
+    "confluent_kafka": {
+        "streams/kafka.py",
+        "streams/producer.py",
+        "streams/batch_loop.py",
+        "streams/ranking_log.py",
+        "streams/broadcast.py",
+    },
     "tritonclient": {"inference/triton.py"},
 }
 HOME_FOLDERS = {"torch": ("inference/", "deploy/triton_shim.py"), "grpc": ("streams/", "inference/", "deploy/", "protos/")}
@@ -57,7 +63,11 @@ def test_heavy_libraries_stay_in_their_folder(library):
 
 
 def test_features_knows_neither_network_nor_clock():
-    wrong = [(path, top) for package, path, top in imports() if package == "features" and top in {"time", "datetime", "socket", "asyncio", "torch"}]
+    wrong = [
+        (path, top)
+        for package, path, top in imports()
+        if package == "features" and top in {"time", "datetime", "socket", "asyncio", "torch"}
+    ]
     assert wrong == []
 
 

@@ -102,7 +102,7 @@ def test_padding_contents_do_not_matter(count: int) -> None:
     expected = model(request)
     for name in ("sequence_embedding", "sequence_value"):
         request[name][count:] = float("nan")
-    for name in ("sequence_action", "sequence_surface", "sequence_age_ms"):
+    for name in ("sequence_action", "sequence_kind", "sequence_surface", "sequence_age_ms"):
         request[name][count:] = 255
     longest = make_request(20, 1, seed=3)
     tensors, row = join([request, longest], model)
@@ -147,14 +147,15 @@ def test_encoder_equals_the_library_layer(heads: int) -> None:
     model = make_model(domain).eval()
     encoder = model.sequence
     tensors, row = join([make_request(count, 2, seed=count) for count in (3, 9, 20)], model)
-    candidate = tensors["candidate_embedding"].float()
+    candidate = tensors["candidate_embedding"].float()  # any vectors: both sides get the same
     E = encoder.width // 6
     x = torch.zeros(6, 20, E)
     value = tensors["sequence_value"]
     x[:, :, encoder.pad :] = torch.cat(
         [
             encoder.action(tensors["sequence_action"])[row],
-            tensors["sequence_embedding"].float()[row],
+            tensors["sequence_embedding"].float()[row] * 6**0.5,
+            encoder.kind(tensors["sequence_kind"])[row],
             encoder.surface(torch.where(tensors["sequence_surface"] > 2, 0, tensors["sequence_surface"]))[row],
             torch.stack([torch.log1p(value.clamp(min=0)), torch.zeros_like(value)], -1)[row],
             candidate[:, None].expand(-1, 20, -1),

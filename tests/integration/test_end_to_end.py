@@ -1,0 +1,259 @@
+"""The whole path on KuaiRand: import, train briefly, publish, serve, produce the last day in order, rank at logged moments, replay.
+
+Everything goes through the command line and real processes, as a user would run it.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from deploy.drive import drive, logged_moments, rank_fresh
+from deploy.processes import kafka_config
+from deploy.settings import load_settings
+from deploy.stack import running
+from features.actions import encode_action
+from features.domain import load_domain
+from features.ids import user_key
+from features.logs import read_requests
+from features.ports import Position
+from inference.client import RankingClient
+from streams.producer import ActionProducer
+
+ROOT = Path(__file__).parents[2]
+DOMAIN = ROOT / "domains" / "kuairand.toml"
+DAY_MS = 86_400_000
+MOMENTS = 500
+
+
+def freshrank(*arguments, home=None, check=True):
+    """Runs the command as a person would; returns its standard output."""
+    command = [sys.executable, "-m", "deploy.cli", *arguments, *(("--home", str(home)) if home else ())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout if check else done
+
+
+class Up:
+    """`freshrank up` in a process."""
+
+    def __init__(self, home):
+        self.home = home
+        environment = os.environ | {"FRESHRANK_INLINE_SHARE": "0.2", "FRESHRANK_RANK_TIMEOUT_MS": "5000"}
+        command = [sys.executable, "-m", "deploy.cli", "up", "--json", "--home", str(home), "--domain", str(DOMAIN)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+        line = self.process.stdout.readline()
+        assert line, f"freshrank up ended with {self.process.wait(30)}"
+        self.endpoints = json.loads(line)
+        self.settings = running(load_settings(home=home, domain=DOMAIN))
+        self.domain = load_domain(DOMAIN)
+
+    def pid(self, name):
+        return int((self.home / "run" / f"{name}.pid").read_text())
+
+    def stop(self):
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(60)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, f"left behind: {alive}"
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def home(kuairand, tmp_path_factory):
+    """A home folder with a release that was trained briefly on KuaiRand."""
+    home = tmp_path_factory.mktemp("home")
+    assert "canonical log" in freshrank("import", str(DOMAIN), str(kuairand), home=home)
+    freshrank("train", "--domain", str(DOMAIN), "--epochs", "1", "--seconds", "25", home=home)
+    assert freshrank("publish", "--domain", str(DOMAIN), home=home).startswith("feed-")
+    return home
+
+
+@pytest.fixture(scope="module")
+def up(home):
+    stack = Up(home)
+    yield stack
+    assert stack.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def producer(up):
+    producer = ActionProducer(kafka_config(up.settings), up.domain, up.settings.topic_actions)
+    yield producer
+    producer.close()
+
+
+@pytest.fixture(scope="module")
+def client(up):
+    with RankingClient(up.endpoints["server"], timeout_s=10.0) as client:
+        yield client
+
+
+def after_of(position):
+    return f"{position.log_epoch:016x}:{position.partition}:{position.offset}"
+
+
+def test_last_day_served_and_replayed_without_a_different_byte(up, producer, client, home, tmp_path):
+    log = home / "logs" / "kuairand"
+    last_ms = max(int(batch.request_time_ms[-1]) for batch in read_requests(log, up.domain))
+    from_ms = last_ms - DAY_MS
+    moments = logged_moments(up.domain, "feed", log, from_ms=from_ms, count=MOMENTS)
+    answers = list(drive(up.domain, log, moments, producer, client, kafka_config(up.settings), up.settings.topic_actions, from_ms=from_ms))
+    assert len(answers) == len(moments) == MOMENTS
+    assert {answer.tier for _, answer in answers} == {"model"}
+    assert sum(answer.sequence_count > 0 for _, answer in answers) > MOMENTS / 10, "users of the last day have a past of that day"
+
+    report = tmp_path / "parity.json"
+    freshrank("replay", "--json", str(report), home=home)
+    parity = json.loads(report.read_text())
+    assert parity["ok"]
+    assert parity["rankings_replayed"] >= MOMENTS
+    assert parity["bytes_different"] == parity["digests_different"] == parity["rows_different"] == 0
+    assert parity["rows_compared"] >= MOMENTS
+    assert parity["scores_compared"] > 0
+    assert parity["scores_different"] == 0
+
+    archive = tmp_path / "archive"
+    freshrank("replay", "--write-archive", str(archive), home=home)
+    assert "OK" in freshrank("replay", "--archive", str(archive), home=home), "the same from Parquet, without Kafka"
+
+
+def test_click_then_rank_always_sees_the_click(producer, client):
+    """1,000 times: one action, one ranking after its position, always with the action in it."""
+    for trial in range(1_000):
+        user_id = 10**15 + trial % 50
+        position = producer.produce(user_id=user_id, entity_kind="video", entity_id=trial % 97, action="click").result()
+        answer = client.rank("feed", user_id, [1, 2], kinds=1, after=[position])
+        assert answer.after_reached
+        assert not answer.cold_start
+        assert answer.sequence_count == min(trial // 50 + 1, 50)
+        assert answer.watermark[0] >= position
+
+
+@pytest.mark.usefixtures("up")
+def test_command_line_produce_then_rank(home):
+    before = json.loads(freshrank("rank", "--user", "ada", "--candidates", "7,8,9", "--json", home=home))
+    position = freshrank("produce", "--user", "ada", "--item", "7", "--action", "click", home=home).strip()
+    after = json.loads(freshrank("rank", "--user", "ada", "--candidates", "7,8,9", "--after", position, "--json", home=home))
+    assert before["cold_start"]
+    assert (after["sequence_count"], after["after_reached"], after["tier"]) == (1, True, "model")
+    assert sorted(after["scores"]) != sorted(before["scores"])
+    wrong = freshrank("produce", "--user", "ada", "--item", "7", "--action", "klick", home=home, check=False)
+    assert wrong.returncode == 1
+    assert "action: 'klick' is not in the domain file; allowed:" in wrong.stderr.replace("\n", " ")
+
+
+def test_kcat_and_grpcurl_see_the_same(up, client):
+    kcat, grpcurl = shutil.which("kcat"), shutil.which("grpcurl")
+    if kcat is None or grpcurl is None:
+        assert os.environ.get("CI") != "true", "kcat and grpcurl are required where CI=true"
+        pytest.skip("kcat and grpcurl are not installed")
+    user_id = 4242
+    now_ms = time.time_ns() // 1_000_000
+    value = encode_action(user_id=user_id, entity_kind=1, entity_id=7, action=2, event_time_ms=now_ms, event_id=1)
+    command = [
+        kcat,
+        "-P",
+        "-b",
+        up.endpoints["kafka"],
+        "-t",
+        up.settings.topic_actions,
+        "-X",
+        "partitioner=murmur2_random",
+        "-K",
+        "=:key:=",
+        "-D",
+        "=:end:=",
+    ]
+    subprocess.run(command, input=user_key(user_id) + b"=:key:=" + value, check=True, timeout=30)
+    deadline = time.monotonic() + 20
+    while client.rank("feed", user_id, [1, 2], kinds=1).cold_start:
+        assert time.monotonic() < deadline, "kcat's action never became visible"
+    request = {"ranker": "feed", "user_id": str(user_id), "candidate_ids": base64.b64encode(struct.pack("<3Q", 7, 8, 9)).decode()}
+    done = subprocess.run(
+        [grpcurl, "-plaintext", "-d", json.dumps(request), up.endpoints["server"], "freshrank.v1.Ranking/Rank"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["tier"] == "TIER_MODEL"
+    assert answer["sequenceCount"] == 1
+    ranked = struct.unpack("<3Q", base64.b64decode(answer["rankedIds"]))
+    assert sorted(ranked) == [7, 8, 9]
+
+
+def test_erase_is_gone_for_the_next_ranking_and_in_a_replay(producer, client, home, tmp_path):
+    user_id = 777
+    position = producer.produce(user_id=user_id, entity_kind="video", entity_id=3, action="click").result()
+    assert client.rank("feed", user_id, [1, 2], kinds=1, after=[position]).sequence_count == 1
+    erased = freshrank("erase", "--user", str(user_id), home=home).strip()
+    epoch, partition, offset = erased.split(":")
+    answer = client.rank("feed", user_id, [1, 2], kinds=1, after=[Position(int(epoch, 16), int(partition), int(offset))])
+    assert answer.after_reached
+    assert answer.cold_start
+    assert answer.sequence_count == 0
+    report = tmp_path / "parity.json"
+    freshrank("replay", "--json", str(report), home=home)
+    parity = json.loads(report.read_text())
+    assert parity["ok"]
+    assert parity["excluded"]["erased_since"] == 1, "the ranking before the erasure can no longer be rebuilt, by promise"
+
+
+def test_worker_killed_comes_back_and_nothing_is_lost(up, producer, client):
+    """SIGKILL in the midst of ingest: the stack restarts the worker, and each user's sequence is what was produced."""
+    users = range(5_000, 5_040)
+    killed = False
+    positions = {}
+    for event in range(30):
+        for user_id in users:
+            positions[user_id] = producer.produce(user_id=user_id, entity_kind="video", entity_id=event, action="click")
+        if event == 15:
+            os.kill(up.pid("worker"), signal.SIGKILL)
+            killed = True
+    producer.flush()
+    assert killed
+    for user_id in users:
+        deadline = time.monotonic() + 60
+        answer = client.rank("feed", user_id, [1], kinds=1, after=[positions[user_id].result()])
+        while not answer.after_reached:
+            assert time.monotonic() < deadline, "the worker did not come back"
+            answer = client.rank("feed", user_id, [1], kinds=1, after=[positions[user_id].result()])
+        assert answer.sequence_count == 30
+
+
+def test_triton_killed_answers_from_a_named_tier_and_returns(up, client):
+    os.kill(up.pid("triton"), signal.SIGKILL)
+    tiers = []
+    deadline = time.monotonic() + 90
+    while not tiers or tiers[-1] != "model" or len(set(tiers)) == 1:
+        assert time.monotonic() < deadline, f"tiers seen: {sorted(set(tiers))}"
+        tiers.append(client.rank("feed", 1, np.arange(1, 20), kinds=1).tier)
+    assert set(tiers) <= {"model", "embedding", "caller_order"}
+
+
+def test_second_start_keeps_the_data(up, home, producer, client):
+    """Last in this file: it stops the stack of the module and starts it again on the same folder."""
+    position = producer.produce(user_id=31, entity_kind="video", entity_id=3, action="click").result()
+    assert client.rank("feed", 31, [1], kinds=1, after=[position]).sequence_count == 1
+    assert up.stop() == 0
+    again = Up(home)
+    up.process, up.endpoints, up.settings = again.process, again.endpoints, again.settings
+    with RankingClient(up.endpoints["server"], timeout_s=10.0) as fresh:
+        moment = logged_moments(up.domain, "feed", home / "logs" / "kuairand", from_ms=0, count=1)[0]
+        moment.request.user_id, moment.request.request_time_ms = 31, 0
+        assert rank_fresh(fresh, moment.request, position, 10.0).sequence_count == 1
