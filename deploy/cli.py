@@ -362,7 +362,7 @@ def replay(
 def demo(
     domain: Annotated[Path | None, typer.Option(help="Domain file of a real log; the simulator where absent.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the published files that the domain file reads.")] = None,
-    seconds: Annotated[float, typer.Option(help="Budget of each of the two trainings.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Time budget of the training; half of it for the one without the sequence.")] = 80.0,
     home: Home = None,
 ) -> None:
     """Train, start the stack, act live, and show what matters. Needs nothing but this checkout.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from protos.v1.ranking_pb2 import RankRequest
 from streams.producer import ActionProducer
 
 SEED = 7
-REQUESTS = 10_000
+REQUESTS = 20_000
 LIVE_USERS, LIVE_REQUESTS = 60, 6
 FRESH_TRIALS = 200
 MOMENTS = 200
@@ -75,9 +75,9 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     summary = import_data(work, data, console)
     console.print(f"[bold]2[/bold]  imported {summary['actions']:,} actions, {summary['requests']:,} requests")
 
-    options = TrainOptions(seconds_max=seconds, seed=SEED, threads=2)
+    options = TrainOptions(seconds_max=seconds, learning_rate=4e-3, batch_rows=512, seed=SEED, threads=2)
     trained = train_ranker(work, ranker, options)
-    without = train_without_sequence(work, ranker, options)
+    without = train_without_sequence(work, ranker, replace(options, seconds_max=seconds / 2))
     written = release(work, ranker)
     console.print(f"[bold]3[/bold]  trained twice, with and without the realtime sequence; released {written.release_id}")
 

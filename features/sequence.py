@@ -317,10 +317,8 @@ def _union(
         events[where] = merged
         return events, group
     # Equal events became one: each group's union takes its first places, the others go.
-    spare = (
-        _rank_from_end(group[where], groups)
-        < (np.bincount(group[where], minlength=groups) - np.bincount(merged_group, minlength=groups))[group[where]]
-    )
+    gone = np.bincount(group[where], minlength=groups) - np.bincount(merged_group, minlength=groups)
+    spare = _rank_from_end(group[where], groups) < gone[group[where]]
     events[where[~spare]] = merged
     stay = np.ones(len(events), bool)
     stay[where[spare]] = False

@@ -1,11 +1,18 @@
 """One suite over every sequence reader: the LMDB view, and one in memory that is built on the naive oracle."""
 
+import asyncio
 import multiprocessing
+import queue
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 
+import grpc
 import lmdb
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
 from features.domain import parse_domain
@@ -13,9 +20,12 @@ from features.ids import partition_of, user_key
 from features.oracle import naive_fold
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
+from protos.v1.sequence_pb2 import GetSequencesRequest
+from protos.v1.sequence_pb2_grpc import SequenceReaderStub
 from streams.batch_loop import fold_batch
 from streams.errors import ViewError
 from streams.memory import MemoryStore
+from streams.reader_service import ReaderConfig, serve_reader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 from streams.view import PartitionView, ViewReader, sync_view
 
@@ -271,6 +281,62 @@ def test_a_full_view_is_an_error_that_says_what_to_raise(tmp_path):
         view.write([row_key(1, user) for user in range(1, 100)], [b"x" * 4000] * 99, meta)
     assert view.meta() is None
     view.close()
+
+
+# Over the wire.
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A channel to a reader service over a view that does not exist yet."""
+    ready: queue.Queue[dict] = queue.Queue()
+    loop = asyncio.new_event_loop()
+    serving = loop.create_task(serve_reader(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, reflection=True), ready.put))
+
+    def run() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(serving)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    with grpc.insecure_channel(ready.get(timeout=30)["address"]) as channel:
+        yield channel
+    loop.call_soon_threadsafe(serving.cancel)
+    thread.join(30)
+    loop.close()
+
+
+def ask(channel, sequence: str, users: list[int]) -> list[Reading]:
+    request = GetSequencesRequest(sequence=sequence, user_ids=np.array(users, "<u8").tobytes())
+    answer = SequenceReaderStub(channel).GetSequences(request, timeout=30)
+    places = [Position(found.watermark.log_epoch, found.watermark.partition, found.watermark.offset) for found in answer.sequences]
+    return [Reading(found.user_id, found.row, place, found.log_clock_ms) for found, place in zip(answer.sequences, places, strict=True)]
+
+
+def test_the_service_answers_as_the_view_does(served, tmp_path):
+    health = health_pb2_grpc.HealthStub(served)
+    check = health_pb2.HealthCheckRequest(service="freshrank.v1.SequenceReader")
+    assert health.Check(check, timeout=30).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(served, "main", USERS)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    build_view(tmp_path, batches(1))
+    expected = OracleReader(batches(1))
+    for sequence in DOMAIN.sequence:
+        assert ask(served, sequence, [*USERS, 999]) == expected.read(sequence, [*USERS, 999])
+    deadline_s = time.monotonic() + 30
+    while health.Check(check, timeout=30).status != health_pb2.HealthCheckResponse.SERVING:
+        assert time.monotonic() < deadline_s
+
+
+@pytest.mark.parametrize(
+    ("sequence", "users", "names"), [("nope", [1], "sequence: 'nope'"), ("main", [], "user_ids"), ("main", [1] * 1001, "user_ids")]
+)
+def test_the_service_names_the_field_that_is_wrong(served, sequence, users, names):
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(served, sequence, users)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details().startswith(names)
 
 
 def write_for_ever(folder, ready, stop) -> None:
