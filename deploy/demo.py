@@ -75,7 +75,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     summary = import_data(work, data, console)
     console.print(f"[bold]2[/bold]  imported {summary['actions']:,} actions, {summary['requests']:,} requests")
 
-    options = TrainOptions(seconds_max=seconds, learning_rate=4e-3, batch_rows=512, seed=SEED, threads=2)
+    options = TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED, threads=2)
     trained = train_ranker(work, ranker, options)
     without = train_without_sequence(work, ranker, replace(options, seconds_max=seconds / 2))
     written = release(work, ranker)
