@@ -140,7 +140,7 @@ class _World:
 def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_World]:
     settings = load_settings(home=folder / "home", domain=_DOMAIN, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
     domain, random = load_domain(_DOMAIN), np.random.default_rng(1)
-    _write_release(settings, domain, random)
+    write_untrained_release(settings.home, domain, random)
     with Stack(settings, serving=serving) as stack:
         producer = ActionProducer(kafka_config(stack.settings), domain, topics(stack.settings).actions)
         try:
@@ -156,9 +156,10 @@ def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_Wo
             producer.close()
 
 
-def _write_release(settings: Settings, domain: Domain, random: np.random.Generator) -> None:
+def write_untrained_release(home: Path, domain: Domain, random: np.random.Generator) -> None:
+    """Tables with random contents and a release of the simulator's ranker with weights as initialised, below `home`."""
     dimension = domain.ranker["home"].embedding_dimension
-    tables = settings.home / "tables"
+    tables = home / "tables"
 
     def vectors(n: int) -> npt.NDArray[np.float16]:
         return np.asarray(random.normal(size=(n, dimension)) / np.sqrt(dimension), np.float16)
@@ -176,7 +177,7 @@ def _write_release(settings: Settings, domain: Domain, random: np.random.Generat
     features = {item_member("item"): Member(item_ids, features=columns["item"]), "user": Member(user_ids, features=columns["user"])}
     spaces["features"] = write_generation(tables, "features", now_ms(), features).name
     write_release(
-        settings.home / "releases",
+        home / "releases",
         model=TransActRanker(domain, "home").eval(),
         domain_toml=_DOMAIN.read_text("utf-8"),
         ranker="home",

@@ -90,8 +90,9 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
             else:
                 _live_moments(live, work, trained.metrics["parts"]["test"]["from_ms"])
                 hit = _test_hits(trained.metrics, without.metrics, ranker, work.domain)
-            before_after = _before_and_after(live, work)
-            visible_ms = _produce_to_changed(live, work)
+            moments = logged_moments(live.domain, ranker, work.log, from_ms=0, count=FRESH_TRIALS, seed=SEED)
+            before_after = _before_and_after(live, max(moments, key=lambda moment: len(moment.candidate_ids)))
+            visible_ms = _produce_to_changed(live, moments)
         finally:
             live.producer.close()
             live.client.close()
@@ -183,17 +184,13 @@ def _live_moments(live: Live, work: Workspace, test_from_ms: int) -> list[tuple[
 
 def _test_hits(trained: dict[str, Any], without: dict[str, Any], ranker: str, domain: Domain) -> dict[str, Any]:
     head = next(iter(domain.ranker[ranker].heads))
-    name = "hit_at_3"
-    return {
-        "head": head,
-        "with": trained["test"]["heads"][head][name],
-        "without": without["test"]["heads"][head][name],
-        "of": "the temporal test part",
-    }
+    ours, theirs = trained["test"]["heads"][head], without["test"]["heads"][head]
+    auc = f", AUC {ours['auc']:.3f} against {theirs['auc']:.3f}"
+    return {"head": head, "with": ours["hit"], "without": theirs["hit"], "of": "users of the temporal test part", "more": auc}
 
 
-def _some_request(live: Live, work: Workspace, user_id: int) -> RankRequest:
-    (moment,) = logged_moments(live.domain, live.ranker, work.log, from_ms=0, count=1, seed=user_id)
+def _anonymous(moment: Moment, user_id: int) -> RankRequest:
+    """A logged request, asked now for another user."""
     request = RankRequest()
     request.CopyFrom(moment.request)
     request.user_id, request.request_time_ms = user_id, 0
@@ -205,10 +202,10 @@ def _positive(domain: Domain, ranker: str) -> str:
     return next(name for name in seen if domain.actions[name].kind == "positive")
 
 
-def _before_and_after(live: Live, work: Workspace) -> list[tuple[int, int, float, float, bool]]:
+def _before_and_after(live: Live, moment: Moment) -> list[tuple[int, int, float, float, bool]]:
     """(item, place before, score before, score after, clicked) in the new order: one user, before and after acting on the last item."""
     user_id = 2**63 + SEED  # a user whom nobody has seen: a cold start, then one action
-    request = _some_request(live, work, user_id)
+    request = _anonymous(moment, user_id)
     before = typed(live.client.call(request))
     chosen = int(before.ids[-1])
     kind = int(before.kinds[-1])
@@ -222,13 +219,13 @@ def _before_and_after(live: Live, work: Workspace) -> list[tuple[int, int, float
     ]
 
 
-def _produce_to_changed(live: Live, work: Workspace) -> np.ndarray:
-    """Milliseconds from produce() to the answer of a ranking that the action changed, for FRESH_TRIALS users and actions."""
+def _produce_to_changed(live: Live, moments: list[Moment]) -> np.ndarray:
+    """Milliseconds from produce() to the answer of a ranking that the action changed, for a new user and action each."""
     action = _positive(live.domain, live.ranker)
     found_ms = []
-    for trial in range(FRESH_TRIALS):
+    for trial, moment in enumerate(moments):
         user_id = 2**62 + trial
-        request = _some_request(live, work, user_id)
+        request = _anonymous(moment, user_id)
         before = typed(live.client.call(request))
         chosen = np.random.default_rng([SEED, trial]).integers(len(before.ids))
         started = time.perf_counter()
@@ -276,6 +273,7 @@ def _show(
     lift = hit["with"] / hit["without"] - 1 if hit["without"] else float("nan")
     console.print(
         f"HIT@3 ({hit['head']}, {hit['of']}): {hit['with']:.3f} with the realtime sequence, {hit['without']:.3f} without ({lift:+.0%})"
+        f"{hit.get('more', '')}"
     )
     console.print(
         f"parity: {parity['rankings_replayed']} rankings replayed, {parity['bytes_different']} bytes different ({parity['verdict']})"

@@ -34,8 +34,8 @@ parameters { key: "release_folder" value: { string_value: "/releases/home" } }
 parameters { key: "threads" value: { string_value: "2" } }
 """
 
-PROBABILITY = [[0.397436, 0.521491], [0.380645, 0.262354], [0.205433, 0.464776], [0.166272, 0.543122]]
-SCORES = [0.13669, 0.249468, -0.026956, -0.105289]
+PROBABILITY = [[0.6289368, 0.2901469], [0.6668932, 0.4151912], [0.5753051, 0.4175597], [0.5939423, 0.5323139]]
+SCORES = [0.4838633, 0.4592977, 0.3665253, 0.3277853]
 TOLERANCE = 1e-5
 
 
@@ -56,6 +56,8 @@ def golden_request(ranker: str, candidates: int) -> dict[str, torch.Tensor]:
             value = random.integers(0, 3, shape)
         else:
             value = random.normal(size=shape)
+        if tensor.name.endswith("_embedding"):
+            value /= np.sqrt(shape[-1])  # about unit norm, as published vectors have
         tensors[tensor.name] = torch.from_numpy(value.astype(tensor.dtype))
     tensors["sequence_count"][:] = 60
     tensors["candidate_number"][0] = float("nan")

@@ -160,7 +160,7 @@ def test_kcat_and_grpcurl_see_the_same(up, client):
     if kcat is None or grpcurl is None:
         assert os.environ.get("CI") != "true", "kcat and grpcurl are required where CI=true"
         pytest.skip("kcat and grpcurl are not installed")
-    user_id = 4242
+    user_id = 10**16
     now_ms = time.time_ns() // 1_000_000
     value = encode_action(user_id=user_id, entity_kind=1, entity_id=7, action=2, event_time_ms=now_ms, event_id=1)
     command = [
@@ -179,7 +179,7 @@ def test_kcat_and_grpcurl_see_the_same(up, client):
     ]
     subprocess.run(command, input=user_key(user_id) + b"=:key:=" + value, check=True, timeout=30)
     deadline = time.monotonic() + 20
-    while client.rank("feed", user_id, [1, 2], kinds=1).cold_start:
+    while not client.rank("feed", user_id, [1, 2], kinds=1).sequence_count:
         assert time.monotonic() < deadline, "kcat's action never became visible"
     request = {"ranker": "feed", "user_id": str(user_id), "candidate_ids": base64.b64encode(struct.pack("<3Q", 7, 8, 9)).decode()}
     done = subprocess.run(
@@ -192,13 +192,13 @@ def test_kcat_and_grpcurl_see_the_same(up, client):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["tier"] == "TIER_MODEL"
-    assert answer["sequenceCount"] == 1
-    ranked = struct.unpack("<3Q", base64.b64decode(answer["rankedIds"]))
+    assert answer["sequence_count"] == 1
+    ranked = struct.unpack("<3Q", base64.b64decode(answer["ranked_ids"]))
     assert sorted(ranked) == [7, 8, 9]
 
 
 def test_erase_is_gone_for_the_next_ranking_and_in_a_replay(producer, client, home, tmp_path):
-    user_id = 777
+    user_id = 10**16 + 1
     position = producer.produce(user_id=user_id, entity_kind="video", entity_id=3, action="click").result()
     assert client.rank("feed", user_id, [1, 2], kinds=1, after=[position]).sequence_count == 1
     erased = freshrank("erase", "--user", str(user_id), home=home).strip()
@@ -216,7 +216,7 @@ def test_erase_is_gone_for_the_next_ranking_and_in_a_replay(producer, client, ho
 
 def test_worker_killed_comes_back_and_nothing_is_lost(up, producer, client):
     """SIGKILL in the midst of ingest: the stack restarts the worker, and each user's sequence is what was produced."""
-    users = range(5_000, 5_040)
+    users = range(10**16 + 100, 10**16 + 140)
     killed = False
     positions = {}
     for event in range(30):

@@ -1,0 +1,66 @@
+"""The examples of the README, run as they stand there, against `freshrank up`."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.bench import write_untrained_release
+from features.domain import load_domain
+
+ROOT = Path(__file__).parents[2]
+DOMAIN = ROOT / "domains" / "simulator.toml"
+
+
+def example(name):
+    """The shell block behind `<!-- tested: name -->`."""
+    return re.search(rf"<!-- tested: {name} -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    write_untrained_release(home, load_domain(DOMAIN), np.random.default_rng(1))
+    # Far from the test's own deadline: a machine that runs other tests too may take seconds for the first ranking.
+    variables = os.environ | {"FRESHRANK_HOME": str(home), "FRESHRANK_RANK_TIMEOUT_MS": "5000"}
+    command = [sys.executable, "-m", "deploy.cli", "up", "--json", "--domain", str(DOMAIN)]
+    with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as up:
+        endpoints = json.loads(up.stdout.readline())
+        yield variables | {"KAFKA": endpoints["kafka"], "SERVER": endpoints["server"]}
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0
+
+
+def run(name, environment):
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", example(name)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_produce_and_rank(environment):
+    assert "1 actions seen, newest action" in run("command line", environment)
+
+
+def test_kcat_and_grpcurl(environment):
+    for tool in ("kcat", "grpcurl"):
+        if shutil.which(tool) is None:
+            assert os.environ.get("CI") != "true", f"{tool} is required where CI=true"
+            pytest.skip(f"{tool} is not installed")
+    answer = json.loads(run("kcat and grpcurl", environment))
+    assert answer["tier"] == "TIER_MODEL"
+    assert len(answer["head_scores"]) == 3
