@@ -23,21 +23,23 @@ import numpy.typing as npt
 from rich.console import Console
 
 from deploy.bench_ingest import bench_ingest
+from deploy.kafka_jars import kafka_version
 from deploy.learn import now_ms
 from deploy.processes import kafka_config, topics
 from deploy.replay import ReplayOptions
 from deploy.replay import replay as replay_logs
 from deploy.settings import Settings, load_settings
-from deploy.stack import Stack
+from deploy.stack import Stack, ranking_client
 from features.actions import EVENT_DTYPE
 from features.domain import Domain, load_domain
 from features.ports import Position
 from features.sequence import decode_row
 from features.tables import Member, item_member, write_generation
-from inference.client import RankingClient, feature_column
+from inference.client import feature_column
 from inference.release import write_release
 from inference.transact import TransActRanker
 from protos.v1.ranking_pb2 import RankRequest
+from streams.kafka import end_offsets
 from streams.producer import ActionProducer
 from streams.view import ViewReader
 
@@ -88,7 +90,7 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Versions of what does the work."""
     packages = ("numpy", "torch", "confluent-kafka", "faust-streaming", "rocksdict", "lmdb", "grpcio", "nvidia-pytriton")
-    return {"python": platform.python_version(), "kafka": "4.3.1", **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), "kafka": kafka_version(), **{name: version(name) for name in packages}}
 
 
 def _ingest(runs: int, folder: Path, console: Console) -> Runs:
@@ -256,7 +258,7 @@ def _rank_run(world: _World) -> dict[str, float]:
 
     requests = [world.request(CANDIDATES) for _ in range(int(RANK_S * RANKINGS_PER_S))]
     producing = threading.Thread(target=ingest)
-    with RankingClient(world.stack.endpoints()["server"], timeout_s=5.0) as client, ThreadPoolExecutor(8) as pool:
+    with ranking_client(world.settings, timeout_s=5.0) as client, ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             client.call(world.request(CANDIDATES))
         producing.start()
@@ -281,7 +283,7 @@ def _replay(runs: int, folder: Path, console: Console) -> Runs:
         f"{REPLAY_RANKINGS} rankings of {REPLAY_CANDIDATES} candidates, {USERS * HISTORY} events; each run replays all, without scoring"
     )
     with _world(folder, ("worker", "server"), torch_threads=2) as world:
-        with RankingClient(world.stack.endpoints()["server"], timeout_s=10.0) as client:
+        with ranking_client(world.settings, timeout_s=10.0) as client:
             for _ in range(REPLAY_RANKINGS):
                 user_id, _, future = world.produce()
                 request = world.request(REPLAY_CANDIDATES)
@@ -289,6 +291,7 @@ def _replay(runs: int, folder: Path, console: Console) -> Runs:
                 at = future.result()
                 request.after.add(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset)
                 client.call(request)
+        _wait_for_rankings(world.settings)
         home = world.settings.home
         options = ReplayOptions(
             releases=home / "releases",
@@ -310,3 +313,12 @@ def _replay(runs: int, folder: Path, console: Console) -> Runs:
                 }
             )
         return found
+
+
+def _wait_for_rankings(settings: Settings) -> None:
+    """Returns when the ranking log, which never delays an answer, has reached Kafka."""
+    deadline_s = time.monotonic() + 10
+    partitions = range(settings.partitions)
+    while sum(end_offsets(kafka_config(settings), settings.topic_rankings, partitions).values()) < REPLAY_RANKINGS:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError("the ranking log did not reach Kafka within 10 s")

@@ -1,6 +1,7 @@
 """The command `freshrank`: thin, so that everything it does can be called from Python as well."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from deploy.settings import Settings, SettingsError, load_settings
-from features.domain import DomainError
+from deploy.settings import Settings, load_settings
 
 app = typer.Typer(
     name="freshrank",
@@ -60,7 +61,7 @@ def up(
     from deploy.stack import Stack
 
     def on_event(name: str, text: str) -> None:
-        console.print(f"[dim]{name:>8}[/dim]  {text}")
+        console.print(Text.assemble((f"{name:>8}", "dim"), f"  {text}"), soft_wrap=True)
 
     settings = settings_for(home, domain)
     with Stack(settings, on_event=on_event) as stack:
@@ -98,7 +99,7 @@ def produce(
     from features.domain import load_domain
     from streams.producer import ActionProducer
 
-    settings = running(settings_for(home, domain))
+    settings = running(settings_for(home, domain), needs="kafka")
     product = load_domain(settings.domain)
     producer = ActionProducer(kafka_config(settings), product, settings.topic_actions)
     try:
@@ -139,7 +140,7 @@ def erase(
     from features.domain import load_domain
     from streams.producer import ActionProducer
 
-    settings = running(settings_for(home, domain))
+    settings = running(settings_for(home, domain), needs="kafka")
     producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions)
     try:
         print(position_text(producer.erase(parse_id(user), reason).result()))
@@ -163,14 +164,12 @@ def rank(
 
     Example: `freshrank rank --user 42 --candidates 7,8,9 --after 5e0f6b8c9d1a2b3c:2:17`
     """
-    from deploy.stack import running
+    from deploy.stack import ranking_client, running
     from features.domain import load_domain
-    from inference.client import RankingClient
 
-    settings = running(settings_for(home, domain))
+    settings = running(settings_for(home, domain), needs="server")
     product = load_domain(settings.domain)
-    token = settings.server_token.get_secret_value() if settings.server_token else None
-    with RankingClient(settings.server_address, timeout_s=timeout_ms / 1000, token=token) as client:
+    with ranking_client(settings, timeout_s=timeout_ms / 1000) as client:
         answer = client.rank(
             product.ranker_name(ranker),
             parse_id(user),
@@ -281,7 +280,7 @@ def publish(
     written = release(work, name)
     print(written.release_id)
     try:
-        announce_release(running(settings), name, written.release_id, now_ms())
+        announce_release(running(settings, needs="kafka"), name, written.release_id, now_ms())
     except StackNotRunningError:
         console.print("no stack runs: the next `freshrank up` serves it")
 
@@ -319,8 +318,8 @@ def evaluate(
 def replay(
     archive: Annotated[Path | None, typer.Option(help="Archive folder; Kafka where absent.")] = None,
     write_archive: Annotated[Path | None, typer.Option(help="First copy both topics into this folder.")] = None,
-    score_sample: Annotated[int, typer.Option(help="How many rankings to score again.")] = 100,
-    users_share: Annotated[float, typer.Option(help="Share of users, by hash.")] = 1.0,
+    score_sample: Annotated[int, typer.Option(min=0, help="How many rankings to score again.")] = 100,
+    users_share: Annotated[float, typer.Option(min=0, max=1, help="Share of users, by hash.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     home: Home = None,
@@ -339,7 +338,7 @@ def replay(
     settings = settings_for(home)
     source: dict[str, Any] = {"archive": archive}
     if archive is None:
-        settings = running(settings)
+        settings = running(settings, needs="kafka")
         source = {"kafka": kafka_config(settings), "topics": topics(settings)}
     options = ReplayOptions(
         releases=settings.home / "releases",
@@ -370,7 +369,11 @@ def demo(
     Example: `freshrank demo` or `freshrank demo --domain domains/kuairand.toml --data ../shared/data/kuairand-pure`
     """
     from deploy.demo import run_demo
+    from features.domain import load_domain
 
+    if home is None and domain is not None:  # a folder of its own: one home holds one product's state
+        home = Path(f".freshrank-{load_domain(domain).name}")
+    quiet()
     settings = settings_for(home, domain)
     raise typer.Exit(run_demo(settings, domain, data, seconds, Console()))
 
@@ -387,6 +390,7 @@ def bench(
     """
     from deploy.bench import run_bench
 
+    quiet()
     result = run_bench(name, runs, console)
     table = Table("figure", "median", "min", "max", "unit", title=f"{name} on {result['machine']}")
     for figure, row in result["figures"].items():
@@ -429,10 +433,18 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
     raise typer.Exit(processes.server(settings_for(home, domain)))
 
 
+def quiet() -> None:
+    """Keeps librdkafka's warnings about brokers that are still starting off the terminal; errors stay."""
+    logging.getLogger("streams.kafka").setLevel(logging.ERROR)
+
+
 def parse_id(text: str) -> int:
     """An id as a person types it: digits are the number itself, anything else is hashed as importers do."""
     from features.ids import ID_MAX, string_id
 
+    text = text.strip()
+    if not text:
+        raise typer.BadParameter("an id is empty; give numbers or texts, lists separated by single commas")
     if text.isdecimal() and int(text) <= ID_MAX:
         return int(text)
     return string_id(text)
@@ -472,22 +484,44 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
-def main() -> None:
-    """Runs the command; an error that a person can mend is one message, not a traceback."""
-    # OpenMP threads that spin while they wait make everybody else on busy cores wait; it reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def expected_errors() -> list[type[Exception]]:
+    """Errors that a person can mend: shown as one message. Anything else is a bug and shows where it is."""
+    from deploy.kafka_jars import JarsMissingError
     from deploy.stack import StackNotRunningError
     from deploy.supervisor import SupervisorError
+    from deploy.triton_server import TritonMissingError
     from inference.client import RankError
     from streams.errors import StreamError
 
-    expected = (DomainError, SettingsError, StackNotRunningError, SupervisorError, StreamError, RankError, ValueError, FileNotFoundError)
+    found: list[type[Exception]] = [
+        StackNotRunningError,
+        SupervisorError,
+        StreamError,
+        RankError,
+        ValueError,
+        OSError,
+        JarsMissingError,
+        TritonMissingError,
+    ]
+    if "inference.train" in sys.modules:  # only commands that train import torch
+        from inference.train import TrainError
+
+        found.append(TrainError)
+    return found
+
+
+def main() -> None:
+    """Runs the command."""
+    # OpenMP threads that spin while they wait make everybody else on busy cores wait; it reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except expected as error:
-        console.print(f"[red]error[/red]  {error}", highlight=False, markup=True)
+    except Exception as error:
+        if not isinstance(error, (*expected_errors(),)):
+            raise
+        console.print(Text.assemble(("error", "red"), f"  {error}"), soft_wrap=True)
         sys.exit(1)
 
 

@@ -6,7 +6,7 @@ realtime sequence; the parity report of a replay in a process of its own.
 
 import contextlib
 import json
-import shutil
+import secrets
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ from deploy.learn import Workspace, import_data, now_ms, release, train_ranker, 
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings
 from deploy.simulator import Simulator
-from deploy.stack import Stack, keep_domain
+from deploy.stack import Stack, keep_domain, ranking_client
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
 from features.pack import Packer
@@ -63,13 +63,12 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     simulator = None
     if domain_path is None:
         simulator = Simulator(SEED)
-        domain_path, data = settings.domain, settings.home / "demo" / "published"
+        domain_path, data = Settings.model_fields["domain"].default, settings.home / "demo" / "published"
         simulator.write(data, requests=REQUESTS)
         console.print(f"[bold]1[/bold]  simulated a published log: {data}")
     elif data is None:
         raise ValueError("--data: the folder with the published files is needed with --domain")
     settings = settings.model_copy(update={"domain": keep_domain(domain_path, settings.home), "inline_share": 0.1})
-    shutil.rmtree(settings.home / "releases", ignore_errors=True)
     work = Workspace(settings.domain, settings.home)
     ranker = work.domain.ranker_name(None)
     summary = import_data(work, data, console)
@@ -105,7 +104,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
 def _connect(stack: Stack, domain: Domain, ranker: str) -> Live:
     settings = stack.settings
     producer = ActionProducer(kafka_config(settings), domain, topics(settings).actions)
-    client = RankingClient(stack.endpoints()["server"], timeout_s=5.0)
+    client = ranking_client(settings, timeout_s=5.0)
     return Live(domain, ranker, producer, client, settings)
 
 
@@ -115,6 +114,7 @@ def _live_sessions(live: Live, simulator: Simulator, without: TransActRanker) ->
     packer = Packer(live.domain, live.ranker, tables)
     hits: dict[str, list[float]] = {"with": [], "without": []}
     for user_id in simulator.held_back_users[:LIVE_USERS]:
+        live.producer.erase(user_id, "each demo begins anew").result()
         user = simulator.user(user_id)
         per_user: dict[str, list[int]] = {"with": [], "without": []}
         after: list[WirePosition] = []
@@ -189,6 +189,11 @@ def _test_hits(trained: dict[str, Any], without: dict[str, Any], ranker: str, do
     return {"head": head, "with": ours["hit"], "without": theirs["hit"], "of": "users of the temporal test part", "more": auc}
 
 
+def new_user() -> int:
+    """A user whom nobody has seen, not in an earlier demo either."""
+    return secrets.randbits(64)
+
+
 def _anonymous(moment: Moment, user_id: int) -> RankRequest:
     """A logged request, asked now for another user."""
     request = RankRequest()
@@ -204,7 +209,7 @@ def _positive(domain: Domain, ranker: str) -> str:
 
 def _before_and_after(live: Live, moment: Moment) -> list[tuple[int, int, float, float, bool]]:
     """(item, place before, score before, score after, clicked) in the new order: one user, before and after acting on the last item."""
-    user_id = 2**63 + SEED  # a user whom nobody has seen: a cold start, then one action
+    user_id = new_user()  # a cold start, then one action
     request = _anonymous(moment, user_id)
     before = typed(live.client.call(request))
     chosen = int(before.ids[-1])
@@ -224,7 +229,7 @@ def _produce_to_changed(live: Live, moments: list[Moment]) -> np.ndarray:
     action = _positive(live.domain, live.ranker)
     found_ms = []
     for trial, moment in enumerate(moments):
-        user_id = 2**62 + trial
+        user_id = new_user()
         request = _anonymous(moment, user_id)
         before = typed(live.client.call(request))
         chosen = np.random.default_rng([SEED, trial]).integers(len(before.ids))

@@ -28,6 +28,11 @@ def locked_jars(lock: Path = SPECIFICATION / "jgo.lock.toml") -> dict[str, str]:
     return {f"{entry['artifactId']}-{entry['version']}.jar": entry["sha256"] for entry in entries}
 
 
+def kafka_version() -> str:
+    """Version of the broker that the lock names."""
+    return next(name for name in locked_jars() if name.startswith("kafka_2")).removesuffix(".jar").rpartition("-")[2]
+
+
 def check_jars(folder: Path, *, bytes_too: bool = False) -> None:
     """Compare a folder with the lock: every jar is there and, with `bytes_too`, has the locked sha256.
 

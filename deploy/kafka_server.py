@@ -84,7 +84,9 @@ class KafkaServer:
         java.append("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
         java.append("-Dorg.slf4j.simpleLogger.showDateTime=true")
         java.append("-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSZ")
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        identity = uuid.uuid4().bytes
+        # The first bit is cleared: an id that begins with "-" would be read as an option.
+        cluster_id = base64.urlsafe_b64encode(bytes([identity[0] & 0x7F]) + identity[1:]).decode().rstrip("=")
         # The shell only formats before the first start; `exec` makes the broker the process that signals reach.
         formats = '[ -f "$1" ] || "${@:4}" kafka.tools.StorageTool format -t "$2" -c "$3"'
         script = f'{formats} || exit; exec "${{@:4}}" kafka.Kafka "$3"'

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from pathlib import Path
+import time
 
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
@@ -19,6 +19,7 @@ from streams.view import ViewReader
 from streams.worker import run_worker
 
 RELEASE_KEY = "release/"
+WARM_S_MAX = 60.0
 
 
 def kafka_config(settings: Settings) -> KafkaConfig:
@@ -74,24 +75,30 @@ async def _serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    started_ms = time.time_ns() // 1_000_000
     endpoint = await ranking.start()
-    known = False
 
     def on_change(key: str, value: bytes | None) -> None:
+        if value is None or not key.startswith(RELEASE_KEY):
+            return
+        message = ReleaseAnnouncement.FromString(value)
         # What was announced before this start is in the release folder already, and the folder's newest release is served.
-        if known and value is not None and key.startswith(RELEASE_KEY):
-            message = ReleaseAnnouncement.FromString(value)
+        if message.announced_time_ms >= started_ms:
             ranking.announce(message.ranker, message.release_id, dict(message.generations))
 
     announcements = await asyncio.to_thread(
         lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
     )
-    known = True
+    stopping = asyncio.create_task(stop.wait())
     try:
-        await ranking.warm()
+        # Lower tiers answer while the models load: a Triton that does not come up must not keep the server from serving.
+        warming = asyncio.create_task(ranking.warm())
+        await asyncio.wait({warming, stopping}, timeout=WARM_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+        warming.cancel()
         report_ready(endpoint, rankers=ranking.releases.rankers)
-        await stop.wait()
+        await stopping
     finally:
+        stopping.cancel()
         announcements.close()
         await ranking.stop()
         sink.close()
@@ -131,8 +138,3 @@ def _domain(settings: Settings) -> Domain:
 
 def _partition_count(settings: Settings) -> int:
     return log_identity(kafka_config(settings), settings.topic_actions).partition_count
-
-
-def view_folder(settings: Settings) -> Path:
-    """Where the worker publishes its view."""
-    return settings.home / "view"

@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
+OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS"}
+"""Variables with the prefix that are no settings: the file, what the supervisor hands to its children, where the jars are."""
 _CHECKOUT = Path(__file__).parents[1]
 
 
@@ -62,6 +64,7 @@ class Settings(BaseSettings):
     torch_threads: PositiveInt = Field(1, description="CPU threads of each model instance and of training.")
 
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the servers; with tls_key they serve TLS.")
+    tls_authority: Path | None = Field(None, description="PEM certificate of the authority that commands trust when they call the server.")
     tls_key: Path | None = Field(None, validate_default=True, description="PEM private key of tls_certificate.")
     server_token: SecretStr | None = Field(None, description="Bearer token that every ranking call must carry; none: calls are open.")
     server_host: str = Field("127.0.0.1", validate_default=True, description="Address the ranking server binds; without TLS only loopback.")
@@ -69,12 +72,11 @@ class Settings(BaseSettings):
     server_address: Address = Field("", description="host:port of the ranking server that commands call; empty: the local stack's.")
     reader_host: str = Field("127.0.0.1", description="Address the sequence reader binds; only loopback.")
     reader_port: Port = Field(0, description="Port of the sequence reader.")
-    reader_address: Address = Field("", description="host:port of the sequence reader that commands call; empty: the local stack's.")
     reflection: bool = Field(True, description="gRPC reflection, for tools such as grpcurl; switch it off where the server is public.")
 
     rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
     rankings_max: PositiveInt = Field(64, description="Rankings in work at once; more are shed with RESOURCE_EXHAUSTED.")
-    message_bytes_max: PositiveInt = Field(4 << 20, description="Largest request that the ranking server accepts.")
+    message_bytes_max: PositiveInt = Field(1 << 20, description="Largest request that the ranking server accepts, in bytes.")
     ranking_log_queue_max: PositiveInt = Field(10_000, description="Ranking records that wait for Kafka; more are dropped and counted.")
     inline_share: float = Field(0.01, ge=0, le=1, description="Share of users, by hash, whose packed bytes are logged inline.")
 
@@ -144,6 +146,10 @@ def load_settings(**arguments: Any) -> Settings:
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     path = config_path()
+    known = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    unknown = sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(f"variable {unknown[0]}: is no setting of freshrank; see deploy/settings.py for their names")
     if os.environ.get(CONFIG_VARIABLE) and not path.is_file():
         raise SettingsError(f"{CONFIG_VARIABLE} names {path}, which is no file")
     try:

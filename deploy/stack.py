@@ -19,6 +19,7 @@ from deploy.settings import Settings
 from deploy.supervisor import Command, Supervisor, free_ports
 from deploy.triton_server import TritonServer
 from features.domain import load_domain
+from inference.client import RankingClient
 from streams.kafka import ensure_topics
 
 SERVING = ("worker", "reader", "server")
@@ -83,7 +84,9 @@ class Stack:
         )
         self.settings = settings
         for name in self._serving:  # in order: the reader and the server read the view that the worker writes
-            self.supervisor.start(process(name, settings)).wait_ready()
+            details = self.supervisor.start(process(name, settings)).wait_ready()
+            if name == "server":
+                self.settings = settings.model_copy(update={"server_address": details["endpoint"]})
 
 
 def process(name: str, settings: Settings) -> Command:
@@ -101,21 +104,30 @@ def keep_domain(domain: Path, home: Path) -> Path:
     return kept
 
 
-def running(settings: Settings) -> Settings:
+def running(settings: Settings, *, needs: str) -> Settings:
     """Settings that reach the stack which runs in the home folder, or the outside parts that they name already.
 
+    Args:
+        settings: as the user gave them.
+        needs: "kafka" or "server", the part that the command talks to.
+
     Raises:
-        StackNotRunningError: neither is there.
+        StackNotRunningError: that part is not there.
     """
     found = settings
-    for name, key in (("kafka", "kafka_bootstrap"), ("triton", "triton_url"), ("server", "server_address"), ("reader", "reader_address")):
+    addresses = {"kafka": "kafka_bootstrap", "triton": "triton_url", "server": "server_address"}
+    for name, key in addresses.items():
         if not getattr(found, key):
             found = found.model_copy(update={key: endpoint(settings.home, name)})
-    if not found.kafka_bootstrap and not found.server_address:
-        raise StackNotRunningError(
-            f"no stack runs in {settings.home}: start one with `freshrank up`, or set kafka_bootstrap and server_address"
-        )
+    if not getattr(found, addresses[needs]):
+        raise StackNotRunningError(f"{needs}: none runs in {settings.home}; start the stack with `freshrank up`, or set {addresses[needs]}")
     return found
+
+
+def ranking_client(settings: Settings, *, timeout_s: float) -> RankingClient:
+    """A client of the ranking server that the settings name, with their token and authority."""
+    token = settings.server_token.get_secret_value() if settings.server_token else None
+    return RankingClient(settings.server_address, timeout_s=timeout_s, root_certificate=settings.tls_authority, token=token)
 
 
 def endpoint(home: Path, name: str) -> str:

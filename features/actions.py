@@ -46,7 +46,8 @@ _WIRE = np.dtype(
 CANONICAL_BYTES = _WIRE.itemsize
 _TAGS = {f"t{n}": (n << 3) | (1 if n <= 5 else 5) for n in range(1, 10)}
 _REQUIRED = ("user_id", "entity_id", "event_time_ms", "event_id", "entity_kind", "action")
-_TIME_MS_MAX = 2**62
+TIME_MS_MAX = 2**62
+"""No event time is this or later."""
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 REJECTED, ACTION, ERASE = 0, 1, 2
@@ -87,7 +88,7 @@ def encode_action(
 ) -> bytes:
     """Canonical bytes of one action: every field written, in order, CANONICAL_BYTES long. Raises ValueError naming a field out of range."""
     limits = {"entity_kind": (entity_kind, 1, 255), "action": (action, 1, 255), "surface": (surface, 0, 65535)}
-    limits["event_time_ms"] = (event_time_ms, 1, _TIME_MS_MAX - 1)
+    limits["event_time_ms"] = (event_time_ms, 1, TIME_MS_MAX - 1)
     for name, number in (("user_id", user_id), ("entity_id", entity_id), ("event_id", event_id), ("request_id", request_id)):
         limits[name] = (number, 0, 2**64 - 1)
     for name, (number, low, high) in limits.items():
@@ -162,7 +163,7 @@ def decode_batch(
         for tag, expected in _TAGS.items():
             canonical &= wire[tag] == expected
         narrow = canonical & (wire["entity_kind"] < 256) & (wire["action"] < 256) & (wire["surface"] < 65536)
-        narrow &= wire["event_time_ms"] < _TIME_MS_MAX
+        narrow &= wire["event_time_ms"] < TIME_MS_MAX
         index, wire = index[narrow], wire[narrow]
         users[index] = wire["user_id"]
         for name in EVENT_DTYPE.names or ():
@@ -214,7 +215,7 @@ def _decode_slow(
         ("entity_kind", message.entity_kind, 255),
         ("action", message.action, 255),
         ("surface", message.surface, 65535),
-        ("event_time_ms", message.event_time_ms, _TIME_MS_MAX - 1),
+        ("event_time_ms", message.event_time_ms, TIME_MS_MAX - 1),
     ):
         if number > high:
             reasons[i] = f"{name}: {number} is above {high}"

@@ -6,6 +6,7 @@ sequence's fingerprint is part of the state, a ranker's tensors are part of a re
 
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +26,7 @@ class DomainError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +101,7 @@ class Feature(_Part):
                 raise ValueError("a number has neither vocabulary nor hash_buckets")
         elif (self.vocabulary is None) == (self.hash_buckets is None):
             raise ValueError(f"a {self.kind} needs either vocabulary or hash_buckets")
+        _once("vocabulary", self.vocabulary or ())
         return self
 
     @property
@@ -155,6 +157,12 @@ class Ranker(_Part):
     embedding_dimension: Annotated[int, Field(ge=1, le=1024)] = 32
     candidates_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
     model: ModelSettings = ModelSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _once("features", self.features)
+        _once("sequence_attributes", self.sequence_attributes)
+        return self
 
 
 class Rule(_Part):
@@ -334,6 +342,14 @@ class Domain(_Part):
         if given not in self.ranker:
             raise ValueError(f"ranker: {given!r} is not defined; allowed: {', '.join(self.ranker)}")
         return given
+
+
+def _once(key: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{key}: {name!r} is there twice; allowed: each once")
+        seen.add(name)
 
 
 def _fingerprint(value: Any) -> int:

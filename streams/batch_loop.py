@@ -48,7 +48,6 @@ from streams.view import MAP_BYTES, PartitionView, sync_view
 
 log = logging.getLogger(__name__)
 
-_READER_CHECK_S = 30.0
 _LAG_REFRESH_S = 1.0
 
 

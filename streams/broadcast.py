@@ -28,7 +28,10 @@ def announce(kafka: KafkaConfig, topic: str, key: str, value: bytes | None, *, t
 
 
 class Announcements:
-    """The current value of every key of the topic, kept current by a thread."""
+    """The current value of every key of the topic, kept current by a thread.
+
+    An announcement that `on_change` raises for is logged and counted, and the next one is read: one bad record must not cut a process off.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Announcements:
         """
         self._kafka, self._topic, self._on_change = kafka, topic, on_change
         self._values: dict[str, bytes] = {}
+        self._counters = dict.fromkeys(("read", "failed"), 0)
         self._lock = threading.Lock()
         self._current = threading.Event()
         self._closing = threading.Event()
@@ -64,6 +68,11 @@ class Announcements:
         """The current value of each key."""
         with self._lock:
             return dict(self._values)
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start: announcements read, and those of them that `on_change` raised for."""
+        with self._lock:
+            return dict(self._counters)
 
     def check(self) -> None:
         """Raises what ended the reader, where it ended: a health check calls this."""
@@ -102,9 +111,15 @@ class Announcements:
             raise KafkaUnavailableError(unavailable(self._kafka, error))
         key, value = (message.key() or b"").decode(errors="replace"), message.value()
         with self._lock:
+            self._counters["read"] += 1
             if value is None:
                 self._values.pop(key, None)
             else:
                 self._values[key] = value
         if self._on_change is not None:
-            self._on_change(key, value)
+            try:
+                self._on_change(key, value)
+            except Exception:
+                log.exception("topic %s: announcement %r cannot be used", self._topic, key)
+                with self._lock:
+                    self._counters["failed"] += 1

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from features.actions import TIME_MS_MAX
 from features.ids import ID_MAX, Collisions
 
 Bools = npt.NDArray[np.bool_]
 U64 = npt.NDArray[np.uint64]
 
-TIME_MS_MAX = 2**62
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 
 
@@ -99,7 +99,7 @@ def times_ms(array: pa.Array, unit: str) -> tuple[npt.NDArray[np.int64], Bools]:
     except pa.ArrowInvalid:
         numbers, wrong = numbers_of(array)
         time_ms = np.round(np.nan_to_num(numbers) * (1000 / _PER_SECOND[unit]))
-        overflow = wrong | (np.abs(time_ms) > TIME_MS_MAX)
+        overflow = wrong | (np.abs(time_ms) >= TIME_MS_MAX)
         time_ms = np.where(overflow, 0, time_ms).astype(np.int64)
     return time_ms, bad | overflow
 

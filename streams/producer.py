@@ -77,12 +77,15 @@ class ActionProducer:
             ProduceError: the queue stayed full for `timeout_s`.
         """
         domain = self._domain
+        now_ms = time.time_ns() // 1_000_000
+        if event_time_ms is not None and event_time_ms - domain.future_tolerance_ms > now_ms:
+            raise ValueError(f"event_time_ms: {event_time_ms} is more than {domain.future_tolerance_ms} ms ahead of now, {now_ms}")
         data = encode_action(
             user_id=user_id,
             entity_kind=_number("entity_kind", entity_kind, domain.entities),
             entity_id=entity_id,
             action=_number("action", action, {name: known.id for name, known in domain.actions.items()}),
-            event_time_ms=time.time_ns() // 1_000_000 if event_time_ms is None else event_time_ms,
+            event_time_ms=now_ms if event_time_ms is None else event_time_ms,
             event_id=secrets.randbits(64) if event_id is None else event_id,
             request_id=request_id,
             surface=0 if surface == 0 else _number("surface", surface, domain.surfaces),
@@ -106,7 +109,8 @@ class ActionProducer:
             ValueError: naming field and row that is not allowed; then nothing was queued.
             ProduceError: the queue stayed full for `timeout_s`.
         """
-        _check_events(events)
+        stored_ms = time.time_ns() // 1_000_000 if append_time_ms is None else append_time_ms
+        _check_events(events, stored_ms, self._domain.future_tolerance_ms)
         values = encode_events(users, events)
         for i, (user_id, value) in enumerate(zip(users.tolist(), values, strict=True)):
             headers = None if append_time_ms is None else [(APPEND_TIME_HEADER, b"%d" % append_time_ms[i])]
@@ -182,7 +186,13 @@ class ActionProducer:
                 return
             offset = message.offset()
             if offset < 0:  # the broker recognised a retry and no longer knew where it had put it: anything up to the end includes it
-                offset = end_offsets(self._kafka, self._topic, [message.partition()])[message.partition()] - 1
+                try:
+                    offset = end_offsets(self._kafka, self._topic, [message.partition()])[message.partition()] - 1
+                except Exception as failure:
+                    stored = ProduceError(f"the record is stored, but not known where: {failure}")
+                    stored.__cause__ = failure
+                    future.set_exception(stored)
+                    return
             future.set_result(Position(self.log_identity.epoch, message.partition(), offset))
 
         self._queue(key, value, on_delivery, None)
@@ -230,11 +240,14 @@ def _number(field: str, given: str | int, known: Mapping[str, int]) -> int:
     raise ValueError(f"{field}: {given!r} is not in the domain file; allowed: {allowed}")
 
 
-def _check_events(events: npt.NDArray[np.void]) -> None:
+def _check_events(events: npt.NDArray[np.void], append_time_ms: int | npt.NDArray[np.int64], future_tolerance_ms: int) -> None:
+    """What the worker would bury. `append_time_ms`: int64 [n], or one for all."""
+    ahead = events["event_time_ms"] - future_tolerance_ms > append_time_ms
     for field, bad, allowed in (
         ("action", events["action"] == 0, "1 to 255"),
         ("entity_kind", events["entity_kind"] == 0, "1 to 255"),
         ("event_time_ms", events["event_time_ms"] <= 0, "above 0"),
+        ("event_time_ms", ahead, f"up to {future_tolerance_ms} ms ahead of its append time (now, where none is given)"),
         ("value", np.isinf(events["value"]), "finite, or NaN for none"),
     ):
         rows = np.flatnonzero(bad)

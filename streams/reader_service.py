@@ -128,9 +128,16 @@ def run_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] 
 
 
 async def _report_health(reader: ViewReader, health: health_aio.HealthServicer, partition_count: int) -> None:
-    """SERVING while every partition has a view here; for ever."""
+    """SERVING while every partition has a view here that can be trusted; for ever."""
+    corrupt = ""
     while True:
-        whole = len(reader.positions()) == partition_count
+        try:
+            whole, found = len(reader.positions()) == partition_count, ""
+        except SequenceCorruptError as error:
+            whole, found = False, str(error)
+        if found and found != corrupt:
+            log.error("not serving: %s", found)
+        corrupt = found
         state = health_pb2.HealthCheckResponse.SERVING if whole else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", _SERVICE):
             await health.set(name, state)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka_server import KafkaServer
+from deploy.settings import load_settings
 from deploy.simulator import write_kuairand_like
 from deploy.triton_server import TritonServer
 
@@ -37,7 +38,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., T
 @pytest.fixture(scope="session")
 def kuairand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """KuaiRand's files below FRESHRANK_DATA; where they are absent, a generated log in their format. CI needs the real ones."""
-    data = Path(os.environ.get("FRESHRANK_DATA", Path(__file__).parents[2] / "shared" / "data")) / "kuairand-pure"
+    data = load_settings().data / "kuairand-pure"
     if data.is_dir():
         return data
     if os.environ.get("CI") == "true":
@@ -49,6 +50,6 @@ def kuairand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says which log stood for KuaiRand."""
-    data = Path(os.environ.get("FRESHRANK_DATA", Path(__file__).parents[2] / "shared" / "data")) / "kuairand-pure"
+    data = load_settings().data / "kuairand-pure"
     which = "the publishers' files" if data.is_dir() else f"a generated log in its format (no {data.name} below FRESHRANK_DATA)"
     terminalreporter.write_line(f"KuaiRand: {which}")

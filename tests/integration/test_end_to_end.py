@@ -55,7 +55,7 @@ class Up:
         line = self.process.stdout.readline()
         assert line, f"freshrank up ended with {self.process.wait(30)}"
         self.endpoints = json.loads(line)
-        self.settings = running(load_settings(home=home, domain=DOMAIN))
+        self.settings = running(load_settings(home=home, domain=DOMAIN), needs="kafka")
         self.domain = load_domain(DOMAIN)
 
     def pid(self, name):
