@@ -1,12 +1,13 @@
 """`freshrank bench NAME`: each starts what it needs and stops it. Medians over runs, with machine and versions.
 
-The ranking benchmarks use the full-size model of domains/simulator.toml with weights as initialised: what a ranking costs does not depend
-on what the weights have learned.
+The ranking benchmarks use the model in the paper's size (100 actions, first K = 10, full-rank crossing) over the simulator's domain, with
+weights as initialised: what a ranking costs does not depend on what the weights have learned.
 """
 
 import contextlib
 import os
 import platform
+import re
 import statistics
 import tempfile
 import threading
@@ -44,12 +45,13 @@ from streams.producer import ActionProducer
 from streams.view import ViewReader
 
 Runs = list[dict[str, float]]
-USERS, ITEMS, HISTORY = 1_000, 10_000, 60
+USERS, ITEMS, HISTORY = 1_000, 10_000, 100
 EVENTS_PER_S = 1_000
 FRESHNESS_S, FRESHNESS_SAMPLED = 20.0, 10
 RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
-REPLAY_RANKINGS, REPLAY_CANDIDATES = 500, 20
-_DOMAIN = Path(__file__).parents[1] / "domains" / "simulator.toml"
+REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
+_SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
+_PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_rank = 64, first_k = 5", ""))
 _UNITS = (("_ms", "ms"), ("events_per_s", "events/s"), ("requests_per_s", "requests/s"), ("cpu_us_per_event", "us"), ("_mb", "MB"))
 
 
@@ -140,9 +142,11 @@ class _World:
 
 @contextlib.contextmanager
 def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_World]:
-    settings = load_settings(home=folder / "home", domain=_DOMAIN, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
-    domain, random = load_domain(_DOMAIN), np.random.default_rng(1)
-    write_untrained_release(settings.home, domain, random)
+    path = folder / "paper-size.toml"
+    path.write_text(paper_size(_SIMULATOR.read_text("utf-8")), "utf-8")
+    settings = load_settings(home=folder / "home", domain=path, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
+    random = np.random.default_rng(1)
+    domain = write_untrained_release(settings.home, path, random)
     with Stack(settings, serving=serving) as stack:
         producer = ActionProducer(kafka_config(stack.settings), domain, topics(stack.settings).actions)
         try:
@@ -158,8 +162,18 @@ def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_Wo
             producer.close()
 
 
-def write_untrained_release(home: Path, domain: Domain, random: np.random.Generator) -> None:
-    """Tables with random contents and a release of the simulator's ranker with weights as initialised, below `home`."""
+def paper_size(domain_toml: str) -> str:
+    """The simulator's domain file with rankers in the paper's size. Raises ValueError: the file no longer says what is replaced."""
+    for pattern, replacement in _PAPER_SIZE:
+        domain_toml, count = re.subn(pattern, replacement, domain_toml)
+        if not count:
+            raise ValueError(f"{_SIMULATOR}: {pattern} is not there any more; correct deploy/bench.py")
+    return domain_toml
+
+
+def write_untrained_release(home: Path, domain_path: Path, random: np.random.Generator) -> Domain:
+    """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`."""
+    domain = load_domain(domain_path)
     dimension = domain.ranker["home"].embedding_dimension
     tables = home / "tables"
 
@@ -181,12 +195,13 @@ def write_untrained_release(home: Path, domain: Domain, random: np.random.Genera
     write_release(
         home / "releases",
         model=TransActRanker(domain, "home").eval(),
-        domain_toml=_DOMAIN.read_text("utf-8"),
+        domain_toml=domain_path.read_text("utf-8"),
         ranker="home",
         created_ms=now_ms(),
         generations=spaces,
         metrics={},
     )
+    return domain
 
 
 def _freshness(runs: int, folder: Path, console: Console) -> Runs:

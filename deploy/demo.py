@@ -32,8 +32,7 @@ from features.request import inputs_from_request
 from features.tables import TableSet
 from inference.client import Ranking, RankingClient, feature_column, typed
 from inference.rescore import probabilities
-from inference.train import TrainOptions
-from inference.transact import TransActRanker
+from inference.train import TrainOptions, TrainResult
 from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import RankRequest
 from streams.producer import ActionProducer
@@ -85,7 +84,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
         live = _connect(stack, work.domain, ranker)
         try:
             if simulator is not None:
-                hit = _live_sessions(live, simulator, without.model)
+                hit = _live_sessions(live, simulator, without)
             else:
                 _live_moments(live, work, trained.metrics["parts"]["test"]["from_ms"])
                 hit = _test_hits(trained.metrics, without.metrics, ranker, work.domain)
@@ -108,13 +107,12 @@ def _connect(stack: Stack, domain: Domain, ranker: str) -> Live:
     return Live(domain, ranker, producer, client, settings)
 
 
-def _live_sessions(live: Live, simulator: Simulator, without: TransActRanker) -> dict[str, Any]:
+def _live_sessions(live: Live, simulator: Simulator, without: TrainResult) -> dict[str, Any]:
     """Sessions of users whom training never saw, acting now: HIT@3 of the served rankings, and of the model without the sequence."""
-    tables = TableSet.open(live.settings.home / "tables", live.domain, live.ranker)
+    tables = TableSet.open(live.settings.home / "tables", live.domain, live.ranker, without.generations)
     packer = Packer(live.domain, live.ranker, tables)
     hits: dict[str, list[float]] = {"with": [], "without": []}
     for user_id in simulator.held_back_users[:LIVE_USERS]:
-        live.producer.erase(user_id, "each demo begins anew").result()
         user = simulator.user(user_id)
         per_user: dict[str, list[int]] = {"with": [], "without": []}
         after: list[WirePosition] = []
@@ -135,7 +133,7 @@ def _live_sessions(live: Live, simulator: Simulator, without: TransActRanker) ->
             if clicked:
                 per_user["with"].append(_hits(answer.ids[np.argsort(-answer.head_scores["click"], kind="stable")], clicked))
                 inputs = inputs_from_request(live.domain, request, np.zeros(0, EVENT_DTYPE))
-                scores = probabilities(without, packer.pack(inputs).tensors)[:, without.head_names.index("click")]
+                scores = probabilities(without.model, packer.pack(inputs).tensors)[:, without.model.head_names.index("click")]
                 per_user["without"].append(_hits(shown.candidate_ids[np.argsort(-scores, kind="stable")], clicked))
             position = None
             for action in actions:

@@ -1,6 +1,7 @@
 """From a published log to a release: import, embeddings, training, publishing. What `freshrank import|train|publish` and the demo run.
 
-Folders below home: logs/<domain>/ (canonical log), tables/ (spaces), training/<ranker>/ (weights, curves, checkpoints), releases/.
+Folders below home: logs/<domain>/ (canonical log), tables/ (spaces), training/<ranker>/ (weights, curves, checkpoints), releases/,
+evaluation/<ranker>/ (what `evaluate` trains and shows, never released).
 """
 
 import time
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from features.domain import Domain, load_domain
 from inference.dataset import split_times
-from inference.embeddings import publish_embeddings
+from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
 from inference.release import Release, write_release
 from inference.train import TrainOptions, TrainResult, load_trained, train
@@ -53,28 +54,35 @@ class Workspace:
 
 def import_data(work: Workspace, data: Path, console: Console | None = None) -> dict[str, Any]:
     """Imports a published log; returns the summary. Raises PublishedError, DomainError."""
-    return import_log(work.domain, data, work.log, created_ms=now_ms(), tables_root=work.tables, console=console)
+    return import_log(work.domain, data, work.log, tables_root=work.tables, console=console)
 
 
-def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False) -> TrainResult:
-    """Embeddings of the training part, then the ranker. Raises TrainError, DatasetError, EmbeddingError, LogError."""
+def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False, out: Path | None = None) -> TrainResult:
+    """Embeddings of the training part, then the ranker with exactly these, into `out` (None: where `release` finds it).
+
+    Raises:
+        TrainError, DatasetError, EmbeddingError, LogError: see there.
+    """
     domain = work.domain
-    validation_ms, _ = split_times(domain, work.log, options.fractions)
-    publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed)
-    return train(domain, ranker, work.log, work.tables, work.training(ranker), options, resume=resume)
+    validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
+    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed)
+    out = work.training(ranker) if out is None else out
+    return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=newest_generations(folders))
 
 
 def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) -> TrainResult:
-    """The same model without the realtime sequence, beside the one with it."""
+    """The same model without the realtime sequence, with the embeddings of the one with it. Raises TrainError: that is not trained yet."""
+    _, about = load_trained(work.domain, ranker, work.training(ranker))
     out = work.training(f"{ranker}-without-sequence")
-    return train(work.domain, ranker, work.log, work.tables, out, replace(options, use_sequence=False))
+    options = replace(options, use_sequence=False)
+    return train(work.domain, ranker, work.log, work.tables, out, options, generations=about["generations"])
 
 
 def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict[str, Any]:
     """Trains the ranker with and without its realtime sequence; what both reach on the temporal test part (`inference.evaluate`)."""
-    train_ranker(work, ranker, options)
     out = work.home / "evaluation" / ranker
-    return evaluate(work.domain, ranker, work.log, work.tables, work.training(ranker), out, options=options)
+    trained = train_ranker(work, ranker, options, out=out / "with_sequence")
+    return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options)
 
 
 def release(work: Workspace, ranker: str) -> Release:

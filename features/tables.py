@@ -1,7 +1,8 @@
 """Embedding and feature tables: immutable generation folders, memory mapped, looked up for whole requests at once.
 
-A *space* is a named family of generations that may replace each other at any time: an embedding space (vectors of one training, comparable
-by dot product), `features` (raw features of items and users) or `takedowns` (ids of items taken down). A generation is the folder
+A *space* is a named family of generations: an embedding space, `features` (raw features of items and users) or `takedowns` (ids of items
+taken down). Generations of one *lineage* may replace each other at any time: their vectors come from one training and are comparable by dot
+product. A model is served with the lineage that it was trained with, whatever else its space holds. A generation is the folder
 `<root>/<space>/<generation>/`; `meta.json` says what is in it, with the checksum of every file, and the folder gets its name last, so that
 a reader sees all of it or nothing. A generation has *members*: `item.<entity kind>` and `user`. Each has sorted ids and columns; row 0 of
 every column is what an unknown id gets.
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ NONE = "none"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MEMBER = re.compile(r"user|item\.[a-z][a-z0-9_]{0,39}")
 _GENERATION = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{8}")
+_FILE_NAME = re.compile(rf"(?:{_MEMBER.pattern})\.[a-z][a-z0-9_]{{0,39}}\.npy")
+_LINEAGE = re.compile(r"[0-9A-Za-z._-]{0,64}")
 _VECTORS = "vectors"
 _CHUNK_ROWS = 1 << 18
 _TIME_MS_MAX = 253_402_300_800_000  # year 10000
@@ -76,6 +79,7 @@ class _Meta(BaseModel):
     generation: str
     created_ms: int
     dimension: int | None
+    lineage: str = ""
     rows: dict[str, int]
     """Ids of each member, the row of unknown ids not counted."""
     files: dict[str, _File]
@@ -86,18 +90,21 @@ def item_member(kind_name: str) -> str:
     return f"item.{kind_name}"
 
 
-def write_generation(root: str | Path, space: str, created_ms: int, members: Mapping[str, Member]) -> Path:
+def write_generation(root: str | Path, space: str, created_ms: int, members: Mapping[str, Member], *, lineage: str = "") -> Path:
     """Writes a generation and returns its folder, `<root>/<space>/YYYYMMDDTHHMMSSmmmZ-<8 hex digits of its content>`.
 
     `created_ms` (milliseconds since 1970-01-01 UTC) makes the name, so that the newest generation has the greatest one. It is the time of
     the data, when the log was read, not of its writing: a user erased at or after it is not looked up. Writing the same content with the
-    same time again gives the same folder.
+    same time and lineage again gives the same folder. `lineage` (up to 64 letters, digits and `._-`) names the training whose vectors are
+    comparable with these; generations without one are of the lineage "".
 
     Raises:
         TableError: naming the member and column that cannot be written.
     """
     if not _NAME.fullmatch(space):
         raise TableError(f"space {space!r}: must match {_NAME.pattern}")
+    if not _LINEAGE.fullmatch(lineage):
+        raise TableError(f"lineage {lineage!r}: must match {_LINEAGE.pattern}")
     dimensions = {m.vectors.shape[-1] for m in members.values() if m.vectors is not None}
     if len(dimensions) > 1:
         raise TableError(f"space {space}: its members have vectors of several dimensions: {sorted(dimensions)}")
@@ -108,7 +115,7 @@ def write_generation(root: str | Path, space: str, created_ms: int, members: Map
         files: dict[str, _File] = {}
         for name, member in sorted(members.items()):
             files |= _write_member(folder, name, member)
-        generation = f"{_moment(created_ms)}-{_content(files)}"
+        generation = f"{_moment(created_ms)}-{_content(files, lineage)}"
         target = parent / generation
         if target.exists():
             return target
@@ -118,6 +125,7 @@ def write_generation(root: str | Path, space: str, created_ms: int, members: Map
             generation=generation,
             created_ms=created_ms,
             dimension=next(iter(dimensions), None),
+            lineage=lineage,
             rows={name: len(member.ids) for name, member in sorted(members.items())},
             files=files,
         )
@@ -139,9 +147,11 @@ def _moment(time_ms: int) -> str:
     return re.sub(r"[-:.]", "", str(text)) + "Z"
 
 
-def _content(files: Mapping[str, _File]) -> str:
-    """8 hexadecimal digits of the checksums of all files."""
+def _content(files: Mapping[str, _File], lineage: str) -> str:
+    """8 hexadecimal digits of the checksums of all files and the lineage."""
     lines = "".join(f"{name}:{file.sha256}\n" for name, file in sorted(files.items()))
+    if lineage:
+        lines += f"lineage:{lineage}\n"
     return hashlib.sha256(lines.encode()).hexdigest()[:8]
 
 
@@ -219,30 +229,29 @@ def generation_names(root: str | Path, space: str) -> list[str]:
     return sorted(path.parent.name for path in parent.glob("*/meta.json") if _GENERATION.fullmatch(path.parent.name))
 
 
+def generations_of(root: str | Path, space: str, lineage: str) -> Iterator[str]:
+    """Names of a space's complete generations of one lineage, newest first.
+
+    Raises:
+        TableError: the meta.json of one that is come across cannot be read.
+    """
+    names = generation_names(root, space)
+    return (name for name in reversed(names) if _read_meta(Path(root) / space / name).lineage == lineage)
+
+
+def lineage_of(root: str | Path, space: str, generation: str) -> str:
+    """The lineage of a generation. Raises TableError: it is not there, or its meta.json cannot be read."""
+    return _read_meta(_folder_of(root, space, generation)).lineage
+
+
 def open_generation(root: str | Path, space: str, generation: str | None = None, *, verify: bool = False) -> "Generation":
     """Maps a generation, the newest where `generation` is None. `verify` reads all of it and compares checksums.
 
     Raises:
         TableError: there is none, or what stands there is not what meta.json says, with both sides named.
     """
-    names = generation_names(root, space)
-    if not names:
-        raise TableError(f"{Path(root) / space}: no generation there; publish one first")
-    folder = Path(root) / space / (generation or names[-1])
-    if folder.name not in names:
-        raise TableError(f"{folder}: not there; space {space} has {', '.join(names[-5:])}")
-    try:
-        meta = _Meta.model_validate_json((folder / "meta.json").read_bytes())
-    except ValidationError as error:
-        raise TableError(f"{folder}/meta.json: not of format {FORMAT_VERSION}: {error}") from error
-    for key, said, wanted in (
-        ("format_version", meta.format_version, FORMAT_VERSION),
-        ("space", meta.space, space),
-        ("generation", meta.generation, folder.name),
-        ("content", _content(meta.files), folder.name[-8:]),
-    ):
-        if said != wanted:
-            raise TableError(f"{folder}/meta.json: {key} is {said!r}, expected {wanted!r}")
+    folder = _folder_of(root, space, generation)
+    meta = _read_meta(folder)
     columns: dict[str, dict[str, Array]] = {}
     for file_name, file in meta.files.items():
         member, _, column = file_name.removesuffix(".npy").rpartition(".")
@@ -252,7 +261,37 @@ def open_generation(root: str | Path, space: str, generation: str | None = None,
         for column, array in arrays.items():
             if rows is None or len(array) != rows + (column != "ids"):
                 raise TableError(f"{folder}: {member}.{column} has {len(array)} rows; meta.json says {rows} ids")
-    return Generation(folder, meta.created_ms, meta.dimension, columns)
+    return Generation(folder, meta.created_ms, meta.dimension, meta.lineage, columns)
+
+
+def _folder_of(root: str | Path, space: str, generation: str | None) -> Path:
+    """Folder of a generation (None: the newest), whose name may come from outside: only one that stands in the space is accepted."""
+    names = generation_names(root, space)
+    if not names:
+        raise TableError(f"{Path(root) / space}: no generation there; publish one first")
+    if generation is not None and generation not in names:
+        raise TableError(f"{Path(root) / space}: generation {generation!r} is not there; space {space} has {', '.join(names[-5:])}")
+    return Path(root) / space / (generation or names[-1])
+
+
+def _read_meta(folder: Path) -> _Meta:
+    """A generation's meta.json, checked against the folder's name."""
+    try:
+        meta = _Meta.model_validate_json((folder / "meta.json").read_bytes())
+    except ValidationError as error:
+        raise TableError(f"{folder}/meta.json: not of format {FORMAT_VERSION}: {error}") from error
+    for key, said, wanted in (
+        ("format_version", meta.format_version, FORMAT_VERSION),
+        ("space", meta.space, folder.parent.name),
+        ("generation", meta.generation, folder.name),
+        ("content", _content(meta.files, meta.lineage), folder.name[-8:]),
+    ):
+        if said != wanted:
+            raise TableError(f"{folder}/meta.json: {key} is {said!r}, expected {wanted!r}")
+    for file_name in meta.files:
+        if not _FILE_NAME.fullmatch(file_name):
+            raise TableError(f"{folder}/meta.json: files: {file_name!r} is not MEMBER.COLUMN.npy")
+    return meta
 
 
 def _map(path: Path, file: _File, verify: bool) -> Array:
@@ -275,7 +314,7 @@ def _map(path: Path, file: _File, verify: bool) -> Array:
 class Generation:
     """A mapped generation. Read-only and safe to share between threads; its files stay mapped as long as it is referenced."""
 
-    def __init__(self, folder: Path, created_ms: int, dimension: int | None, columns: dict[str, dict[str, Array]]) -> None:
+    def __init__(self, folder: Path, created_ms: int, dimension: int | None, lineage: str, columns: dict[str, dict[str, Array]]) -> None:
         self.folder = folder
         self.space = folder.parent.name
         self.name = folder.name
@@ -283,6 +322,8 @@ class Generation:
         """Time of its data, milliseconds since 1970-01-01 UTC."""
         self.dimension = dimension
         """Width of the vectors; None: a generation without vectors."""
+        self.lineage = lineage
+        """Identity of the training whose vectors are comparable with these; "": none was named."""
         self._columns = columns
 
     @property

@@ -1,7 +1,8 @@
 """Training data: every request of a canonical log, packed by the same `pack()` as serving, with what was known at its moment.
 
 A request sees the actions that the log held strictly before its time (append time, not event time: a late event was not there yet), folded
-by the law of the sequence, and the user vectors of the generation that was the newest then.
+by the law of the sequence, and the user vectors of the generation that was the newest then. A ranker with `surfaces` has the requests of
+these surfaces only.
 """
 
 from bisect import bisect_right
@@ -21,7 +22,7 @@ from features.domain import Domain, Head
 from features.logs import FeatureColumn, LoggedRequests, read_actions, read_requests
 from features.pack import Column, Packer, RankInputs
 from features.sequence import NEVER_ERASED, Definition, Events, definition, law
-from features.tables import TableSet, generation_names, open_generation
+from features.tables import TableSet, generations_of, open_generation
 from features.tensors import tensor_table
 
 Array = npt.NDArray[Any]
@@ -122,15 +123,16 @@ class Dataset:
         return {name: torch.from_numpy(values) for name, values in numbers.items()}
 
 
-def split_times(domain: Domain, log: str | Path, fractions: tuple[float, float, float]) -> tuple[int, int]:
-    """Times (milliseconds) at which the validation and the test part begin, so that the parts hold these shares of the requests.
+def split_times(domain: Domain, ranker_name: str, log: str | Path, fractions: tuple[float, float, float]) -> tuple[int, int]:
+    """Times (milliseconds) at which the validation and the test part begin, so that the parts hold these shares of the ranker's requests.
 
     Raises:
         DatasetError: fewer than three distinct request times.
     """
-    times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in read_requests(log, domain))])
-    if len(np.unique(times)) < 3:
-        raise DatasetError(f"{log}: {len(np.unique(times))} distinct request times; a temporal split needs three or more")
+    times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in _ranker_requests(domain, ranker_name, log))])
+    if (distinct := len(np.unique(times))) < 3:
+        where = _where(domain, ranker_name)
+        raise DatasetError(f"{log}: {distinct} distinct request times{where}; a temporal split needs three or more")
     shares = np.cumsum(fractions) / np.sum(fractions)
     validation, test = (int(times[min(len(times) - 1, int(share * len(times)))]) for share in shares[:2])
     return validation, test
@@ -145,12 +147,12 @@ def build_dataset(
     generations: Mapping[str, str] | None = None,
     packed: Callable[[int], None] = lambda _: None,
 ) -> tuple[Dataset, TableSet]:
-    """Packs every request of a log; also returns the tables that serving would use (the newest, or `generations`).
+    """Packs every request of a log that trains the ranker; also returns the tables of the latest ones (`generations`, else the newest).
 
     `packed` is told how many more requests are done.
 
     Raises:
-        DatasetError: the log has no request.
+        DatasetError: the log has no such request.
         TableError, LogError: see there.
     """
     tables = TableSet.open(tables_root, domain, ranker_name, generations)
@@ -159,7 +161,7 @@ def build_dataset(
     table = tensor_table(domain, ranker_name)
     collected: dict[str, list[Array]] = {row.name: [] for row in table}
     requests: list[LoggedRequests] = []
-    for batch in read_requests(log, domain):
+    for batch in _ranker_requests(domain, ranker_name, log):
         requests.append(batch)
         for i, inputs in enumerate(_inputs(domain, ranker_name, batch, history)):
             tensors = packers.at(inputs.request_time_ms).pack(inputs).tensors
@@ -171,7 +173,7 @@ def build_dataset(
                 packed(256)
         packed(len(batch) % 256)
     if not requests:
-        raise DatasetError(f"{log}: no request in it")
+        raise DatasetError(f"{log}: no request in it{_where(domain, ranker_name)}")
     joined = {
         row.name: (np.concatenate if row.per_candidate else np.stack)(collected.pop(row.name)) for row in table if not _is_ragged(row.name)
     }
@@ -182,13 +184,13 @@ def build_dataset(
     dataset = Dataset(
         user_id=np.concatenate([batch.user_id for batch in requests]),
         request_time_ms=np.concatenate([batch.request_time_ms for batch in requests]),
-        starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        starts=_starts(sizes),
         labels=labels,
         weights=weights,
         of_request={name: values for name, values in joined.items() if name not in per_candidate},
         of_candidate={name: values for name, values in joined.items() if name in per_candidate},
         of_sequence=sequences,
-        sequence_starts=np.concatenate([[0], np.cumsum(joined["sequence_count"][:, 0])]).astype(np.int64),
+        sequence_starts=_starts(joined["sequence_count"][:, 0]),
     )
     return dataset, tables
 
@@ -216,14 +218,14 @@ class History:
         self._span = {user: (start, end) for user, start, end in zip(distinct.tolist(), starts.tolist(), ends.tolist(), strict=True)}
         self._state: dict[int, tuple[int, Events, int]] = {}
 
-    def before(self, user_id: int, time_ms: int) -> Events:
-        """The user's sequence from all records appended before `time_ms`, ascending.
+    def before(self, user_id: int, time_ms: int) -> tuple[Events, int]:
+        """The user's sequence from all records appended before `time_ms`, ascending, and erased_before_ms as the user's row has it then.
 
         Raises:
             ValueError: an earlier moment than one asked for before.
         """
         if user_id not in self._span:
-            return np.zeros(0, EVENT_DTYPE)
+            return np.zeros(0, EVENT_DTYPE), NEVER_ERASED
         start, end = self._span[user_id]
         nothing: tuple[int, Events, int] = (start, np.zeros(0, EVENT_DTYPE), NEVER_ERASED)
         at, events, erased_before_ms = self._state.get(user_id, nothing)
@@ -239,16 +241,16 @@ class History:
             new = new[(new["event_time_ms"] > erased_before_ms) & (new["event_time_ms"] > 0)]
             events = law(self._what, np.concatenate((events, new)))
             self._state[user_id] = until, events, erased_before_ms
-        return events
+        return events, erased_before_ms
 
 
 class _Packers:
-    """One packer for each generation of user vectors; `at` gives the one that was the newest at a time."""
+    """One packer for each generation of user vectors of the tables' lineage; `at` gives the one that was the newest at a time."""
 
     def __init__(self, domain: Domain, ranker_name: str, root: str | Path, tables: TableSet) -> None:
         self._domain, self._ranker_name, self._root, self._tables = domain, ranker_name, root, tables
-        space = domain.ranker[ranker_name].user_space
-        self._names = [] if space is None or tables.users is None else [n for n in generation_names(root, space) if n <= tables.users.name]
+        users = tables.users
+        self._names = [] if users is None else sorted(n for n in generations_of(root, users.space, users.lineage) if n <= users.name)
         self._created_ms = [_created_ms(name) for name in self._names]
         self._packers: dict[int, Packer] = {}
 
@@ -268,11 +270,48 @@ def _created_ms(generation: str) -> int:
     return int(moment.timestamp()) * 1000 + int(generation[15:18])
 
 
+def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path) -> Iterator[LoggedRequests]:
+    """The log's requests on the surfaces whose impressions train the ranker."""
+    surfaces = domain.ranker[ranker_name].surfaces
+    for batch in read_requests(log, domain):
+        if surfaces is not None:
+            batch = _chosen(batch, np.flatnonzero(np.isin(batch.surface, [domain.surfaces[name] for name in surfaces])))
+        if len(batch):
+            yield batch
+
+
+def _where(domain: Domain, ranker_name: str) -> str:
+    surfaces = domain.ranker[ranker_name].surfaces
+    return "" if surfaces is None else f" on the surfaces of ranker.{ranker_name} ({', '.join(surfaces)})"
+
+
+def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
+    """Some requests of a batch, with their rows."""
+    rows = _ragged(batch.starts, requests)
+
+    def column(of: FeatureColumn) -> FeatureColumn:
+        if of.lengths is None:
+            return FeatureColumn(of.values[rows], None)
+        return FeatureColumn(of.values[_ragged(_starts(of.lengths), rows)], of.lengths[rows])
+
+    return LoggedRequests(
+        starts=_starts(np.diff(batch.starts)[requests]),
+        request_id=batch.request_id[requests],
+        user_id=batch.user_id[requests],
+        request_time_ms=batch.request_time_ms[requests],
+        surface=batch.surface[requests],
+        entity_kind=batch.entity_kind[rows],
+        entity_id=batch.entity_id[rows],
+        position=batch.position[rows],
+        labels=batch.labels[_ragged(batch.label_starts, rows)],
+        label_starts=_starts(np.diff(batch.label_starts)[rows]),
+        features={name: column(of) for name, of in batch.features.items()},
+    )
+
+
 def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History) -> Iterator[RankInputs]:
     wanted = {name: domain.features[name].side for name in domain.ranker[ranker_name].features if name in batch.features}
-    list_starts = {
-        name: np.concatenate([[0], np.cumsum(column.lengths)]) for name, column in batch.features.items() if column.lengths is not None
-    }
+    list_starts = {name: _starts(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
 
     def columns(side: str, low: int, high: int) -> dict[str, Column]:
         return {
@@ -284,14 +323,16 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
     for i in range(len(batch)):
         low, high = int(batch.starts[i]), int(batch.starts[i + 1])
         user_id, time_ms = int(batch.user_id[i]), int(batch.request_time_ms[i])
+        events, erased_before_ms = history.before(user_id, time_ms)
         yield RankInputs(
             user_id=user_id,
             request_time_ms=time_ms,
-            events=history.before(user_id, time_ms),
+            events=events,
             candidate_ids=batch.entity_id[low:high],
             candidate_kinds=batch.entity_kind[low:high],
             candidate_features=columns("candidate", low, high),
             request_features=columns("request", low, low + 1),
+            erased_before_ms=erased_before_ms,
         )
 
 
@@ -318,6 +359,11 @@ def _head_columns(head: Head, happened: Mapping[str, npt.NDArray[np.bool_]]) -> 
     named = np.any([happened[name] for name in row], axis=0)
     weight = np.sum([value * happened[name] for name, value in row.items()], axis=0)
     return label, np.where(named, weight, head.base_weight).astype(np.float32)
+
+
+def _starts(sizes: Array) -> I64:
+    """Where parts of these sizes begin, and where the last one ends: int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 def _ragged(starts: I64, chosen: I64) -> I64:

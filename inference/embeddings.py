@@ -8,6 +8,7 @@ User vectors are published as several generations in the order of time, each fro
 generation that serving would have had then; with today's vectors a request would be told its own answer.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def publish_embeddings(
 ) -> list[Path]:
     """Trains on `log` up to `until_ms` (exclusive) and writes generations of the ranker's item and user space below `root`.
 
-    Returns the folders, oldest first; the last one of each space is the one to serve.
+    Returns the folders, of each space oldest first; the last one of each is the one to train and serve with (`newest_generations`). All of
+    them have one lineage, made from the item vectors: vectors of another factorisation are not comparable with these.
 
     Raises:
         EmbeddingError: no positive action before `until_ms`.
@@ -70,6 +72,8 @@ def publish_embeddings(
         item_member(name): Member(items.ids[items.kinds == kind], items.vectors[items.kinds == kind].astype(np.float16))
         for name, kind in domain.entities.items()
     }
+    content = b"".join(part.tobytes() for part in (items.kinds, items.ids, items.vectors))
+    lineage = hashlib.sha256(content).hexdigest()[:16]
     first_ms = int(positives.append_time_ms.min())
     folders = []
     for space in sorted({ranker.item_space, ranker.user_space} - {None}, key=str):
@@ -79,8 +83,13 @@ def publish_embeddings(
         moments = np.linspace(first_ms, until_ms, snapshots + 1, dtype=np.int64) if has_users else [until_ms]
         for moment_ms in sorted(map(int, set(moments))):
             users = {USER: user_vectors(positives, items, moment_ms)} if has_users else {}
-            folders.append(write_generation(root, str(space), moment_ms, {**held, **users}))
+            folders.append(write_generation(root, str(space), moment_ms, {**held, **users}, lineage=lineage))
     return folders
+
+
+def newest_generations(folders: list[Path]) -> dict[str, str]:
+    """Generation by space of what `publish_embeddings` returned: the last one of each space."""
+    return {folder.parent.name: folder.name for folder in folders}
 
 
 def positive_actions(domain: Domain, log: str | Path, until_ms: int) -> Positives:

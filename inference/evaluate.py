@@ -60,7 +60,8 @@ def evaluate(
     if dataset is None:
         dataset, _ = build_dataset(domain, ranker_name, log, tables_root, generations=about["generations"])
     out = Path(out)
-    without = train(domain, ranker_name, log, tables_root, out / "without_sequence", options, dataset=dataset)
+    generations = about["generations"]
+    without = train(domain, ranker_name, log, tables_root, out / "without_sequence", options, dataset=dataset, generations=generations)
     test = dataset.part(about["parts"]["test"]["from_ms"], TIME_MS_MAX)
     probabilities, labels, request_row, users = predict(model, dataset, test)
     others, *_ = predict(without.model, dataset, test)

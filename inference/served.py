@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from features.domain import Domain, Ranker
 from features.pack import Packer
-from features.tables import TableError, TableSet
+from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
 from inference.release import Release, ReleaseError, blank_request, newest_releases, open_release, release_folder, write_triton_model
 from inference.triton import ModelTimeoutError, ModelUnavailableError, Tensors, TritonError, TritonModels
@@ -193,7 +193,8 @@ class Releases:
                 self._retire(served)
 
     async def start(self) -> None:
-        """Opens the newest release of each ranker with the newest tables. Their models load in the background: see `warm`.
+        """Opens the newest release of each ranker with the newest tables that fit it (`fitting_generations`). Their models load in the
+        background: see `warm`.
 
         Raises:
             ReleaseError, TableError: what is there cannot be served; both sides are named.
@@ -212,7 +213,8 @@ class Releases:
     async def switch(self, ranker: str, release_id: str, generations: Mapping[str, str] | None = None) -> None:
         """Serves another release, or other generations: loads and warms it first, then swaps one pointer.
 
-        What was served stays loaded until the last request that uses it has ended.
+        What was served stays loaded until the last request that uses it has ended. For spaces that `generations` does not name see
+        `fitting_generations`.
 
         Raises:
             ReleaseError, TableError: it cannot be served; what was served still is.
@@ -269,7 +271,8 @@ class Releases:
         release = open_release(release_folder(self._folder, release_id))
         if release.ranker != ranker:
             raise ReleaseError(f"{release_id}: is a release of ranker {release.ranker!r}, not of {ranker!r}")
-        tables = TableSet.open(self._tables, release.domain, ranker, generations, verify=True)
+        fitting = fitting_generations(release, self._tables, generations)
+        tables = TableSet.open(self._tables, release.domain, ranker, fitting, verify=True)
         write_triton_model(release, self._repository, threads=self._threads)
         packer = Packer(release.domain, ranker, tables)
         return Served(release, packer, ModelGate(self._triton, release))
@@ -304,6 +307,32 @@ class Releases:
                 await self._triton.unload(served.gate.model)
             except TritonError as error:
                 log.warning("model %s stays loaded: %s", served.gate.model, error)
+
+
+def fitting_generations(release: Release, tables: Path, named: Mapping[str, str]) -> dict[str, str]:
+    """The generations to serve a release with: `named`, and the newest comparable one of each embedding space that is not named there.
+
+    Comparable are generations of the lineage that the release was trained with: another training's vectors would be noise to its model.
+    Spaces without vectors are left to `TableSet.open`, which takes the newest.
+
+    Raises:
+        ReleaseError: a named generation is of another lineage.
+        TableError: a named generation, or the one that the release was trained with, is not there.
+    """
+    chosen = dict(named)
+    ranker = release.domain.ranker[release.ranker]
+    for space in sorted({ranker.item_space, ranker.user_space} - {None}, key=str):
+        space, trained = str(space), release.generations[str(space)]
+        lineage = lineage_of(tables, space, trained)
+        if space not in chosen:
+            chosen[space] = next(generations_of(tables, space, lineage))
+        elif (other := lineage_of(tables, space, chosen[space])) != lineage:
+            theirs = f"generation {chosen[space]} of space {space} has lineage {other or 'none'}"
+            raise ReleaseError(
+                f"{release.release_id}: {theirs}, the release was trained with {trained} of lineage {lineage or 'none'}; "
+                "name one of that lineage, or train and publish a release with the other"
+            )
+    return chosen
 
 
 Announce = Callable[[str, str, Mapping[str, str]], None]

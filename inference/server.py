@@ -81,8 +81,10 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 class ServerConfig:
     """What the operator decides; `deploy` reads it from settings.
 
-    A host that is not loopback needs a certificate and key (PEM), or insecure=True. timeout_s is the deadline of calls that state none.
-    after_reserve_s is kept for ranking while waiting for `after`; answer_reserve_s is kept for the answer while waiting for the model.
+    A host that is not loopback needs a certificate and key (PEM), or insecure=True. timeout_s is the deadline of calls that state none, and
+    deadline_s_max counts for calls that state a later one. A wait for `after` ends after after_wait_s_max at the latest, and before that
+    when only after_reserve_s is left for ranking: a caller who asks for a position that never comes must not hold one of the rankings_max
+    places. answer_reserve_s is kept for the answer while waiting for the model.
     inline_share is the share of users (by hash) whose row and tensors are in the ranking log.
     """
 
@@ -98,6 +100,8 @@ class ServerConfig:
     token: str | None = None
     reflection: bool = False
     timeout_s: float = 1.0
+    deadline_s_max: float = 10.0
+    after_wait_s_max: float = 2.0
     after_reserve_s: float = 0.25
     answer_reserve_s: float = 0.02
     model_timeout_s: float = 2.0
@@ -143,7 +147,7 @@ class RankingService:
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
         left_s = context.time_remaining()
-        deadline_s = time.monotonic() + (self._config.timeout_s if left_s is None else left_s)
+        deadline_s = time.monotonic() + (self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
         try:
             self._admit(context)
             self._in_flight += 1
@@ -209,12 +213,12 @@ class RankingService:
         return response
 
     async def _wait_for(self, request: RankRequest, deadline_s: float) -> bool:
-        """Waits until the user's state includes every position of `after`, or there is only time left to rank."""
+        """Waits until the user's state includes every position of `after`, after_wait_s_max at most, and leaves time to rank."""
         if not request.after:
             return True
         started_s = time.monotonic()
         left_s = deadline_s - started_s
-        until_s = started_s + left_s - min(self._config.after_reserve_s, left_s / 2)
+        until_s = started_s + min(left_s - min(self._config.after_reserve_s, left_s / 2), self._config.after_wait_s_max)
         poll_s = _POLL_S_MIN
         while True:
             at = self._reader.position(request.user_id)

@@ -8,8 +8,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def train(
     *,
     resume: bool = False,
     dataset: Dataset | None = None,
+    generations: Mapping[str, str] | None = None,
     after_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> TrainResult:
     """Trains one ranker.
@@ -106,6 +108,8 @@ def train(
         options: see TrainOptions.
         resume: go on behind the newest checkpoint in `out`; without one, start.
         dataset: what `build_dataset` made of the same arguments, to save packing it again.
+        generations: tables to train with, by space (`newest_generations` of what `publish_embeddings` returned); of a space that is not
+            named, the newest.
         after_epoch: gets each epoch's figures, behind its checkpoint.
 
     Raises:
@@ -119,18 +123,18 @@ def train(
     with _progress(options.progress) as bar:
         if dataset is None:
             task = bar.add_task("pack requests", total=None)
-            dataset, tables = build_dataset(domain, ranker_name, log, tables_root, packed=lambda n: bar.advance(task, n))
-            generations = dict(tables.generations)
+            report = partial(bar.advance, task)
+            dataset, tables = build_dataset(domain, ranker_name, log, tables_root, generations=generations, packed=report)
         else:
-            generations = _generations(domain, ranker_name, tables_root)
-        validation_ms, test_ms = split_times(domain, log, options.fractions)
-        run = _Run(domain, ranker_name, dataset, (validation_ms, test_ms), options, out, bar, generations)
+            tables = TableSet.open(tables_root, domain, ranker_name, generations)
+        validation_ms, test_ms = split_times(domain, ranker_name, log, options.fractions)
+        run = _Run(domain, ranker_name, dataset, (validation_ms, test_ms), options, out, bar, tables.generations)
         state = run.resume() if resume else run.start()
         while not run.finished(state, time.monotonic() - started):
             figures = run.epoch(state, started)
             after_epoch(figures)
     metrics = run.finish(state)
-    return TrainResult(run.model, metrics, generations, out)
+    return TrainResult(run.model, metrics, tables.generations, out)
 
 
 def load_trained(domain: Domain, ranker_name: str, folder: str | Path) -> tuple[TransActRanker, dict[str, Any]]:
@@ -332,7 +336,3 @@ def learning_rate(share: float, options: TrainOptions) -> float:
 def _progress(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=not shown)
-
-
-def _generations(domain: Domain, ranker_name: str, tables_root: str | Path) -> dict[str, str]:
-    return dict(TableSet.open(tables_root, domain, ranker_name).generations)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 from features.domain import Domain, Feature
 from features.ids import string_ids
 from features.logs import LoggedActions, LoggedRequests, logged_features, read_actions, read_requests
 from features.tables import Generation, item_member, open_generation
-from streams.importer import import_log
+from streams.importer import import_log, print_table
 from streams.published import EXAMPLES_MAX, Findings
 
 PERCENTILES = (50, 90, 99, 100)
@@ -54,9 +53,9 @@ class Report:
     def print(self, console: Console) -> None:
         """The report as text."""
         rows, rejected = self.summary["rows"], sum(entry["rows"] for entry in self.summary["rejected"].values())
-        console.print(
-            f"{self.domain}: {rows:,} rows, {rejected:,} rejected ({rejected / max(rows, 1):.2%}), {self.first_time} to {self.last_time}"
-        )
+        share = rejected / max(rows, 1)
+        line = f"{self.domain}: {rows:,} rows, {rejected:,} rejected ({share:.2%}), {self.first_time} to {self.last_time}"
+        console.print(line, markup=False, soft_wrap=True)
         console.print(", ".join(f"{self.summary[name]:,} {name}" for name in ("actions", "impressions", "requests")))
         for title, head, values in (
             ("actions", ("action", "events"), [(name, f"{count:,}") for name, count in self.actions.items()]),
@@ -64,16 +63,16 @@ class Report:
             ("features", ("feature", "missing", "outside vocabulary"), [_shares(name, shares) for name, shares in self.features.items()]),
         ):
             if values:
-                _print_table(console, title, head, values)
+                print_table(console, title, head, values)
         figures = [(name, *(f"{value:g}" for value in values.values())) for name, values in self.distributions.items()]
-        _print_table(console, "per user and request", ("", "mean", *(f"p{percentile}" for percentile in PERCENTILES)), figures)
+        print_table(console, "per user and request", ("", "mean", *(f"p{percentile}" for percentile in PERCENTILES)), figures)
         problems = [(name, f"{entry['rows']:,}", "\n".join(entry["examples"])) for name, entry in self.problems.items()]
         if problems:
-            _print_table(console, "to look at", ("what", "rows", "examples"), problems)
+            print_table(console, "to look at", ("what", "rows", "examples"), problems)
         else:
             console.print("nothing to look at")
         for note in self.summary["notes"]:
-            console.print(f"note: {note}")
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def check(domain: Domain, data: str | Path, *, console: Console | None = None) -> Report:
@@ -83,7 +82,7 @@ def check(domain: Domain, data: str | Path, *, console: Console | None = None) -
         PublishedError: files or columns that are not there, or no row that can be read.
     """
     with tempfile.TemporaryDirectory(prefix="freshrank-check-") as folder:
-        summary = import_log(domain, data, folder, created_ms=0, console=console)
+        summary = import_log(domain, data, folder, console=console)
         report = Report(domain.name, summary)
         has_tables = bool(summary["tables"])
         tables = open_generation(Path(folder) / "tables", summary["tables"]["space"]) if has_tables else None
@@ -254,10 +253,3 @@ def _iso(time_ms: np.integer[Any]) -> str:
 def _shares(name: str, shares: dict[str, float]) -> tuple[str, ...]:
     outside = shares.get("outside_vocabulary")
     return name, f"{shares['missing']:.2%}", "" if outside is None else f"{outside:.2%}"
-
-
-def _print_table(console: Console, title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*head, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -10,7 +10,8 @@ Memory: about `memory_bytes`, the texts of ids that are strings, and the feature
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ import pyarrow as pa
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from features.domain import Domain, Log
 from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, logged_features, write_summary
@@ -44,14 +46,16 @@ def import_log(
     data: str | Path,
     out: str | Path,
     *,
-    created_ms: int,
+    created_ms: int | None = None,
     tables_root: str | Path | None = None,
     memory_bytes: int = 512 << 20,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Imports a published log from the folder `data` into the log folder `out`; returns the summary that summary.json holds.
 
-    `created_ms` names the generation of the feature tables, which go to `tables_root` (out/tables where None). A `console` gets progress.
+    `created_ms` names the generation of the feature tables, which go to `tables_root` (out/tables where None). None: the log's greatest
+    append time, or now where that is earlier, so that an erasure since hides the user's features also when old files are imported again.
+    A `console` gets progress.
 
     Raises:
         PublishedError: files or columns that are not there, or no row that can be read: correct the [log] part of the domain file.
@@ -73,6 +77,7 @@ def import_log(
     finally:
         shutil.rmtree(work)
     summary = _summary(domain, reading, found, written)
+    created_ms = min(found.append_time_ms_max, time.time_ns() // 1_000_000) if created_ms is None else created_ms
     summary["tables"] = _import_tables(domain, data, Path(tables_root or out / "tables"), created_ms, summary)
     write_summary(out, summary)
     return summary
@@ -80,15 +85,21 @@ def import_log(
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The summary as a table: what was read, what was made of it, what was left out and why."""
-    table = Table("", "rows", "examples", title=f"import of {summary['domain']}", title_justify="left")
-    for name in ("rows", "actions", "impressions", "requests"):
-        table.add_row(name, f"{summary[name]:,}", "")
+    rows = [(name, f"{summary[name]:,}", "") for name in ("rows", "actions", "impressions", "requests")]
     for kind in ("rejected", "noted"):
         for reason, entry in summary[kind].items():
-            table.add_row(f"{kind}: {reason}", f"{entry['rows']:,}", "\n".join(entry["examples"][:3]))
-    console.print(table)
+            rows.append((f"{kind}: {reason}", f"{entry['rows']:,}", "\n".join(entry["examples"][:3])))
+    print_table(console, f"import of {summary['domain']}", ("", "rows", "examples"), rows)
     for note in summary["notes"]:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def print_table(console: Console, title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table of texts as they are: ids of a log may look like rich's markup, and a narrow terminal must cut nothing off."""
+    table = Table(*(Column(Text(name), overflow="fold") for name in head), title=Text(title), title_justify="left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 class _Bars:
@@ -117,12 +128,12 @@ _progress = _Bars
 
 
 class _Found(Findings):
-    """Remarks on rows that folding makes, and the number of requests."""
+    """Remarks on rows that folding makes, the number of requests, and the greatest append time."""
 
     def __init__(self, file_names: list[str]) -> None:
         super().__init__()
         self._file_names = file_names
-        self.requests = 0
+        self.requests = self.append_time_ms_max = 0
 
     def rows(self, reason: str, rows: dict[str, npt.NDArray[Any]], index: npt.NDArray[np.integer[Any]]) -> None:
         """Counts the rows at `index`, with file and line as examples."""
@@ -211,6 +222,7 @@ def _fold_bucket(domain: Domain, bucket: Path, found: _Found, buckets: int, memo
     actions = _actions(domain, domain.log, rows, shown, row_request, found)
     impressions = _impressions(domain, table, rows, shown, labels)
     found.requests += len(np.unique(shown.request))
+    found.append_time_ms_max = int(rows["append_time_ms"].max(initial=found.append_time_ms_max))
     batch_rows = max(1 << 12, memory_bytes // (4 * _ROW_BYTES * buckets))
     runs = _Runs(bucket.with_suffix(".actions"), bucket.with_suffix(".impressions"), actions.num_rows + impressions.num_rows)
     _write_run(runs.actions, actions, "append_time_ms", batch_rows)

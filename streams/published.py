@@ -7,6 +7,9 @@ under its reason with examples. Nothing here decides about requests, labels or o
 import csv
 import gzip
 import itertools
+import re
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import xxhash
 
+from features.actions import TIME_MS_MAX
 from features.domain import Domain, Feature, Log, Source
 from features.ids import Collisions
 from features.logs import logged_features
@@ -84,9 +88,56 @@ class _Batch:
     def lines(self) -> npt.NDArray[np.int64]:
         """Line of each record in a CSV file (where no field holds a line break); its number from 1 in a Parquet file."""
         lines = np.arange(self.first, self.first + self.rows, dtype=np.int64)
-        for unread in sorted(self.unread_lines):
-            lines += lines >= unread
-        return lines
+        unread = np.sort(np.array(self.unread_lines, np.int64))
+        return lines + np.searchsorted(unread - np.arange(len(unread)), lines, side="right")
+
+
+class _WholeLines:
+    """A CSV stream, for Arrow, without the lines that end inside a quoted field: there the parser would go on through all that follow."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile, separator: str) -> None:
+        self._stream, self._rest, self._line = stream, b"", 0
+        self._shifts: list[int] = []
+        self.dropped: deque[tuple[int, bytes]] = deque()
+        """(line, its text) of what was left out. Arrow's reading thread appends."""
+        quoted = rb'"[^"]*+(?:""[^"]*+)*+'
+        self._open = re.compile(rb'(?:(?:%b"[^%b]*+|[^"%b][^%b]*+)?+%b)*+%b' % (quoted, *[re.escape(separator.encode())] * 4, quoted))
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes of whole lines; nothing at the end."""
+        while True:
+            more = self._stream.read(size - len(self._rest))
+            data = self._rest + more
+            cut = max(data.rfind(b"\n"), data.rfind(b"\r", 0, max(len(data) - 1, 0))) + 1
+            if not more or not cut:  # the end, or a line longer than Arrow reads: it says so
+                cut = len(data)
+            self._rest = data[cut:]
+            kept = self._without_open(data[:cut])
+            if kept or not more:
+                return kept
+
+    def line_of(self, number: int) -> int:
+        """Line of the file that is line `number` of what was passed on."""
+        return number + bisect_right(self._shifts, number)
+
+    def close(self) -> None:
+        """Leaves the file to its owner."""
+
+    def _without_open(self, data: bytes) -> bytes:
+        if b'"' not in data:
+            self._line += data.count(b"\n") or data.count(b"\r")
+            return data
+        kept = []
+        for line in data.splitlines(keepends=True):
+            self._line += 1
+            if b'"' in line and self._open.fullmatch(line.rstrip(b"\r\n")):
+                self.dropped.append((self._line, line))
+                self._shifts.append(self._line - len(self._shifts))
+            else:
+                kept.append(line)
+        return b"".join(kept)
 
 
 def row_schema(domain: Domain) -> pa.Schema:
@@ -241,21 +292,27 @@ def _csv_batches(
     *,
     quoted_newlines: bool,
 ) -> Iterator[pa.RecordBatch]:
+    def reject(reason: str, number: int, text: str) -> None:
+        lines = text.count("\n") + 1
+        reading.rows += lines
+        reading.unread_lines.extend(range(number, number + lines))
+        reading.rejected.add(reason, lines, [f"{path.name}:{number}: {text[:80]}"])
+
     def skip(row: pacsv.InvalidRow) -> str:
-        reading.rows += 1
-        reading.unread_lines.append(row.number or 0)
-        reason = f"row: {row.actual_columns} columns where the header has {row.expected_columns}"
-        reading.rejected.add(reason, 1, [f"{path.name}:{row.number}: {row.text[:80]}"])
+        number = row.number or 0
+        number = number if whole is None else whole.line_of(number)
+        reject(f"row: {row.actual_columns} columns where the header has {row.expected_columns}", number, row.text)
         return "skip"
 
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as text:
-        header = next(csv.reader(text, delimiter=separator), [])
+        header = next(csv.reader(text if quoted_newlines else [text.readline()], delimiter=separator), [])
     if not header:
         raise PublishedError(f"{path}: is empty")
     _check_columns(path, list(names or header), wanted)
     stream = pa.CompressedInputStream(raw, "gzip") if path.suffix == ".gz" else raw
+    whole = None if quoted_newlines else _WholeLines(stream, separator)
     reader = pacsv.open_csv(
-        stream,
+        stream if whole is None else whole,
         read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names),
         parse_options=pacsv.ParseOptions(delimiter=separator, invalid_row_handler=skip, newlines_in_values=quoted_newlines),
         convert_options=pacsv.ConvertOptions(
@@ -265,7 +322,12 @@ def _csv_batches(
             strings_can_be_null=True,
         ),
     )
-    yield from reader
+    for batch in itertools.chain(reader, [None]):  # once more at the end
+        while whole is not None and whole.dropped:
+            number, line = whole.dropped.popleft()
+            reject("row: a quote that is not closed on its line", number, line.rstrip(b"\r\n").decode(errors="replace"))
+        if batch is not None:
+            yield batch
 
 
 def _check_columns(path: Path, there: list[str], wanted: dict[str, str]) -> None:
@@ -345,6 +407,7 @@ class _LogBatch:
         time_ms, bad = times_ms(self._column(column), self.log.time_unit)
         self._reject(f"{key}: empty or not a time in {self.log.time_unit}", bad, column)
         self._reject(f"{key}: must be above 0", (time_ms <= 0) & ~bad, column)
+        self._reject(f"{key}: must be below 2^62 ms", time_ms >= TIME_MS_MAX, column)
         self._note(f"{key}: before the year 2000; is time_unit right?", time_ms < YEAR_2000_MS, column)
         self._note(f"{key}: after the year 2100; is time_unit right?", time_ms > YEAR_2100_MS, column)
         return time_ms
@@ -457,7 +520,14 @@ def _reject(findings: Findings, reason: str, rows: Bools, batch: _Batch, column:
     index = np.flatnonzero(rows)
     if len(index):
         lines, values = batch.lines(), batch.columns[column]
-        findings.add(reason, len(index), (f"{batch.path.name}:{lines[i]}: {column}={values[int(i)].as_py()!r}" for i in index))
+        findings.add(reason, len(index), (f"{batch.path.name}:{lines[i]}: {column}={_value_text(values[int(i)])}" for i in index))
+
+
+def _value_text(value: pa.Scalar) -> str:
+    try:
+        return repr(value.as_py())
+    except (OverflowError, ValueError):  # a time that Python's datetime cannot hold
+        return str(value.value)
 
 
 def _feature_column(column: pa.Array, feature: Feature, key: str, batch: _Batch, reading: Reading) -> pa.Array:

@@ -3,6 +3,8 @@
 import asyncio
 import multiprocessing
 import queue
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -327,6 +329,34 @@ def test_the_service_answers_as_the_view_does(served, tmp_path):
     deadline_s = time.monotonic() + 30
     while health.Check(check, timeout=30).status != health_pb2.HealthCheckResponse.SERVING:
         assert time.monotonic() < deadline_s
+
+
+def replace_meta(view, data: bytes) -> bytes:
+    """Sets the view's meta row from another process (LMDB opens a file once in each); returns the old one."""
+    script = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+    sys.stdout.buffer.write(transaction.replace(bytes.fromhex(sys.argv[2]), sys.stdin.buffer.read()))
+"""
+    command = [sys.executable, "-c", script, str(view), META_KEY.hex()]
+    return subprocess.run(command, input=data, check=True, capture_output=True, timeout=60).stdout
+
+
+def test_the_service_outlives_a_view_that_cannot_be_trusted(served, tmp_path):
+    build_view(tmp_path, batches(1))
+    health = health_pb2_grpc.HealthStub(served)
+    check = health_pb2.HealthCheckRequest(service="freshrank.v1.SequenceReader")
+
+    def expect(status) -> None:
+        deadline_s = time.monotonic() + 30
+        while health.Check(check, timeout=30).status != status:
+            assert time.monotonic() < deadline_s
+
+    expect(health_pb2.HealthCheckResponse.SERVING)
+    good = replace_meta(tmp_path / "0", b"garbage")
+    expect(health_pb2.HealthCheckResponse.NOT_SERVING)
+    replace_meta(tmp_path / "0", good)
+    expect(health_pb2.HealthCheckResponse.SERVING)
 
 
 @pytest.mark.parametrize(

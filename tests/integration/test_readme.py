@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from deploy.bench import write_untrained_release
-from features.domain import load_domain
 
 ROOT = Path(__file__).parents[2]
 DOMAIN = ROOT / "domains" / "simulator.toml"
@@ -27,7 +26,7 @@ def example(name):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_untrained_release(home, load_domain(DOMAIN), np.random.default_rng(1))
+    write_untrained_release(home, DOMAIN, np.random.default_rng(1))
     # Far from the test's own deadline: a machine that runs other tests too may take seconds for the first ranking.
     variables = os.environ | {"FRESHRANK_HOME": str(home), "FRESHRANK_RANK_TIMEOUT_MS": "5000"}
     command = [sys.executable, "-m", "deploy.cli", "up", "--json", "--domain", str(DOMAIN)]

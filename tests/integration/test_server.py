@@ -89,6 +89,7 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
             triton=triton.grpc_url,
             timeout_s=10.0,
             after_reserve_s=1.5,
+            after_wait_s_max=5.0,
             model_timeout_s=10.0,
             unload_delay_s=0.0,
             reflection=True,
@@ -310,6 +311,15 @@ def test_a_position_that_is_not_reached_is_answered_and_flagged(stack):
     assert ranking.watermark[0].offset == 10
     assert 3.0 < time.monotonic() - started_s < 5.0
     assert not stack.record().after_reached
+
+
+def test_nobody_waits_longer_than_the_server_allows(stack):
+    started_s = time.monotonic()
+    with stack.client() as client:
+        calls = {"ranker": "home", "user_id": USER, "candidates": CANDIDATES, "kinds": VIDEO, "request_time_ms": NOW_MS}
+        ranking = client.rank(**calls, after=after(12), timeout_s=3600.0)
+    assert (ranking.after_reached, ranking.tier) == (False, "model")
+    assert 4.5 < time.monotonic() - started_s < 8.0
 
 
 def test_a_deadline_too_short_for_the_model_gets_a_lower_tier(stack):

@@ -1,6 +1,8 @@
 """From a canonical log to trained weights: what a request may see, embeddings, training, resume, evaluation."""
 
+import asyncio
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,16 +11,21 @@ import pyarrow as pa
 import pytest
 import torch
 
+from deploy.learn import Workspace, evaluate_ranker, import_data, release, train_ranker, train_without_sequence
+from deploy.simulator import Simulator
 from features.domain import parse_domain
 from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, read_actions, read_requests
 from features.pack import Packer
-from features.sequence import definition, law
-from features.tables import USER, generation_names, item_member, open_generation
+from features.sequence import NEVER_ERASED, definition, law
+from features.tables import USER, Member, TableSet, generation_names, item_member, open_generation, write_generation
 from inference.dataset import Dataset, History, _inputs, build_dataset, split_times
 from inference.embeddings import EmbeddingError, publish_embeddings
 from inference.evaluate import comparison_table, evaluate
 from inference.metrics import auc
+from inference.release import ReleaseError
+from inference.served import Releases
 from inference.train import TrainError, TrainOptions, learning_rate, load_trained, predict, train
+from inference.triton import TritonModels
 
 DOMAIN_TEXT = """
 name = "toy"
@@ -140,7 +147,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A log with embeddings: (log, tables)."""
     folder = tmp_path_factory.mktemp("world")
     log = intent_log().write(folder / "log")
-    validation_ms, _ = split_times(DOMAIN, log, OPTIONS.fractions)
+    validation_ms, _ = split_times(DOMAIN, "home", log, OPTIONS.fractions)
     publish_embeddings(DOMAIN, "home", log, folder / "tables", until_ms=validation_ms)
     return log, folder / "tables"
 
@@ -189,8 +196,8 @@ def test_history_is_the_law_over_what_was_appended_before(tmp_path: Path) -> Non
     for moment in range(START_MS, START_MS + 1001, 50):
         for user in range(3):
             visible = (records.users == user) & (records.append_time_ms < moment)
-            assert history.before(user, moment).tobytes() == law(what, records.events[visible]).tobytes()
-    assert len(history.before(99, START_MS)) == 0
+            assert history.before(user, moment)[0].tobytes() == law(what, records.events[visible]).tobytes()
+    assert history.before(99, START_MS)[1] == NEVER_ERASED
     with pytest.raises(ValueError, match="later moment"):
         history.before(0, START_MS)
 
@@ -203,9 +210,9 @@ def test_an_erased_user_starts_again(tmp_path: Path) -> None:
     log.act(1, 3, CLICK, START_MS + 160)
     log.request(1, START_MS + 99, {5: []})
     history = History(DOMAIN, "home", log.write(tmp_path / "log"))
-    assert history.before(1, START_MS + 100)["entity_id"].tolist() == [1]
-    assert history.before(1, START_MS + 155)["entity_id"].tolist() == []
-    assert history.before(1, START_MS + 200)["entity_id"].tolist() == [3]
+    assert history.before(1, START_MS + 100)[0]["entity_id"].tolist() == [1]
+    assert history.before(1, START_MS + 155)[0]["entity_id"].tolist() == []
+    assert history.before(1, START_MS + 200)[0]["entity_id"].tolist() == [3]
 
     publish_embeddings(DOMAIN, "home", tmp_path / "log", tmp_path / "tables", until_ms=START_MS + 200, snapshots=1)
     assert open_generation(tmp_path / "tables", "items").ids(item_member("video")).tolist() == [3]
@@ -216,7 +223,7 @@ def test_an_erased_user_starts_again(tmp_path: Path) -> None:
 def test_a_batch_holds_what_pack_made(world: tuple[Path, Path]) -> None:
     dataset, tables = build_dataset(DOMAIN, "home", *world)
     requests = next(iter(read_requests(world[0], DOMAIN)))
-    newest = int(split_times(DOMAIN, world[0], OPTIONS.fractions)[0])
+    newest = int(split_times(DOMAIN, "home", world[0], OPTIONS.fractions)[0])
     packer = Packer(DOMAIN, "home", tables)
     expected = [packer.pack(inputs).tensors for inputs in _inputs(DOMAIN, "home", requests, History(DOMAIN, "home", world[0]))]
     chosen = dataset.part(newest, 2**62)[[5, 0, 9]]
@@ -240,6 +247,47 @@ def test_labels_and_weights_follow_the_matrix(tmp_path: Path, world: tuple[Path,
     dataset, _ = build_dataset(DOMAIN, "home", log.write(tmp_path), world[1])
     assert dataset.labels.tolist() == [[True, False], [False, True], [False, False], [True, True]]
     assert dataset.weights.tolist() == [[3.0, 1.0], [0.5, 1.0], [1.5, 1.0], [3.5, 1.0]]
+
+
+def test_a_user_erased_since_is_packed_as_serving_does(tmp_path: Path) -> None:
+    log = Log()
+    for user in (1, 2):
+        log.act(user, 3, CLICK, START_MS)
+        log.act(user, 4, CLICK, START_MS + 10)
+    folder = log.write(tmp_path / "before")
+    publish_embeddings(DOMAIN, "home", folder, tmp_path / "tables", until_ms=START_MS + 100, snapshots=1)
+    log.act(1, 0, 0, 0, append_ms=START_MS + 150, erase=True)
+    for user in (1, 2):
+        log.request(user, START_MS + 120, {3: [CLICK]})
+        log.request(user, START_MS + 200, {3: [CLICK]})
+    folder = log.write(tmp_path / "after")
+    dataset, _ = build_dataset(DOMAIN, "home", folder, tmp_path / "tables")
+    known = dataset.of_request["user_embedding"].any(1)
+    assert list(zip(dataset.user_id.tolist(), known.tolist(), strict=True)) == [(1, True), (2, True), (1, False), (2, True)]
+    assert History(DOMAIN, "home", folder).before(1, START_MS + 200)[1] == START_MS + 150
+
+
+def test_each_ranker_has_the_requests_of_its_surfaces(tmp_path: Path) -> None:
+    Simulator(3, users=60, held_back=5, items=200).write(tmp_path / "published", requests=200)
+    work = Workspace(Path("domains/simulator.toml"), tmp_path / "home")
+    import_data(work, tmp_path / "published")
+    domain = work.domain
+    (batch,) = read_requests(work.log, domain)
+    for ranker in ("home", "related"):
+        number = domain.surfaces[ranker]
+        own = np.flatnonzero(batch.surface == number)
+        assert 0 < len(own) < len(batch)
+        validation_ms, _ = split_times(domain, ranker, work.log, (0.7, 0.15, 0.15))
+        assert validation_ms == batch.request_time_ms[own[int(0.7 * len(own))]]
+        publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, snapshots=1)
+        dataset, tables = build_dataset(domain, ranker, work.log, work.tables)
+        assert dataset.request_time_ms.tolist() == batch.request_time_ms[own].tolist()
+        packer, history = Packer(domain, ranker, tables), History(domain, ranker, work.log)
+        everything = [packer.pack(inputs).tensors for inputs in _inputs(domain, ranker, batch, history)]
+        for name, values in dataset.of_candidate.items():
+            np.testing.assert_array_equal(values, np.concatenate([everything[i][name] for i in own]), err_msg=name)
+        label = np.concatenate([batch.label(domain.actions["click"].id)[batch.starts[i] : batch.starts[i + 1]] for i in own])
+        np.testing.assert_array_equal(dataset.labels[:, list(domain.ranker[ranker].heads).index("click")], label)
 
 
 def test_embeddings_know_the_training_part_only(tmp_path: Path) -> None:
@@ -267,7 +315,7 @@ def test_a_request_gets_the_user_vector_of_its_time(world: tuple[Path, Path]) ->
     assert newest.generations["items"] == names[-1]
     first = open_generation(tables, "items", names[0])
     assert len(first.ids(USER)) == 0
-    validation_ms, _ = split_times(DOMAIN, log, OPTIONS.fractions)
+    validation_ms, _ = split_times(DOMAIN, "home", log, OPTIONS.fractions)
     assert not dataset.of_request["user_embedding"][0].any()  # before anything was known
     request = int(dataset.part(validation_ms, 2**62)[0])
     user = dataset.user_id[request : request + 1]
@@ -359,3 +407,66 @@ def test_evaluation_shows_what_the_sequence_is_worth(tmp_path: Path, world: tupl
     assert comparison_table(result).row_count == 8
     with pytest.raises(TrainError, match="without the sequence"):
         evaluate(DOMAIN, "home", *world, tmp_path / "out" / "without_sequence", tmp_path / "again")
+
+
+QUICK = replace(OPTIONS, epochs=1)
+
+
+@pytest.fixture
+def work(tmp_path: Path, world: tuple[Path, Path]) -> Workspace:
+    """The log of `world` in a home of its own."""
+    (tmp_path / "toy.toml").write_text(DOMAIN_TEXT)
+    shutil.copytree(world[0], tmp_path / "home" / "logs" / "toy")
+    return Workspace(tmp_path / "toy.toml", tmp_path / "home")
+
+
+def test_a_second_training_leaves_the_served_release_as_it_is(work: Workspace) -> None:
+    async def served(*switches: dict[str, str]) -> tuple[dict[str, str], int]:
+        """What a (re)start, and then these announcements, serve: generations and the digest of one packed request."""
+        triton = TritonModels("127.0.0.1:1")  # nobody is there: only the tables count here
+        releases = Releases(work.releases, work.tables, work.home / "repository", triton)
+        try:
+            await releases.start()
+            for generations in switches:
+                await releases.switch("home", written.release_id, generations)
+            with releases.use("home") as of_home:
+                tensors = of_home.packer.pack(inputs).tensors
+                return dict(of_home.generations), of_home.packer.digest(tensors)
+        finally:
+            await releases.close()
+            await triton.close()
+
+    *_, inputs = _inputs(DOMAIN, "home", next(iter(read_requests(work.log, DOMAIN))), History(DOMAIN, "home", work.log))
+    first = train_ranker(work, "home", QUICK)
+    packed = build_dataset(DOMAIN, "home", work.log, work.tables, generations=first.generations)[0].of_request["user_embedding"]
+    written = release(work, "home")
+    before = asyncio.run(served())
+    assert before[0] == first.generations
+
+    later = replace(QUICK, seed=5, fractions=(0.8, 0.1, 0.1))
+    others = [train_ranker(work, "home", options).generations for options in (replace(QUICK, seed=4), later)]
+    assert generation_names(work.tables, "items")[-1] == others[-1]["items"]
+    assert train_without_sequence(work, "home", QUICK).generations == others[-1]
+    assert asyncio.run(served()) == asyncio.run(served({})) == before
+    for other in others:
+        with pytest.raises(ReleaseError, match=f"{other['items']} .*{first.generations['items']}"):
+            asyncio.run(served({"items": other["items"]}))
+    again, tables = build_dataset(DOMAIN, "home", work.log, work.tables, generations=first.generations)
+    np.testing.assert_array_equal(again.of_request["user_embedding"], packed)
+
+    lineages = [TableSet.open(work.tables, DOMAIN, "home", each).items.lineage for each in (first.generations, *others)]
+    assert len(set(lineages)) == 3
+    members = {name: Member(tables.items.ids(name), tables.items.vector_table(name)[1:]) for name in tables.items.members}
+    newer = write_generation(work.tables, "items", tables.items.created_ms + 1000, members, lineage=lineages[0])
+    assert asyncio.run(served())[0]["items"] == newer.name
+
+
+def test_evaluation_leaves_the_training_to_release_alone(work: Workspace) -> None:
+    trained = train_ranker(work, "home", QUICK)
+    kept = {path: path.read_bytes() for path in trained.folder.rglob("*") if path.is_file()}
+    result = evaluate_ranker(work, "home", replace(QUICK, seed=9))
+    assert {path: path.read_bytes() for path in trained.folder.rglob("*") if path.is_file()} == kept
+    evaluated = work.home / "evaluation" / "home"
+    assert json.loads((evaluated / "evaluation.json").read_text()) == result
+    used = [json.loads((evaluated / name / "metrics.json").read_text()) for name in ("with_sequence", "without_sequence")]
+    assert used[0]["generations"] == used[1]["generations"] != trained.generations

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from streams_world import DOMAIN, World, check_fold, end_offsets, eventually, new_world, other_topic, random_load, read_topic, worker
 
-from features.actions import APPEND_TIME_HEADER, EVENT_DTYPE, encode_action
+from features.actions import APPEND_TIME_HEADER, EVENT_DTYPE, encode_action, encode_events
 from features.ids import partition_of, user_key
 from features.sequence import decode_row
 from protos.v1.actions_pb2 import DeadLetter
@@ -244,8 +244,11 @@ def test_the_worker_says_when_there_is_no_broker(world, capfd):
 def test_an_imported_log_keeps_its_append_times(world, producer):
     users, events = np.full(3, 42, np.uint64), np.zeros(3, EVENT_DTYPE)
     events["event_time_ms"], events["entity_kind"], events["action"], events["event_id"] = [1_000, 2_000, 99_000_000], 1, 2, [1, 2, 3]
-    producer.produce_many(users, events, append_time_ms=np.array([1_000, 2_000, 3_000]))
+    producer.produce_many(users[:2], events[:2], append_time_ms=np.array([1_000, 2_000]))
     producer.flush()
+    raw = new_producer(world.kafka, "test")
+    raw.produce(world.topics.actions, encode_events(users, events)[2], user_key(42), headers=[(APPEND_TIME_HEADER, b"3000")])
+    raw.flush()
     with worker(world.config) as running:
         running.ready()
         reader = world.reader()

@@ -95,6 +95,22 @@ def test_the_text_that_the_errors_are_made_from_is_good():
         (change('kind = "number"', 'kind = "vector"'), ["features.price.kind", "'number', 'category' or 'list'", "found 'vector'"]),
         (change('name = "shop"', 'name = "The Shop"'), ["name", "found 'The Shop'"]),
         (change("[entities]", "[entities"), ["not valid TOML"]),
+        (change("caps =", "age_days_max = inf\ncaps ="), ["sequence.main.age_days_max", "finite", "found inf"]),
+        (change('actions = ["click"]', 'actions = ["click"]\nutility = nan'), ["ranker.home.heads.click.utility", "finite", "found nan"]),
+        (
+            change('actions = ["click"]', 'actions = ["click"]\nweights = { click = inf }'),
+            ["ranker.home.heads.click.weights.click", "finite", "found inf"],
+        ),
+        (change('kind = "number"', 'kind = "number"\nmissing = nan'), ["features.price.missing", "finite", "found nan"]),
+        (
+            change('kind = "number"', 'kind = "category"\nvocabulary = ["a", "b", "a"]'),
+            ["features.price: vocabulary: 'a' is there twice", "each once"],
+        ),
+        (change('features = ["price"]', 'features = ["price", "price"]'), ["ranker.home: features: 'price' is there twice", "each once"]),
+        (
+            change('features = ["price"]', 'sequence_attributes = ["value", "value"]'),
+            ["ranker.home: sequence_attributes: 'value' is there twice"],
+        ),
     ],
 )
 def test_errors_name_file_key_and_what_is_allowed(text, parts):

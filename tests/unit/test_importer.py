@@ -12,7 +12,7 @@ import xxhash
 from rich.console import Console
 
 from deploy.simulator import Simulator, write_kuairand_like
-from features.actions import EVENT_DTYPE
+from features.actions import EVENT_DTYPE, TIME_MS_MAX
 from features.domain import load_domain, parse_domain
 from features.ids import derived_event_id, string_id
 from features.logs import (
@@ -26,6 +26,7 @@ from features.logs import (
     read_summary,
 )
 from features.tables import open_generation
+from streams import published
 from streams.check import check
 from streams.importer import import_log, print_summary
 from streams.published import PublishedError
@@ -103,7 +104,7 @@ def run(folder, domain_text, files, **options):
     for name, text in files.items():
         (data / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     domain = parse_domain(domain_text, source="shop.toml")
-    summary = import_log(domain, data, out, created_ms=T, **options)
+    summary = import_log(domain, data, out, **{"created_ms": T, **options})
     actions = list(read_actions(out, domain))
     return domain, actions[0], list(read_requests(out, domain)), summary
 
@@ -264,6 +265,48 @@ def test_an_event_time_ahead_of_its_append_time_is_rejected(tmp_path):
     assert list(summary["rejected"]) == ["append_time: the event time is further ahead than future_tolerance_ms"]
 
 
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
+def test_a_quote_that_is_not_closed_costs_its_own_row_alone(tmp_path, name):
+    rows = [f'{n},{n},click,{T + n},"said ""{n}"", loud"' for n in range(20)]
+    rows[3] = f"3,3,click,{T + 3}"
+    rows[10] = f'10,10,click,{T + 10},"a tablet'
+    rows[11] = f'11,11,click,{T + 11},7" tablet'  # inside of a field that has no quotes around it, it is a character
+    rows[15] = f"15,15,click,{T + 15},,"
+    rows[17] = f"17,17,share,{T + 17},"
+    csv = "user,item,event,time,text\n" + "\r\n".join(rows)
+    _, actions, _, summary = run(tmp_path, without_features(BASE) + LONG, {name: csv})
+    assert actions.users.tolist() == [n for n in range(20) if n not in (3, 10, 15, 17)]
+    assert summary["rows"] == 20
+    assert {reason: (entry["rows"], entry["examples"]) for reason, entry in summary["rejected"].items()} == {
+        "row: a quote that is not closed on its line": (1, [f'{name}:12: 10,10,click,{T + 10},"a tablet']),
+        "row: 4 columns where the header has 5": (1, [f"{name}:5: 3,3,click,{T + 3}"]),
+        "row: 6 columns where the header has 5": (1, [f"{name}:17: 15,15,click,{T + 15},,"]),
+        "actions: unknown, no rule matches (event)": (1, [f"{name}:19: event='share'"]),
+    }
+
+
+def test_quotes_are_looked_at_in_whole_lines_whatever_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "BLOCK_BYTES", 100)
+    rows = [f'{n},{n},"click",{T + n}' if n % 3 else f'{n},{n},"click,{T + n}' for n in range(60)]
+    _, actions, _, summary = run(tmp_path, without_features(BASE) + LONG, {"log.csv": "user,item,event,time\n" + "\n".join(rows)})
+    assert actions.users.tolist() == [n for n in range(60) if n % 3]
+    assert summary["rejected"]["row: a quote that is not closed on its line"]["rows"] == 20
+    assert summary["rows"] == 60
+
+
+def test_a_times_limit_is_the_workers(tmp_path):
+    csv = f"user,item,event,time\n1,2,click,{T}\n1,3,click,{float(TIME_MS_MAX)}\n1,4,click,{TIME_MS_MAX}\n"
+    _, actions, _, summary = run(tmp_path, without_features(BASE) + LONG, {"log.csv": csv})
+    assert actions.events["entity_id"].tolist() == [2]
+    assert summary["rejected"]["time: empty or not a time in ms"]["rows"] == 2
+    moments = pa.array([T // 1000, TIME_MS_MAX // 1000 + 1], pa.timestamp("s"))
+    pq.write_table(pa.table({"user": [1, 1], "item": [2, 3], "event": ["click"] * 2, "time": moments}), tmp_path / "data" / "log.parquet")
+    text = without_features(BASE).replace("log.csv", "log.parquet") + 'format = "parquet"\n' + LONG
+    _, actions, _, summary = run(tmp_path, text, {})
+    assert actions.events["entity_id"].tolist() == [2]
+    assert summary["rejected"]["time: must be below 2^62 ms"]["rows"] == 1
+
+
 @pytest.mark.parametrize(
     ("unit", "text", "time_ms"),
     [
@@ -335,6 +378,21 @@ def test_features_of_all_sides(tmp_path):
     assert summary["noted"]["item.product: id is there twice; the first row counts"]["rows"] == 1
     assert summary["rejected"]["item.product: id: empty or not an unsigned 64-bit integer"]["examples"] == ["items.csv:5: id='x'"]
     assert domain.name == summary["domain"]
+
+
+def test_features_are_as_old_as_the_log_so_that_an_erasure_hides_them_for_good(tmp_path):
+    files = {
+        "log.csv": f"user,item,time,clicked,bought,price,query,stored\n1,70,{T + 9},0,0,1,q,{T + 50}\n1,71,{T},1,0,1,q,{T + 20}\n",
+        "items.csv": "id,shelf,tags\n70,a,x\n",
+        "users.csv": "id,age\n1,30\n",
+    }
+    text = FEATURED.replace('time = "time"\n', 'time = "time"\nappend_time = "stored"\n')
+    names = [run(tmp_path, text, files, created_ms=None)[3]["tables"]["generation"] for _ in range(2)]
+    assert names[0] == names[1]
+    assert open_generation(tmp_path / "out" / "tables", "features").created_ms == T + 50
+    files["log.csv"] = files["log.csv"].replace(str(T + 50), str(4 * T))  # a stray row: the tables are not from the future
+    run(tmp_path, text, files, created_ms=None)
+    assert open_generation(tmp_path / "out" / "tables", "features").created_ms < 2 * T
 
 
 def test_any_order_of_rows_gives_the_same_log_and_duplicates_go(tmp_path):
@@ -458,6 +516,25 @@ def test_check_tells_what_is_wrong_with_examples(tmp_path):
     text = io.StringIO()
     report.print(Console(file=text, width=200))
     assert "log.csv:203: clicked='5'" in text.getvalue()
+
+
+def test_what_looks_like_markup_is_printed_as_it_is_and_nothing_is_cut(tmp_path):
+    rows = f"[/b],1,{T},1,0\n[red],{'[x]' * 30},{T},0,0\n[/b],nobody,{T},[/i],0\n[/b],,{T},0,0\n"
+    text = (
+        without_features(BASE)
+        + 'entity_ids = "string"\nuser_ids = "string"\n'
+        + WIDE
+        + '[[log.actions]]\naction = "buy"\ncolumn = "bought"\n'
+    )
+    _, _, _, summary = run(tmp_path, text, {"log.csv": "user,item,time,clicked,bought\n" + rows})
+    report = check(parse_domain(text, source="shop.toml"), tmp_path / "data")
+    for width in (40, 200):
+        printed = io.StringIO()
+        print_summary(summary, Console(file=printed, width=width))
+        report.print(Console(file=printed, width=width))
+        assert "\u2026" not in printed.getvalue()
+    assert printed.getvalue().count("clicked='[/i]'") == 2
+    assert "is its rule in [[log.actions]] right?" in printed.getvalue()
 
 
 def test_the_simulator_is_seeded_and_its_log_reads_without_a_complaint(tmp_path):

@@ -1,12 +1,17 @@
 """What the producer decides without a broker."""
 
+import threading
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from streams_world import DOMAIN
 
 from features.actions import EVENT_DTYPE
+from streams import broadcast
 from streams.errors import KafkaUnavailableError, ProduceError
-from streams.kafka import KafkaConfig
+from streams.kafka import KafkaConfig, KafkaError
 from streams.producer import ActionProducer, _check_events, _number
 from streams.ranking_log import RankingLog
 
@@ -25,15 +30,92 @@ def test_others_are_refused_with_what_is_allowed(given):
 
 
 @pytest.mark.parametrize(
-    ("field", "bad"), [("action", 0), ("entity_kind", 0), ("event_time_ms", 0), ("event_time_ms", -5), ("value", np.inf)]
+    ("field", "bad"),
+    [("action", 0), ("entity_kind", 0), ("event_time_ms", 0), ("event_time_ms", -5), ("event_time_ms", 111), ("value", np.inf)],
 )
 def test_a_bad_row_of_many_is_named(field, bad):
     events = np.zeros(3, EVENT_DTYPE)
-    events["action"] = events["entity_kind"] = events["event_time_ms"] = 1
-    _check_events(events)
+    events["action"] = events["entity_kind"] = 1
+    events["event_time_ms"] = 110
+    _check_events(events, 100, 10)
     events[field][1] = bad
-    with pytest.raises(ValueError, match=f"{field}: row 1 has"):
-        _check_events(events)
+    for append_time_ms in (100, np.array([110, 100, 100])):
+        with pytest.raises(ValueError, match=f"{field}: row 1 has"):
+            _check_events(events, append_time_ms, 10)
+
+
+@pytest.fixture
+def unconnected():
+    """A producer without a broker, and the delivery callbacks of what it queued."""
+    producer, callbacks = object.__new__(ActionProducer), []
+    producer._kafka, producer._domain, producer._topic, producer._lock = NOWHERE, DOMAIN, "actions", threading.Lock()
+    producer._counters, producer._unreported_failures, producer._first_failure = dict.fromkeys(("delivered", "failed"), 0), 0, ""
+    producer._queue = lambda *queued: callbacks.append(queued[2])
+    return producer, callbacks
+
+
+def test_a_certain_dead_letter_is_not_produced(unconnected):
+    producer, queued = unconnected
+    now_ms = time.time_ns() // 1_000_000
+    click = {"user_id": 1, "entity_kind": "item", "entity_id": 1, "action": "click"}
+    with pytest.raises(ValueError, match=r"^event_time_ms: \d+ is more than 600000 ms ahead of now"):
+        producer.produce(**click, event_time_ms=now_ms + 700_000)
+    events = np.zeros(1, EVENT_DTYPE)
+    events["action"] = events["entity_kind"] = 1
+    events["event_time_ms"] = now_ms + 700_000
+    with pytest.raises(ValueError, match=r"^event_time_ms: row 0 has"):
+        producer.produce_many(np.ones(1, np.uint64), events)
+    with pytest.raises(ValueError, match=r"^event_time_ms: row 0 has"):
+        producer.produce_many(np.ones(1, np.uint64), events, np.array([now_ms]))
+    assert queued == []
+    producer.produce(**click, event_time_ms=now_ms + 500_000)
+    assert len(queued) == 1
+
+
+def test_a_position_that_cannot_be_read_fails_its_future(unconnected, monkeypatch):
+    producer, queued = unconnected
+
+    def absent(*_):
+        raise KafkaUnavailableError("gone")
+
+    monkeypatch.setattr("streams.producer.end_offsets", absent)
+    future = producer.erase(7, "asked for")
+    queued[0](None, SimpleNamespace(offset=lambda: -1001, partition=lambda: 0))
+    with pytest.raises(ProduceError, match="the record is stored, but not known where: gone"):
+        future.result(timeout=0)
+
+
+class _Topic:
+    """A consumer of given announcements of one partition, then of its end."""
+
+    def __init__(self, records):
+        self._left = [self._message(None, *record) for record in records]
+        self._left.append(self._message(SimpleNamespace(code=lambda: KafkaError._PARTITION_EOF), None, None))
+
+    def _message(self, error, key, value):
+        return SimpleNamespace(error=lambda: error, key=lambda: key, value=lambda: value, partition=lambda: 0)
+
+    def assign(self, places):
+        assert [place.partition for place in places] == [0]
+
+    def poll(self, _):
+        return self._left.pop(0) if self._left else None
+
+    def close(self):
+        pass
+
+
+def test_announcements_survive_one_that_cannot_be_used(monkeypatch, caplog):
+    monkeypatch.setattr(broadcast, "log_identity", lambda *_, **__: SimpleNamespace(partition_count=1))
+    monkeypatch.setattr(broadcast, "new_reader", lambda *_, **__: _Topic([(b"release/home", b"\xff"), (b"release/home", b"good")]))
+    heard = []
+    found = broadcast.Announcements(NOWHERE, "told", on_change=lambda key, value: heard.append((key, value.decode())))
+    found.check()
+    assert heard == [("release/home", "good")]
+    assert found.values() == {"release/home": b"good"}
+    assert found.statistics() == {"read": 2, "failed": 1}
+    assert "announcement 'release/home' cannot be used" in caplog.text
+    found.close()
 
 
 def test_an_absent_broker_is_an_error_that_says_what_to_do():

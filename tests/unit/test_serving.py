@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_world import DOMAIN, NOW_MS
+from serving_world import DOMAIN, NOW_MS, ListSink, MemoryReader, write_ranker, write_tables
 
 from features.ids import string_id
 from features.request import RequestError
 from inference.client import feature_column
 from inference.release import Release
 from inference.scoring import best_first, embedding_scores, final_scores, head_weights
-from inference.served import ModelGate
-from inference.server import STATUS, ServerConfig, Timings, is_sampled, parse_request, server_credentials
+from inference.served import ModelGate, Releases
+from inference.server import STATUS, RankingService, ServerConfig, Timings, is_sampled, parse_request, server_credentials
 from inference.triton import ModelTimeoutError, ModelUnavailableError
-from protos.v1.ranking_pb2 import FeatureColumn, RankRequest
+from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
 
 RELEASE = Release(Path(), "related-20231114T221320Z-00000000", "related", NOW_MS, DOMAIN, {}, {}, {})
 REQUEST = {"candidate_embedding": np.zeros((3, 16), np.float16)}
@@ -156,6 +156,40 @@ def test_a_lost_model_is_not_asked_until_a_probe_has_loaded_it_again():
         assert len(await gate.infer(REQUEST, timeout_s=1)) == 3
 
     gated(scenario)
+
+
+def test_a_far_deadline_neither_waits_nor_asks_for_so_long(tmp_path):
+    class Hurried(ScriptedTriton):
+        async def infer(self, *arguments, timeout_s):
+            self.timeout_s = timeout_s
+            return await super().infer(*arguments)
+
+    class Call:
+        def time_remaining(self):
+            return 3600.0
+
+        def invocation_metadata(self):
+            return ()
+
+    async def scenario() -> None:
+        config = dataclasses.replace(CONFIG, releases=tmp_path / "releases", tables=tmp_path / "tables", after_wait_s_max=0.05)
+        config = dataclasses.replace(config, repository=tmp_path / "repository", deadline_s_max=1.0)
+        write_ranker(config.releases, write_tables(config.tables), "related")
+        triton, reader = Hurried(), MemoryReader()
+        releases = Releases(config.releases, config.tables, config.repository, triton)
+        await releases.start()
+        await asyncio.wait_for(releases.warm(), 10)
+        service = RankingService(config, releases, reader, ListSink())
+        request = RankRequest(ranker="related", user_id=7, candidate_ids=bytes(8), candidate_kind=1, request_time_ms=NOW_MS)
+        at = reader.position(7)
+        request.after.add(partition=at.partition, offset=at.offset + 1)
+        response = await asyncio.wait_for(service.rank(request.SerializeToString(), Call()), 0.9)
+        assert not response.after_reached
+        assert response.tier == TIER_MODEL
+        assert 0.5 < triton.timeout_s <= 0.95
+        await releases.close()
+
+    asyncio.run(scenario())
 
 
 def test_only_fair_timeouts_in_a_row_count_against_a_model():

@@ -1,13 +1,27 @@
 """Generations of tables: written whole or not at all, found by name, checked against the domain file, looked up at once."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from features.domain import parse_domain
-from features.tables import NONE, USER, Member, TableError, TableSet, generation_names, open_generation, write_generation
+from features.tables import (
+    NONE,
+    USER,
+    Member,
+    TableError,
+    TableSet,
+    _content,
+    _Meta,
+    generation_names,
+    generations_of,
+    lineage_of,
+    open_generation,
+    write_generation,
+)
 
 U64 = np.uint64
 DOMAIN = parse_domain(
@@ -174,7 +188,7 @@ def test_a_changed_meta_is_refused(root, key, value, message):
 
 
 def test_a_generation_that_is_not_there(root):
-    with pytest.raises(TableError, match=r"20200101T000000000Z-00000000: not there; space trained has 1970"):
+    with pytest.raises(TableError, match=r"'20200101T000000000Z-00000000' is not there; space trained has 1970"):
         open_generation(root, "trained", "20200101T000000000Z-00000000")
 
 
@@ -199,6 +213,66 @@ def test_pins_open_what_was_open_then(root):
     assert again.generations == before.generations
     assert not again.taken_down(kinds, ids).any()
     assert TableSet.open(root, DOMAIN, "home", {"features": before.generations["features"]}).generations == after.generations
+
+
+def test_generations_of_one_lineage_are_told_apart(tmp_path):
+    old, other, new = (
+        write_generation(tmp_path, "trained", time_ms, {USER: USERS}, lineage=lineage).name
+        for time_ms, lineage in ((1_000, "a1"), (1_000, "b2"), (2_000, "a1"))
+    )
+    unnamed = write_generation(tmp_path, "trained", 3_000, {USER: USERS}).name
+    assert len({old, other, new, unnamed}) == 4
+    assert [list(generations_of(tmp_path, "trained", lineage)) for lineage in ("a1", "b2", "", "c3")] == [
+        [new, old],
+        [other],
+        [unnamed],
+        [],
+    ]
+    assert open_generation(tmp_path, "trained", new).lineage == lineage_of(tmp_path, "trained", old) == "a1"
+    meta = tmp_path / "trained" / new / "meta.json"
+    meta.write_text(meta.read_text().replace('"a1"', '"b2"'))
+    with pytest.raises(TableError, match="content"):
+        lineage_of(tmp_path, "trained", new)
+    with pytest.raises(TableError, match="lineage"):
+        write_generation(tmp_path, "trained", 1_000, {USER: USERS}, lineage="a/b")
+
+
+def test_a_generation_without_a_lineage_in_its_meta_reads(root):
+    (name,) = generation_names(root, "trained")
+    meta = root / "trained" / name / "meta.json"
+    said = json.loads(meta.read_text())
+    assert said.pop("lineage") == ""
+    meta.write_text(json.dumps(said))
+    assert open_generation(root, "trained", name, verify=True).lineage == ""
+
+
+def test_a_generation_of_another_folder_is_refused(root, tmp_path):
+    (name,) = generation_names(root, "trained")
+    shutil.copytree(root / "trained", tmp_path / "x" / "trained")
+    for outside in (
+        f"../../{tmp_path.name}/x/trained/{name}",
+        f"../trained/{name}",
+        f"./{name}",
+        str(tmp_path / "x" / "trained" / name),
+        "",
+    ):
+        with pytest.raises(TableError, match="is not there"):
+            open_generation(root, "trained", outside)
+        with pytest.raises(TableError, match="is not there"):
+            TableSet.open(root, DOMAIN, "home", {"trained": outside})
+
+
+@pytest.mark.parametrize("file_name", ["../user.ids.npy", "/tmp/user.ids.npy", "user.ids.npy/../user.x.npy", "user.ids", "other.ids.npy"])
+def test_a_file_outside_of_its_folder_is_refused(root, file_name):
+    (name,) = generation_names(root, "trained")
+    folder = root / "trained" / name
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"][file_name] = meta["files"]["user.ids.npy"]
+    forged = f"{name[:-8]}{_content(_Meta.model_validate(meta).files, '')}"
+    (folder / "meta.json").write_text(json.dumps(meta | {"generation": forged}))
+    folder.rename(folder.with_name(forged))
+    with pytest.raises(TableError, match=r"meta\.json: files: .* is not"):
+        open_generation(root, "trained", forged)
 
 
 def test_kinds_are_looked_up_apart(root):
