@@ -1,5 +1,6 @@
 """Drives a running stack along a canonical log: actions in their order, rankings at logged moments."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ from features.ids import partition_of, user_key
 from features.logs import LoggedRequests, read_actions, read_requests
 from features.ports import Position
 from features.tensors import feature_names
-from inference.client import Ranking, RankingClient
-from protos.v1.actions_pb2 import Position as WirePosition
+from inference.client import Ranking, RankingClient, typed
 from protos.v1.ranking_pb2 import FeatureColumn, RankRequest
 from streams.kafka import KafkaConfig, end_offsets
 from streams.producer import ActionProducer
@@ -77,16 +77,16 @@ def drive(
 
 
 def rank_fresh(client: RankingClient, request: RankRequest, after: Position, timeout_s: float) -> Ranking:
-    """A ranking that includes `after`."""
-    from inference.client import typed
-
+    """A ranking that includes `after`; the server waits for it a while itself, and is asked again until `timeout_s`."""
     del request.after[:]
     if after.offset >= 0:
-        request.after.append(WirePosition(log_epoch=after.log_epoch, partition=after.partition, offset=after.offset))
-    answer = typed(client.call(request, timeout_s=timeout_s))
-    if not answer.after_reached:
-        raise RuntimeError(f"user {request.user_id}: position {after} was not visible within {timeout_s} s; is the worker running?")
-    return answer
+        request.after.add(log_epoch=after.log_epoch, partition=after.partition, offset=after.offset)
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        answer = typed(client.call(request, timeout_s=timeout_s))
+        if answer.after_reached:
+            return answer
+    raise RuntimeError(f"user {request.user_id}: position {after} was not visible within {timeout_s} s; is the worker running?")
 
 
 def end_of(kafka: KafkaConfig, topic: str, user_id: int, partitions: int) -> Position:

@@ -119,6 +119,8 @@ def server_config(settings: Settings) -> ServerConfig:
         token=settings.server_token.get_secret_value() if settings.server_token else None,
         reflection=settings.reflection,
         timeout_s=settings.rank_timeout_ms / 1000,
+        deadline_s_max=settings.rank_deadline_ms_max / 1000,
+        after_wait_s_max=settings.after_wait_ms_max / 1000,
         model_threads=settings.torch_threads,
         rankings_max=settings.rankings_max,
         message_bytes_max=settings.message_bytes_max,

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     reflection: bool = Field(True, description="gRPC reflection, for tools such as grpcurl; switch it off where the server is public.")
 
     rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
+    rank_deadline_ms_max: PositiveInt = Field(10_000, description="Longest deadline that a caller may set; a longer one counts as this.")
+    after_wait_ms_max: PositiveInt = Field(2_000, description="Longest wait for the positions of `after`; then the answer is flagged.")
     rankings_max: PositiveInt = Field(64, description="Rankings in work at once; more are shed with RESOURCE_EXHAUSTED.")
     message_bytes_max: PositiveInt = Field(1 << 20, description="Largest request that the ranking server accepts, in bytes.")
     ranking_log_queue_max: PositiveInt = Field(10_000, description="Ranking records that wait for Kafka; more are dropped and counted.")
