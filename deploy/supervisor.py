@@ -262,6 +262,61 @@ class Child:
         return details if details.get("pid") == pid else None
 
 
+class Server:
+    """A foreign server in a folder of its own, without a supervisor: `start()` and `stop()`, or `with`. A subclass says what to start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._child: Child | None = None
+
+    def command(self) -> Command:
+        """Prepares the folder and returns what starts the server, for a `Supervisor` too."""
+        raise NotImplementedError
+
+    @property
+    def pid(self) -> int:
+        """The server's process.
+
+        Raises:
+            RuntimeError: it is not running.
+        """
+        pid = self._child.pid if self._child else None
+        if pid is None:
+            raise RuntimeError(f"{type(self).__name__} of {self.folder} is not running")
+        return pid
+
+    def start(self) -> Self:
+        """Starts and waits until the server answers.
+
+        Raises:
+            ChildFailedError: it ended or did not answer; the message has the end of its log. Also what `command` raises.
+        """
+        self._child = Child(self.command(), self.folder)
+        self._child.start()
+        try:
+            self._child.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM, wait, SIGKILL if needed; returns when it and its own children are gone."""
+        if self._child is not None:
+            self._child.stop()
+
+    def kill(self) -> None:
+        """SIGKILL and wait until it is gone; `start()` may follow."""
+        if self._child is not None:
+            self._child.kill()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
 class Supervisor:
     """The children of one folder, as a context manager: they start in the order given and stop in reverse.
 

@@ -13,9 +13,9 @@ import sysconfig
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from deploy.supervisor import Child, Command, free_ports
+from deploy.supervisor import Command, Server, free_ports
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -24,7 +24,7 @@ class TritonMissingError(RuntimeError):
     """The nvidia-pytriton wheel is not installed or has no stub for this Python; `make setup` installs it."""
 
 
-class TritonServer:
+class TritonServer(Server):
     """Triton over one model repository, as a context manager or with `start()` and `stop()`.
 
     `command()` is the same server for a `Supervisor`. The ports are chosen once and stay, so that a restart after a crash serves at
@@ -33,12 +33,11 @@ class TritonServer:
     """
 
     def __init__(self, folder: Path, repository: Path, *, load: Sequence[str] = (), threads: int = 1, restart: bool = False) -> None:
-        self.folder = folder.absolute()
+        super().__init__(folder)
         self.repository = repository.absolute()
         self._load = tuple(load)
         self._threads = threads
         self._restart = restart
-        self._child: Child | None = None
         self._ports = free_ports(3)
         # The region names carry the folder, so that what a killed server left in /dev/shm is known to be ours and can be removed.
         self._regions = f"freshrank-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]}"
@@ -58,18 +57,6 @@ class TritonServer:
         """Address of the Prometheus metrics."""
         return f"http://127.0.0.1:{self._ports[2]}/metrics"
 
-    @property
-    def pid(self) -> int:
-        """The server's process.
-
-        Raises:
-            RuntimeError: it is not running.
-        """
-        pid = self._child.pid if self._child else None
-        if pid is None:
-            raise RuntimeError(f"the Triton server of {self.folder} is not running")
-        return pid
-
     def command(self) -> Command:
         """Prepare the backend folder and return what starts the server.
 
@@ -88,38 +75,6 @@ class TritonServer:
         ready = functools.partial(_answers, self.http_url, self.grpc_url)
         environment = self._environment(home)
         return Command("triton", tuple(argv), environment, ready, restart=self._restart, cleanup=self._remove_regions)
-
-    def start(self) -> Self:
-        """Start and wait until the server reports itself ready.
-
-        Raises:
-            TritonMissingError: the wheel is absent or does not know this Python version.
-            ChildFailedError: it ended or did not answer; the message has the end of its log.
-        """
-        self._child = Child(self.command(), self.folder)
-        self._child.start()
-        try:
-            self._child.wait_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def stop(self) -> None:
-        """SIGTERM, wait, SIGKILL if needed; returns when it and its model processes are gone."""
-        if self._child is not None:
-            self._child.stop()
-
-    def kill(self) -> None:
-        """SIGKILL and wait until it is gone; `start()` may follow."""
-        if self._child is not None:
-            self._child.kill()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
 
     def _build_backends(self, home: Path) -> Path:
         stub = home / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"

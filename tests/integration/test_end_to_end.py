@@ -246,6 +246,17 @@ def test_triton_killed_answers_from_a_named_tier_and_returns(up, client):
     assert set(tiers) <= {"model", "embedding", "caller_order"}
 
 
+def test_a_published_release_is_served_without_a_restart(client, home):
+    """`freshrank publish` announces; the running server loads, warms and switches. No ranking fails meanwhile."""
+    before = client.rank("feed", 1, [1, 2], kinds=1).release_id
+    published = freshrank("publish", "--domain", str(DOMAIN), home=home).strip()
+    assert published != before
+    deadline = time.monotonic() + 60
+    while (answer := client.rank("feed", 1, [1, 2], kinds=1)).release_id != published:
+        assert answer.tier == "model"
+        assert time.monotonic() < deadline, f"{published} was announced, {answer.release_id} is still served"
+
+
 def test_second_start_keeps_the_data(up, home, producer, client):
     """Last in this file: it stops the stack of the module and starts it again on the same folder."""
     position = producer.produce(user_id=31, entity_kind="video", entity_id=3, action="click").result()
