@@ -185,9 +185,10 @@ def rank(
         fields |= {"sequence_count": answer.sequence_count, "after_reached": answer.after_reached}
         print(json.dumps(fields))
         return
-    table = Table("rank", "item", "score", *answer.head_scores)
+    heads = {name: answer.head_scores[name] for name in product.ranker[product.ranker_name(ranker)].heads if name in answer.head_scores}
+    table = Table("rank", "item", "score", *heads)
     for place, (item, score) in enumerate(zip(answer.ids.tolist(), answer.scores.tolist(), strict=True)):
-        table.add_row(str(place + 1), str(item), f"{score:.4f}", *(f"{scores[place]:.4f}" for scores in answer.head_scores.values()))
+        table.add_row(str(place + 1), str(item), f"{score:.4f}", *(f"{scores[place]:.4f}" for scores in heads.values()))
     Console().print(table)
     age = "no action used" if answer.sequence_age_ms < 0 else f"newest action {answer.sequence_age_ms} ms old"
     late = "" if answer.after_reached else "; NOT YET including the position asked for"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from features.actions import ACTION, CANONICAL_BYTES, EVENT_DTYPE, decode_batch, encode_action, encode_erase
+from features.actions import ACTION, CANONICAL_BYTES, EVENT_DTYPE, Batch, decode_batch, encode_action, encode_erase
 from features.ports import SequenceCorruptError
-from features.sequence import HEADER_DTYPE, Row, decode_row, encode_row
+from features.sequence import HEADER_DTYPE, Definition, Row, apply_batch, decode_row, encode_row
 from protos.v1.actions_pb2 import Action
 
 ACTION_HEX = (
@@ -51,6 +51,15 @@ def test_row_of_the_older_schema_is_read():
     assert row.events["request_id"].tolist() == [0, 0], "schema 1 had no request_id"
     assert row.events["action"].tolist() == [2, 1]
     assert (row.offset, row.partition, row.log_epoch) == (1234, 3, 9)
+
+
+def test_a_batch_is_folded_into_a_row_of_the_older_schema():
+    event = np.array([(3_000, 13, 9, 5, 2.5, 0, 1, 1)], EVENT_DTYPE)
+    batch = Batch(9, 3, np.array([1235]), np.array([3_000]), np.array([ACTION], np.uint8), np.array([42], np.uint64), event, {})
+    (row,) = apply_batch(Definition(0x0102030405060708, 10), batch, [bytes.fromhex(ROW_BEFORE_HEX)], 0)
+    events = decode_row(row, 42).events
+    assert events["entity_id"].tolist() == [7, 8, 9]
+    assert events["request_id"].tolist() == [0, 0, 5]
 
 
 def test_action_of_the_older_schema_is_read():
