@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,23 @@ _PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_
 _UNITS = (("_ms", "ms"), ("events_per_s", "events/s"), ("requests_per_s", "requests/s"), ("cpu_us_per_event", "us"), ("_mb", "MB"))
 
 
+BENCHES = {
+    "ingest": "deploy.bench:ingest",
+    "freshness": "deploy.bench:freshness",
+    "rank": "deploy.bench:rank",
+    "replay": "deploy.bench:replay",
+}
+"""Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
+
+
 def run_bench(name: str, runs: int, console: Console) -> dict[str, Any]:
     """Runs one benchmark; returns {"name", "machine", "versions", "figures"}. Raises ValueError: there is no such benchmark."""
-    benches: dict[str, Callable[[int, Path, Console], Runs]] = {
-        "ingest": _ingest,
-        "freshness": _freshness,
-        "rank": _rank,
-        "replay": _replay,
-    }
-    if name not in benches:
-        raise ValueError(f"bench: {name!r} is not one of {', '.join(benches)}")
+    if name not in BENCHES:
+        raise ValueError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
+    module, _, function = BENCHES[name].partition(":")
+    bench: Callable[[int, Path, Console], Runs] = getattr(import_module(module), function)
     with tempfile.TemporaryDirectory(prefix="freshrank-bench-") as folder:
-        found = benches[name](runs, Path(folder), console)
+        found = bench(runs, Path(folder), console)
     figures = {}
     for figure in found[0]:
         values = [run[figure] for run in found]
@@ -95,7 +101,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "kafka": kafka_version(), **{name: version(name) for name in packages}}
 
 
-def _ingest(runs: int, folder: Path, console: Console) -> Runs:
+def ingest(runs: int, folder: Path, console: Console) -> Runs:
+    """A waiting topic, folded into an empty state."""
     console.print("fills a topic of 3,000,000 records, then folds it into an empty state, once a run")
     found: Runs = bench_ingest(folder, runs=runs)["runs"]
     return found
@@ -204,7 +211,8 @@ def write_untrained_release(home: Path, domain_path: Path, random: np.random.Gen
     return domain
 
 
-def _freshness(runs: int, folder: Path, console: Console) -> Runs:
+def freshness(runs: int, folder: Path, console: Console) -> Runs:
+    """From `produce()` to the answer of a reader in another process."""
     console.print(f"{EVENTS_PER_S} events/s, open loop, {FRESHNESS_S:.0f} s a run; produce() to the answer of a reader in another process")
     with _world(folder, ("worker",)) as world:
         return [_freshness_run(world) for _ in range(runs)]
@@ -247,7 +255,8 @@ def _freshness_run(world: _World) -> dict[str, float]:
     return {"visible_ms_p50": float(p50), "visible_ms_p99": float(p99)}
 
 
-def _rank(runs: int, folder: Path, console: Console) -> Runs:
+def rank(runs: int, folder: Path, console: Console) -> Runs:
+    """Rankings with the model in the paper's size, at the client, during ingest."""
     console.print(
         f"{RANKINGS_PER_S} rankings/s at constant intervals, {CANDIDATES} candidates, {RANK_S:.0f} s a run, {EVENTS_PER_S} events/s"
     )
@@ -293,7 +302,8 @@ def _rank_run(world: _World) -> dict[str, float]:
     return {"rank_ms_p50": float(p50), "rank_ms_p99": float(p99)}
 
 
-def _replay(runs: int, folder: Path, console: Console) -> Runs:
+def replay(runs: int, folder: Path, console: Console) -> Runs:
+    """Replay of a ranking log from Kafka, without scoring."""
     console.print(
         f"{REPLAY_RANKINGS} rankings of {REPLAY_CANDIDATES} candidates, {USERS * HISTORY} events; each run replays all, without scoring"
     )

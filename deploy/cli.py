@@ -1,7 +1,6 @@
 """The command `freshrank`: thin, so that everything it does can be called from Python as well."""
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy.settings import Settings, load_settings
+from deploy.options import (
+    DomainFile,
+    Home,
+    Json,
+    RankerName,
+    console,
+    entity_kind,
+    parse_id,
+    parse_position,
+    position_text,
+    quiet,
+    settings_for,
+    workspace,
+)
 
 app = typer.Typer(
     name="freshrank",
@@ -22,28 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console(stderr=True)
-
-Home = Annotated[Path | None, typer.Option(help="Folder of state, releases and tables.", show_default="./.freshrank")]
-DomainFile = Annotated[Path | None, typer.Option("--domain", help="Domain file; the home folder's own copy where absent.")]
-RankerName = Annotated[str | None, typer.Option("--ranker", help="A [ranker.NAME] of the domain file; the first one where absent.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-
-
-def settings_for(home: Path | None, domain: Path | None = None) -> Settings:
-    """Settings from file and environment, with what the command line says on top."""
-    settings = load_settings(home=home, domain=domain)
-    kept = settings.home / "domain.toml"
-    if "domain" not in settings.model_fields_set and kept.exists():
-        settings = settings.model_copy(update={"domain": kept})
-    return settings
-
-
-def workspace(settings: Settings) -> Any:
-    """The folders of a domain's data."""
-    from deploy.learn import Workspace
-
-    return Workspace(settings.domain, settings.home)
 
 
 @app.command()
@@ -111,7 +101,7 @@ def produce(
                 raise typer.BadParameter("is needed", param_hint=name)
         position = producer.produce(
             user_id=parse_id(user),
-            entity_kind=_kind(product.entities, kind),
+            entity_kind=entity_kind(product.entities, kind),
             entity_id=parse_id(item),
             action=action,
             surface=surface or 0,
@@ -174,7 +164,7 @@ def rank(
             product.ranker_name(ranker),
             parse_id(user),
             [parse_id(part) for part in candidates.split(",")],
-            kinds=_kind(product.entities, kind),
+            kinds=entity_kind(product.entities, kind),
             after=[parse_position(text) for text in after or ()],
         )
     if as_json:
@@ -432,47 +422,6 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
     from deploy import processes
 
     raise typer.Exit(processes.server(settings_for(home, domain)))
-
-
-def quiet() -> None:
-    """Keeps librdkafka's warnings about brokers that are still starting off the terminal; errors stay."""
-    logging.getLogger("streams.kafka").setLevel(logging.ERROR)
-
-
-def parse_id(text: str) -> int:
-    """An id as a person types it: digits are the number itself, anything else is hashed as importers do."""
-    from features.ids import ID_MAX, string_id
-
-    text = text.strip()
-    if not text:
-        raise typer.BadParameter("an id is empty; give numbers or texts, lists separated by single commas")
-    if text.isdecimal() and int(text) <= ID_MAX:
-        return int(text)
-    return string_id(text)
-
-
-def position_text(position: Any) -> str:
-    """A position as commands print and take it: epoch in hexadecimal, partition, offset."""
-    return f"{position.log_epoch:016x}:{position.partition}:{position.offset}"
-
-
-def parse_position(text: str) -> Any:
-    """What `position_text` printed; "partition:offset" means the current epoch."""
-    from features.ports import Position
-
-    try:
-        epoch, partition, offset = ("0", *text.split(":"))[-3:]
-        return Position(int(epoch, 16), int(partition), int(offset))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not EPOCH:PARTITION:OFFSET, as produce prints it", param_hint="--after") from None
-
-
-def _kind(entities: dict[str, int], kind: str | None) -> int:
-    if kind is None and len(entities) == 1:
-        return next(iter(entities.values()))
-    if kind not in entities:
-        raise typer.BadParameter(f"allowed: {', '.join(entities)}", param_hint="--kind")
-    return entities[kind]
 
 
 def metrics_table(metrics: dict[str, Any], title: str) -> Table:

@@ -4,7 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from deploy import cli
+from deploy import cli, options
 from deploy.bench import paper_size
 from deploy.settings import SettingsError, load_settings
 from deploy.stack import StackNotRunningError, running
@@ -24,19 +24,19 @@ def test_every_command_has_help_with_an_example(command):
 
 
 def test_ids_are_numbers_or_hashed_text():
-    assert [cli.parse_id(text) for text in ("42", " 42 ", "ada", str(2**64 - 1))] == [42, 42, string_id("ada"), 2**64 - 1]
-    assert cli.parse_id(str(2**64)) == string_id(str(2**64))
+    assert [options.parse_id(text) for text in ("42", " 42 ", "ada", str(2**64 - 1))] == [42, 42, string_id("ada"), 2**64 - 1]
+    assert options.parse_id(str(2**64)) == string_id(str(2**64))
     with pytest.raises(typer.BadParameter, match="empty"):
-        cli.parse_id(" ")
+        options.parse_id(" ")
 
 
 def test_positions_are_read_as_they_are_printed():
     position = Position(2**63 + 5, 3, 17)
-    assert cli.parse_position(cli.position_text(position)) == position
-    assert cli.parse_position("3:17") == Position(0, 3, 17)
+    assert options.parse_position(options.position_text(position)) == position
+    assert options.parse_position("3:17") == Position(0, 3, 17)
     for wrong in ("17", "x:1:2", ""):
         with pytest.raises(typer.BadParameter, match="EPOCH:PARTITION:OFFSET"):
-            cli.parse_position(wrong)
+            options.parse_position(wrong)
 
 
 def run(monkeypatch, capsys, *arguments):
