@@ -75,3 +75,7 @@ class SequenceUnavailableError(RuntimeError):
 
 class SequenceCorruptError(RuntimeError):
     """A stored row is damaged or belongs to another user."""
+
+
+class SequenceForeignError(SequenceCorruptError):
+    """A stored row is whole, but of another log or definition, or of a newer program: nothing to repair, something to configure."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
 from features.domain import Domain
-from features.ports import SequenceCorruptError
+from features.ports import SequenceCorruptError, SequenceForeignError
 
 Events = npt.NDArray[np.void]
 """EVENT_DTYPE [n], ascending by the law's order: oldest first."""
@@ -188,7 +188,9 @@ def _check_header(head: np.void, size: int, crc32: int, user_id: int | None) -> 
     elif head["crc32"] != crc32:
         wrong = "checksum differs"
     elif head["format_version"] != FORMAT_VERSION or width is None or head["record_width"] != width:
-        wrong = f"format {head['format_version']}, schema {head['schema_version']} is newer than this program: upgrade it"
+        raise SequenceForeignError(
+            f"sequence row: format {head['format_version']}, schema {head['schema_version']} is newer than this program: upgrade it"
+        )
     elif size != HEADER_DTYPE.itemsize + width * int(head["count"]):
         wrong = f"{size} bytes do not hold {head['count']} records"
     elif user_id is not None and head["user_id"] != user_id:
@@ -222,9 +224,9 @@ def _decode_rows(
         for i, row in present:
             decode_row(row, int(users[i]))  # raises, unless the row is of an older schema
     if not (heads["fingerprint"] == what.fingerprint).all():
-        raise SequenceCorruptError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
+        raise SequenceForeignError("sequence row: it was kept by another [sequence] definition; rebuild the state from the log")
     if not ((heads["log_epoch"] == batch.log_epoch) & (heads["partition"] == batch.partition)).all():
-        raise SequenceCorruptError("sequence row: it belongs to another log or partition; rebuild the state from the log")
+        raise SequenceForeignError("sequence row: it belongs to another log or partition; rebuild the state from the log")
     erased_before_ms[group], offsets[group] = heads["erased_before_ms"], heads["offset"]
     if fine.all():
         is_event = np.ones(len(words), bool)

@@ -1,33 +1,28 @@
-"""The hot path: batches of the actions topic, folded into the store and shown in the view.
+"""The worker's loop around Kafka: a consumer group shares the partitions out, batches go to `streams.core`, dead letters to their topic.
 
-Of each partition's records, in offset order:
- 1. decode: every record is an action, an erasure, or rejected with a reason (features.actions);
- 2. dead letters: the rejected ones are written to the dead-letter topic, and acknowledged there, before anything passes them;
- 3. fold: the stored rows of the touched users and the batch become their new rows (features.sequence);
- 4. store: rows, applied offset and log clock in one WriteBatch;
- 5. view: the same rows and meta in one transaction, which readers see as one moment;
- 6. the group's offset is committed, only to show the lag: a restart goes on behind the store's own offset.
-A crash between any two steps repeats at most the last batch, which gives the same rows again. Anything unexpected ends the loop with the
-exception, and the process with it, before the store passes the record.
+The group rebalances cooperatively: a partition that stays is never stopped. With static membership a restarted worker gets its partitions
+back without a rebalance. The group's committed offsets only show the lag: a partition goes on behind the store's own offset, wherever it
+comes from. State is opened (and restored) beside the loop, so that the other partitions go on and the group is not kept waiting.
+
+A worker with `standby` also follows the partitions that others own, outside the group, into state and views of its own: when it is
+assigned one, its state is there.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from features.actions import Batch, append_time_ms, decode_batch
 from features.domain import Domain
-from features.sequence import Definition, apply_batch, clock_after, touched_users
-from protos.v1.actions_pb2 import DeadLetter
+from streams.core import Applied, Held, Log, RetentionPolicy, WorkerCore
 from streams.errors import KafkaUnavailableError, ProduceError, StateError
 from streams.kafka import (
     Consumer,
+    EndOffsets,
     KafkaConfig,
     KafkaError,
     LogIdentity,
@@ -40,15 +35,21 @@ from streams.kafka import (
     log_range,
     new_group_consumer,
     new_producer,
+    new_reader,
+    records_of,
     unavailable,
 )
-from streams.state import Meta, definitions, row_keys
-from streams.store import PartitionStore, RocksStore, Store
-from streams.view import MAP_BYTES, PartitionView, sync_view
+from streams.state import definitions
+from streams.store import RocksStore, Store
+from streams.view import MAP_BYTES, PartitionView
 
 log = logging.getLogger(__name__)
 
-_LAG_REFRESH_S = 1.0
+_UPKEEP_S = 0.25
+_WAIT_S, _WAIT_SHORT_S = 0.2, 0.02
+_BURY_S = 60.0
+_RETAKE_S = 5.0
+"""How long after a partition was fenced its owner takes it again: by then a stale owner knows that it has lost it."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,16 @@ class WorkerConfig:
     topics: Topics
     domain: Domain
     state_folder: Path
+    """Of this worker alone."""
     view_folder: Path
+    """Shared by the workers and readers of a machine; a standby has its own."""
     group: str = "freshrank-worker"
     instance: str = "worker-0"
+    standby: bool = False
+    """Also follow the partitions that other workers own."""
+    offset_below_retention: RetentionPolicy = "fail"
+    session_timeout_ms: int = 10_000
+    """A worker that is silent for this long loses its partitions to the others."""
     batch_events_max: int = 20_000
     linger_ms: int = 10
     """How long a batch that is not full waits for more records."""
@@ -78,41 +86,6 @@ class WorkerConfig:
     log_level: str = "INFO"
 
 
-@dataclass
-class Partition:
-    """An assigned partition. `end_offset`: offset of the next record of the log, as last seen."""
-
-    store: PartitionStore
-    view: PartitionView
-    end_offset: int
-    caught_up_at: int
-    """The log's end when it was assigned."""
-    progress_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def next_offset(self) -> int:
-        """The offset that the state waits for."""
-        return self.store.meta.applied_offset + 1
-
-
-def fold_batch(kept: Mapping[int, Definition], store: PartitionStore, batch: Batch) -> tuple[list[bytes], list[bytes], Meta]:
-    """What a batch makes of the stored rows: (keys, new rows, new meta), to be written together. `kept`: definitions by sequence id.
-
-    Raises:
-        SequenceCorruptError: a stored row is damaged. The worker stops; remove the partition's state folder to rebuild it from the log.
-    """
-    users = touched_users(batch)
-    keys: list[bytes] = []
-    rows: list[bytes] = []
-    for sequence_id, what in kept.items():
-        own = row_keys(sequence_id, users)
-        keys += own
-        rows += apply_batch(what, batch, store.get(own), store.meta.log_clock_ms)
-    before = store.meta
-    clock_ms = clock_after(batch, before.log_clock_ms)
-    return keys, rows, Meta(before.log_epoch, before.partition, int(batch.offsets[-1]), clock_ms, before.fingerprints)
-
-
 class BatchLoop:
     """Consumes the actions topic until stopped. `run` blocks: give it a thread of its own; everything else may be called from others."""
 
@@ -122,21 +95,39 @@ class BatchLoop:
         *,
         store: Store | None = None,
         at: Callable[[str], None] = lambda _: None,
+        observe: Callable[[Applied], None] = lambda _: None,
     ) -> None:
-        """`store` stands in for RocksDB in simulations. `at` is told the step that a batch has reached: decoded, stored, viewed."""
-        self._config, self._at = config, at
-        self._kept = definitions(config.domain)
-        self._store = store or RocksStore(
-            config.state_folder, self._kept, cache_bytes=config.cache_bytes, write_buffer_bytes=config.write_buffer_bytes
+        """`at` and `observe`: see `streams.core.WorkerCore`."""
+        self._config = config
+        store = store or RocksStore(
+            config.state_folder,
+            definitions(config.domain),
+            cache_bytes=config.cache_bytes,
+            write_buffer_bytes=config.write_buffer_bytes,
         )
-        self._partitions: dict[int, Partition] = {}
-        self._lock = threading.Lock()
+        self.core = WorkerCore(
+            config.domain,
+            store,
+            self._open_view,
+            self._bury,
+            offset_below_retention=config.offset_below_retention,
+            at=at,
+            observe=observe,
+        )
         self._stop = threading.Event()
-        self._assigned = False
+        self._owned: set[int] | None = None
+        """Partitions that the group has assigned; None before the first assignment."""
+        self._fetched: set[int] = set()
+        """Those of them whose records come from the group's consumer."""
+        self._followed: set[int] = set()
+        """Partitions that are followed for another owner."""
+        self._opening: dict[int, Future[Held]] = {}
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="open-state")
+        self._just_opened: set[int] = set()
+        self._missing_since_s: dict[int, float] = {}
         self.caught_up = threading.Event()
         """Set once the state has reached the log's end of the moment of assignment."""
-        self._counters = dict.fromkeys(("batches", "events", "dead_letters", "rows_written", "rebalances", "offset_gaps"), 0)
-        self._seconds = dict.fromkeys(("decode", "fold", "store", "view"), 0.0)
+        self._rebalances = 0
         self._identity: LogIdentity | None = None
         self._failures: list[str] = []
 
@@ -148,23 +139,34 @@ class BatchLoop:
         """
         config = self._config
         check_actions_topic(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
-        self._identity = log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
         self._producer = new_producer(config.kafka, "dead-letters")
-        consumer = new_group_consumer(config.kafka, config.group, f"{config.group}-{config.instance}", on_error=self._on_error)
+        self._follower = new_reader(config.kafka, "standby", logger=log)
+        self._follow_log(timeout_s=config.answer_timeout_s)
+        consumer = new_group_consumer(
+            config.kafka,
+            config.group,
+            f"{config.group}-{config.instance}",
+            session_timeout_ms=config.session_timeout_ms,
+            on_error=self._on_error,
+        )
+        ends = EndOffsets(config.kafka, config.topics.actions)
         try:
             consumer.subscribe([config.topics.actions], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
             upkeep_s = time.monotonic()
             while not self._stop.is_set():
-                # What is there is taken: one record when it is quiet, a full batch when it is behind.
-                messages = consumer.consume(1, 0.2)
-                if messages:
-                    messages += consumer.consume(config.batch_events_max - 1, config.linger_ms / 1000)
-                    self._apply(consumer, messages)
-                if time.monotonic() - upkeep_s > _LAG_REFRESH_S or not self.caught_up.is_set():
+                self._take(consumer, _WAIT_SHORT_S if self._followed or self._opening else _WAIT_S)
+                if self._followed:
+                    self._take(self._follower, _WAIT_SHORT_S)
+                self._finish_opening(consumer)
+                if time.monotonic() - upkeep_s > _UPKEEP_S or not self.caught_up.is_set():
                     upkeep_s = time.monotonic()
-                    self._refresh_lag(consumer)
+                    self._upkeep(consumer, ends)
         finally:
-            self._close_partitions()
+            for opening in self._opening.values():
+                _abandon(opening)
+            self._opener.shutdown()
+            self.core.close()
+            self._follower.close()
             consumer.close()
 
     def stop(self) -> None:
@@ -173,178 +175,202 @@ class BatchLoop:
 
     def statistics(self) -> dict[str, float]:
         """Counters and seconds spent in each step since start."""
-        with self._lock:
-            return {**self._counters, **{f"{name}_s": seconds for name, seconds in self._seconds.items()}}
+        return {**self.core.statistics(), "rebalances": self._rebalances}
 
     def partitions(self) -> list[int]:
-        """The partitions that are assigned now, ascending."""
-        with self._lock:
-            return sorted(self._partitions)
+        """The partitions that the group has assigned to this worker now, ascending."""
+        return sorted(self._owned or ())
 
     def health(self) -> dict[str, object]:
         """Progress of each partition: healthy means assigned, and no partition that has lag but makes no progress."""
-        now_s = time.monotonic()
-        with self._lock:
-            partitions = {
-                str(number): {
-                    "applied_offset": held.next_offset - 1,
-                    "lag": max(0, held.end_offset - held.next_offset),
-                    "no_progress_s": round(now_s - held.progress_s, 3),
-                }
-                for number, held in self._partitions.items()
-            }
-        stalled = [n for n, p in partitions.items() if p["lag"] and p["no_progress_s"] > self._config.stalled_s]
+        owned = self._owned
+        partitions = {
+            str(number): {**progress, "role": "owner" if number in (owned or ()) else "standby"}
+            for number, progress in self.core.progress().items()
+        }
+        stalled = [n for n, p in partitions.items() if p["lag"] and float(p["no_progress_s"]) > self._config.stalled_s]
+        missing = sorted((owned or set()) - {int(number) for number in partitions})
         return {
-            "healthy": self._assigned and not stalled,
-            "assigned": self._assigned,
+            "healthy": owned is not None and not stalled and not missing,
+            "assigned": owned is not None,
             "caught_up": self.caught_up.is_set(),
             "stalled": stalled,
+            "not_open": missing,
             "log_epoch": f"{self._identity.epoch:016x}" if self._identity else None,
             "partitions": partitions,
         }
 
     # Assignment: called by librdkafka inside of consume(), in this loop's own thread.
 
+    def _follow_log(self, **timeout: float) -> None:
+        self._identity = identity = log_identity(self._config.kafka, self._config.topics.actions, **timeout)
+        self.core.follow(Log(identity.topic, identity.epoch, identity.partition_count, self._first_and_next))
+
+    def _first_and_next(self, partition: int) -> tuple[int, int]:
+        with answering(self._config.kafka):
+            return log_range(self._follower, self._config.topics.actions, partition)
+
     def _on_assign(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
-        config = self._config
-        self._identity = identity = log_identity(config.kafka, config.topics.actions)
-        for place in places:
-            with answering(config.kafka):
-                low, high = log_range(consumer, place.topic, place.partition)
-            held = self._open(identity, place.partition, low, high)
-            with self._lock:
-                self._partitions[place.partition] = held
-            place.offset = held.next_offset if held.store.meta.applied_offset >= 0 else low
-        consumer.assign(places)
-        self._counters["rebalances"] += 1
-        self._assigned = True
-        log.info("assigned: %s", {place.partition: place.offset for place in places})
+        self._follow_log()
+        taken = {place.partition for place in places}
+        self._owned = (self._owned or set()) | taken
+        self._rebalances += 1
+        log.info("assigned: %s", sorted(taken))
+        # A followed partition is open and nearly up to date: only where its records come from changes.
+        self._unfollow(taken & self._followed)
+        consumer.incremental_assign([])  # says that the assignment was taken note of; partitions are added as their state is open
+        for number in sorted(taken):
+            if number in self.core.held():
+                self._fetch(consumer, number)
+            else:
+                self._begin_opening(number)
+        self._follow_others()
 
-    def _open(self, identity: LogIdentity, partition: int, low: int, high: int) -> Partition:
-        store = self._store.open(partition, identity.epoch)
-        try:
-            _check_range(store.meta, low, high)
-            view = PartitionView(self._config.view_folder, partition, map_bytes=self._config.view_map_bytes)
-        except BaseException:
-            store.close()
-            raise
-        try:
-            copied = sync_view(view, store.meta, store.scan())
-            if copied is not None:
-                log.info("partition %d: view made anew from the store, %d rows", partition, copied)
-            view.clear_dead_readers()
-        except BaseException:
-            view.close()
-            store.close()
-            raise
-        return Partition(store, view, end_offset=high, caught_up_at=high)
+    def _on_revoke(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
+        gone = {place.partition for place in places}
+        self._owned = (self._owned or set()) - gone
+        log.info("revoked: %s", sorted(gone))
+        consumer.incremental_unassign(self._places(gone & self._fetched))
+        self._fetched -= gone
+        if not self._config.standby:
+            for number in gone & self._opening.keys():
+                _abandon(self._opening.pop(number))
+            self.core.close(sorted(gone))
+        self._follow_others()
 
-    def _on_revoke(self, _: Consumer, places: Seq[TopicPartition]) -> None:
-        self._close_partitions([place.partition for place in places])
-
-    def _on_lost(self, _: Consumer, places: Seq[TopicPartition]) -> None:
+    def _on_lost(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
         log.warning("partitions lost: %s; another worker may own them", [place.partition for place in places])
-        self._close_partitions([place.partition for place in places])
+        self._on_revoke(consumer, places)
 
-    def _close_partitions(self, numbers: Seq[int] | None = None) -> None:
-        for number in list(self._partitions) if numbers is None else numbers:
-            with self._lock:
-                held = self._partitions.pop(number, None)
-            if held is not None:
-                held.view.close()
-                held.store.close()
+    def _follow_others(self) -> None:
+        """A standby follows every partition that it does not own."""
+        if not self._config.standby or self._identity is None or self._stop.is_set():
+            return
+        for number in sorted(set(range(self._identity.partition_count)) - (self._owned or set()) - self._followed - self._opening.keys()):
+            if number in self.core.held():
+                self._follow(number)
+            else:
+                self._begin_opening(number)
+
+    def _begin_opening(self, number: int) -> None:
+        if number not in self._opening:
+            self._opening[number] = self._opener.submit(self.core.prepare, number)
+
+    def _finish_opening(self, consumer: Consumer) -> None:
+        for number in [number for number, opening in self._opening.items() if opening.done()]:
+            start = self.core.hold(number, self._opening.pop(number).result())
+            log.info("partition %d: open, going on at offset %d", number, start)
+            if number in (self._owned or ()):
+                self._fetch(consumer, number)
+            else:
+                self._follow(number)
+
+    def _fetch(self, consumer: Consumer, number: int) -> None:
+        consumer.incremental_assign([self._place(number)])
+        self._fetched.add(number)
+        self._just_opened.add(number)
+
+    def _follow(self, number: int) -> None:
+        self._follower.incremental_assign([self._place(number)])
+        self._followed.add(number)
+        self._just_opened.add(number)
+
+    def _unfollow(self, numbers: set[int]) -> None:
+        if numbers:
+            self._follower.incremental_unassign(self._places(numbers))
+            self._followed -= numbers
+
+    def _place(self, number: int) -> TopicPartition:
+        """Where a partition that is open goes on. The broker compares the leader epoch with its log and tells if that was truncated."""
+        meta = self.core.held()[number].store.meta
+        known = {"leader_epoch": meta.leader_epoch} if meta.leader_epoch >= 0 else {}
+        return TopicPartition(self._config.topics.actions, number, meta.applied_offset + 1, **known)
+
+    def _places(self, numbers: set[int]) -> list[TopicPartition]:
+        return [TopicPartition(self._config.topics.actions, number) for number in sorted(numbers)]
 
     # Batches.
 
-    def _apply(self, consumer: Consumer, messages: list[Message]) -> None:
+    def _take(self, consumer: Consumer, wait_s: float) -> None:
+        """Folds what is there: one record when it is quiet, a full batch when it is behind."""
+        self._just_opened.clear()
+        messages = consumer.consume(1, wait_s)
+        if not messages:
+            return
+        self._just_opened.clear()
+        more = consumer.consume(self._config.batch_events_max - 1, self._config.linger_ms / 1000)
+        # A partition that was assigned anew meanwhile starts behind its state: its first message comes again, in `more`.
+        messages = [message for message in messages if message.partition() not in self._just_opened] + more
         by_partition: dict[int, list[Message]] = {}
         for message in messages:
             if message.error() is not None:
-                self._raise_for(message.error())
-            by_partition.setdefault(message.partition(), []).append(message)
+                self._handle(consumer, message)
+            else:
+                by_partition.setdefault(message.partition(), []).append(message)
         done = []
         for partition, own in by_partition.items():
-            held = self._partitions.get(partition)
-            if held is not None:  # otherwise it was revoked while the batch was collected: its next owner reads these records
-                self._apply_partition(partition, held, own)
-                done.append(TopicPartition(self._config.topics.actions, partition, held.next_offset))
-        if done:
+            next_offset = self.core.apply(partition, records_of(own))
+            if next_offset is None:
+                continue
+            if next_offset <= own[-1].offset():  # a damaged state was replaced by an older one
+                consumer.seek(self._place(partition))
+            done.append(TopicPartition(self._config.topics.actions, partition, next_offset))
+        if done and consumer is not self._follower:
             consumer.commit(offsets=done, asynchronous=True)
 
-    def _apply_partition(self, partition: int, held: Partition, messages: list[Message]) -> None:
-        expected = held.next_offset
-        if messages[0].offset() < expected:
-            messages = [message for message in messages if message.offset() >= expected]
-            if not messages:
-                return
-        started_s = time.perf_counter()
-        batch = self._decode(partition, messages)
-        if batch.reasons:
-            self._bury(batch, messages)
-        self._at("decoded")
-        decoded_s = time.perf_counter()
+    def _handle(self, consumer: Consumer, message: Message) -> None:
+        error, number = message.error(), message.partition()
+        if error.code() == KafkaError._AUTO_OFFSET_RESET and number in self.core.held():
+            held = self.core.held()[number]
+            first, following = self._first_and_next(number)
+            if first <= held.next_offset <= following:
+                raise StateError(
+                    f"partition {number}: the broker's log was truncated before offset {held.next_offset} and has grown again "
+                    f"({error.str()}): it lost records that the state includes. Give the worker a new state folder to rebuild from this log"
+                )
+            self.core.reopen(number)  # raises, or goes on as the policy says
+            consumer.seek(self._place(number))
+        elif error.retriable() or error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT):
+            log.warning("%s", unavailable(self._config.kafka, error))
+        else:
+            raise KafkaUnavailableError(unavailable(self._config.kafka, error))
 
-        keys, rows, meta = fold_batch(self._kept, held.store, batch)
-        folded_s = time.perf_counter()
-        held.store.write(keys, rows, meta)
-        self._at("stored")
-        stored_s = time.perf_counter()
-        held.view.write(keys, rows, meta)
-        self._at("viewed")
-        viewed_s = time.perf_counter()
-        held.progress_s = time.monotonic()
-        steps_s = (decoded_s - started_s, folded_s - decoded_s, stored_s - folded_s, viewed_s - stored_s)
-        with self._lock:
-            self._counters["batches"] += 1
-            self._counters["events"] += len(batch)
-            self._counters["rows_written"] += len(rows)
-            self._counters["offset_gaps"] += int(batch.offsets[0] != expected or batch.offsets[-1] - batch.offsets[0] + 1 != len(batch))
-            for name, seconds in zip(self._seconds, steps_s, strict=True):
-                self._seconds[name] += seconds
+    def _upkeep(self, consumer: Consumer, ends: EndOffsets) -> None:
+        held = self.core.held()
+        for number, end_offset, asked_ms in ends.ask(sorted(held)):
+            self.core.saw_end(number, end_offset, asked_ms)
+        for number in list(held):
+            source = self._follower if number in self._followed else consumer
+            _, high = source.get_watermark_offsets(*self._places({number}), cached=True)
+            self.core.saw_end(number, high)
+        self._retake(consumer)
+        owned = self._owned
+        ready = owned is not None and owned <= held.keys() and all(held[number].next_offset >= held[number].opened_end for number in owned)
+        if ready and not self.caught_up.is_set():
+            self.caught_up.set()
 
-    def _decode(self, partition: int, messages: list[Message]) -> Batch:
-        assert self._identity is not None
-        n = len(messages)
-        offsets = np.fromiter(map(Message.offset, messages), np.int64, n)
-        if n > 1 and not (offsets[1:] > offsets[:-1]).all():
-            raise AssertionError(f"partition {partition}: offsets of a batch do not ascend")
-        stamps = np.fromiter((stamp for _, stamp in map(Message.timestamp, messages)), np.int64, n)
-        for i, headers in enumerate(map(Message.headers, messages)):
-            if headers is not None:
-                stamps[i] = append_time_ms(int(stamps[i]), headers)
-        return decode_batch(
-            log_epoch=self._identity.epoch,
-            partition=partition,
-            offsets=offsets,
-            keys=list(map(Message.key, messages)),
-            values=list(map(Message.value, messages)),
-            append_times_ms=stamps,
-            partition_count=self._identity.partition_count,
-            future_tolerance_ms=self._config.domain.future_tolerance_ms,
-        )
+    def _retake(self, consumer: Consumer) -> None:
+        """Opens again what the group still assigns to this worker and a stale owner had fenced."""
+        missing = ((self._owned or set()) | self._followed) - self.core.held().keys() - self._opening.keys()
+        now_s = time.monotonic()
+        self._missing_since_s = {number: self._missing_since_s.get(number, now_s) for number in missing}
+        for number, since_s in list(self._missing_since_s.items()):
+            if now_s - since_s > _RETAKE_S:
+                consumer.incremental_unassign(self._places({number} & self._fetched))
+                self._fetched.discard(number)
+                self._unfollow({number} & self._followed)
+                self._begin_opening(number)
 
-    def _bury(self, batch: Batch, messages: list[Message]) -> None:
-        """Writes the rejected records to the dead-letter topic and waits until they are stored there."""
-        topics = self._config.topics
+    # Dead letters.
+
+    def _bury(self, letters: Seq[tuple[bytes, bytes]]) -> None:
+        """Writes rejected records to the dead-letter topic and waits until they are stored there."""
         self._failures.clear()
-        for i, reason in batch.reasons.items():
-            source = messages[i]
-            letter = DeadLetter(
-                reason=reason,
-                source_topic=topics.actions,
-                source_partition=batch.partition,
-                source_offset=source.offset(),
-                key=source.key() or b"",
-                value=source.value() or b"",
-                append_time_ms=max(0, int(batch.append_time_ms[i])),
-            )
-            key = f"{topics.actions}:{batch.partition}:{source.offset()}".encode()
-            self._produce_letter(key, letter.SerializeToString())
-        waiting = self._producer.flush(60.0)
+        for key, value in letters:
+            self._produce_letter(key, value)
+        waiting = self._producer.flush(_BURY_S)
         if waiting or self._failures:
-            raise ProduceError(f"dead letters of partition {batch.partition} were not stored: {(self._failures or ['no answer'])[0]}")
-        with self._lock:
-            self._counters["dead_letters"] += len(batch.reasons)
+            raise ProduceError(f"{len(letters)} dead letters were not stored: {(self._failures or ['no answer'])[0]}")
 
     def _produce_letter(self, key: bytes, value: bytes) -> None:
         while True:
@@ -359,41 +385,24 @@ class BatchLoop:
         if error is not None:
             self._failures.append(unavailable(self._config.kafka, error))
 
-    def _refresh_lag(self, consumer: Consumer) -> None:
-        ready = self._assigned
-        for number, held in self._partitions.items():
-            place = TopicPartition(self._config.topics.actions, number)
-            _, high = consumer.get_watermark_offsets(place, cached=True)
-            held.end_offset = max(held.end_offset, high)
-            if held.next_offset >= held.end_offset:
-                held.progress_s = time.monotonic()
-            ready &= held.next_offset >= held.caught_up_at
-        if ready and not self.caught_up.is_set():
-            self.caught_up.set()
-
-    def _raise_for(self, error: KafkaError) -> None:
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise StateError(
-                f"the offset behind the stored state is no longer in the log ({error.str()}): retention removed its records. Give the "
-                "worker a new state folder to rebuild from what the log still has"
-            )
-        raise KafkaUnavailableError(unavailable(self._config.kafka, error))
+    def _open_view(self, partition: int) -> PartitionView:
+        view = PartitionView(self._config.view_folder, partition, map_bytes=self._config.view_map_bytes)
+        view.clear_dead_readers()
+        return view
 
     def _on_error(self, error: KafkaError) -> None:
         """Not fatal: librdkafka goes on trying, and the health page shows that there is no progress."""
         log.warning("%s", unavailable(self._config.kafka, error))
 
 
-def _check_range(meta: Meta, low: int, high: int) -> None:
-    """Raises StateError where the log does not continue the state."""
-    following = meta.applied_offset + 1
-    if meta.applied_offset >= 0 and following < low:
-        raise StateError(
-            f"partition {meta.partition}: the state ends at offset {meta.applied_offset} and the log now starts at {low}: retention "
-            "removed the records between. Give the worker a new state folder to rebuild from what the log still has"
-        )
-    if following > high:
-        raise StateError(
-            f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {high}: it lost "
-            "records (or is another one). Give the worker a new state folder to rebuild from this log"
-        )
+def _abandon(opening: Future[Held]) -> None:
+    """Closes what is being opened, as soon as it is."""
+
+    def close(done: Future[Held]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            held = done.result()
+            held.view.close()
+            held.store.close()
+
+    if not opening.cancel():
+        opening.add_done_callback(close)

@@ -7,6 +7,7 @@ StreamError
     ProduceError            a record was not stored by the broker: nothing was lost silently, produce it again
     StateError              the stored state cannot be carried on: wrong log, wrong definition, gap in the log
     ViewError               the local view cannot be written
+    FencedError             another worker has taken over what this one writes
 
 Readers raise the errors of features/ports.py: SequenceUnavailableError (retry) and SequenceCorruptError (DATA_LOSS).
 """
@@ -38,3 +39,7 @@ class StateError(StreamError):
 
 class ViewError(StreamError):
     """The local view cannot be written."""
+
+
+class FencedError(StreamError):
+    """Another worker has taken over: this one closes the partition."""

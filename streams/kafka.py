@@ -8,14 +8,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import AdminClient, ConfigResource, ListOffsetsResultInfo, NewTopic, OffsetSpec, ResourceType
 
 from features.ids import log_epoch
+from streams.core import Records
 from streams.errors import KafkaUnavailableError, MissingTopicError, TopicError
 
 __all__ = ["OFFSET_BEGINNING", "Consumer", "KafkaError", "KafkaException", "Message", "Producer", "TopicPartition"]
@@ -168,7 +171,9 @@ def new_producer(config: KafkaConfig, role: str, **settings: Any) -> Producer:
     return Producer(config.client(role, **{**defaults, **settings}))
 
 
-def new_group_consumer(config: KafkaConfig, group: str, instance: str, *, on_error: Callable[[KafkaError], None]) -> Consumer:
+def new_group_consumer(
+    config: KafkaConfig, group: str, instance: str, *, session_timeout_ms: int, on_error: Callable[[KafkaError], None]
+) -> Consumer:
     """The hot path's consumer: fast fetching, no offsets of its own, an error instead of a jump where its offset is gone from the log.
 
     `instance`: name of this worker, the same after a restart, so that it gets its partitions back at once.
@@ -178,12 +183,12 @@ def new_group_consumer(config: KafkaConfig, group: str, instance: str, *, on_err
             "worker",
             group_id=group,
             group_instance_id=instance,
-            session_timeout_ms=10_000,
-            heartbeat_interval_ms=2_000,
+            session_timeout_ms=session_timeout_ms,
+            heartbeat_interval_ms=min(2_000, session_timeout_ms // 3),
             enable_auto_commit=False,
             enable_auto_offset_store=False,
             auto_offset_reset="error",
-            partition_assignment_strategy="range",
+            partition_assignment_strategy="cooperative-sticky",
             # The defaults starve a consumer that empties its queue in milliseconds: it would wait up to a second before fetching again.
             fetch_queue_backoff_ms=5,
             queued_min_messages=200_000,
@@ -198,6 +203,44 @@ def new_reader(config: KafkaConfig, role: str, **settings: Any) -> Consumer:
     """A consumer without a group: it reads what it is assigned and commits nothing. The group id is only a name that librdkafka demands."""
     defaults = {"group_id": f"freshrank-{role}-unused", "enable_auto_commit": False, "enable_auto_offset_store": False}
     return Consumer(config.client(role, **{**defaults, "auto_offset_reset": "error", "fetch_wait_max_ms": 100, **settings}))
+
+
+class EndOffsets:
+    """Asks the broker where partitions end, without waiting for the answer."""
+
+    def __init__(self, config: KafkaConfig, topic: str) -> None:
+        self._admin = AdminClient(config.client("admin"))
+        self._topic = topic
+        self._asked_ms = 0
+        self._answers: dict[TopicPartition, Future[ListOffsetsResultInfo]] = {}
+
+    def ask(self, partitions: Seq[int]) -> list[tuple[int, int, int]]:
+        """What has been answered since the last call: (partition, end offset, when the broker was asked, ms). Asks again where all has."""
+        if not all(answer.done() for answer in self._answers.values()):
+            return []
+        found = [
+            (place.partition, answer.result().offset, self._asked_ms)
+            for place, answer in self._answers.items()
+            if answer.exception() is None
+        ]
+        self._asked_ms = time.time_ns() // 1_000_000
+        wanted = {TopicPartition(self._topic, partition): OffsetSpec.latest() for partition in partitions}
+        self._answers = self._admin.list_offsets(wanted, request_timeout=_ANSWER_TIMEOUT_S) if wanted else {}
+        return found
+
+
+def records_of(messages: Seq[Message]) -> Records:
+    """The messages of one partition, none of them an error, as columns."""
+    n = len(messages)
+    headers = {i: found for i, found in enumerate(map(Message.headers, messages)) if found is not None}
+    return Records(
+        offsets=np.fromiter(map(Message.offset, messages), np.int64, n),
+        keys=list(map(Message.key, messages)),
+        values=list(map(Message.value, messages)),
+        broker_times_ms=np.fromiter((stamp for _, stamp in map(Message.timestamp, messages)), np.int64, n),
+        headers=headers,
+        leader_epoch=-1 if (epoch := messages[-1].leader_epoch()) is None else epoch,
+    )
 
 
 def log_range(consumer: Consumer, topic: str, partition: int, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[int, int]:

@@ -27,6 +27,20 @@ class MemoryStore:
         self._held.add(partition)
         return MemoryPartition(self, partition, meta, rows)
 
+    def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
+        """See `streams.store.Store.newest_snapshot`."""
+        del partition, log_epoch
+        return None
+
+    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> "MemoryPartition":
+        """See `streams.store.Store.restore`."""
+        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
+
+    def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "MemoryPartition":
+        """See `streams.store.Store.start_over`."""
+        self._partitions[partition] = (initial_meta(partition, log_epoch, self._kept, start_offset), {})
+        return self.open(partition, log_epoch)
+
     def _keep(self, partition: int, meta: Meta, rows: dict[bytes, bytes]) -> None:
         self._partitions[partition] = (meta, rows)
 

@@ -3,7 +3,7 @@
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,10 @@ from streams.errors import StateError
 META_KEY = b"\x00"
 """Key of the partition's meta row; it sorts before every row, for sequence ids start at 1."""
 
-_HEAD = struct.Struct("<4sHHiIQqq")
+_HEAD = struct.Struct("<4sHHiiQqqq")
 _ENTRY = struct.Struct("<BQ")
 _CRC = struct.Struct("<I")
-_MAGIC, _FORMAT_VERSION = b"FRSM", 1
+_MAGIC, _FORMAT_VERSION = b"FRSM", 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Meta:
 
     applied_offset: last record folded in, -1 for none; log_clock_ms: greatest append time of the
     accepted records up to there, 0 for none;
-    fingerprints: (sequence id, fingerprint) of every sequence kept, ascending.
+    fingerprints: (sequence id, fingerprint) of every sequence kept, ascending;
+    start_offset: the state is the fold of the log from this record on: 0 unless retention had removed what came before it;
+    leader_epoch: of the last record folded in, -1 for unknown; with it the broker can tell that the log was truncated and grew again.
     """
 
     log_epoch: int
@@ -35,11 +37,21 @@ class Meta:
     applied_offset: int
     log_clock_ms: int
     fingerprints: tuple[tuple[int, int], ...]
+    start_offset: int = 0
+    leader_epoch: int = -1
 
     def encode(self) -> bytes:
         """Fixed little-endian bytes with a checksum behind them."""
         head = _HEAD.pack(
-            _MAGIC, _FORMAT_VERSION, len(self.fingerprints), self.partition, 0, self.log_epoch, self.applied_offset, self.log_clock_ms
+            _MAGIC,
+            _FORMAT_VERSION,
+            len(self.fingerprints),
+            self.partition,
+            self.leader_epoch,
+            self.log_epoch,
+            self.applied_offset,
+            self.log_clock_ms,
+            self.start_offset,
         )
         data = head + b"".join(_ENTRY.pack(*entry) for entry in self.fingerprints)
         return data + _CRC.pack(zlib.crc32(data))
@@ -50,10 +62,15 @@ class Meta:
         body = data[: -_CRC.size]
         if len(data) < _HEAD.size + _CRC.size or _CRC.pack(zlib.crc32(body)) != data[-_CRC.size :]:
             raise StateError(f"{where}: checksum of the meta row differs; remove this folder, the worker rebuilds it from the log")
-        magic, version, count, partition, _, log_epoch, applied_offset, log_clock_ms = _HEAD.unpack_from(body)
+        magic, version, count, partition, leader_epoch, log_epoch, applied_offset, log_clock_ms, start_offset = _HEAD.unpack_from(body)
         if magic != _MAGIC or version != _FORMAT_VERSION or len(body) != _HEAD.size + count * _ENTRY.size:
-            raise StateError(f"{where}: meta row of format {version} is not one that this program reads: upgrade it")
-        return Meta(log_epoch, partition, applied_offset, log_clock_ms, tuple(_ENTRY.iter_unpack(body[_HEAD.size :])))
+            raise StateError(f"{where}: meta row of format {version} is not one that this program reads: upgrade it, or remove this folder")
+        entries = tuple(_ENTRY.iter_unpack(body[_HEAD.size :]))
+        return Meta(log_epoch, partition, applied_offset, log_clock_ms, entries, start_offset, leader_epoch)
+
+    def lineage(self) -> "Meta":
+        """What two states must share to hold equal rows where they stand at equal offsets."""
+        return replace(self, applied_offset=-1, log_clock_ms=0, leader_epoch=-1)
 
 
 def definitions(domain: Domain) -> dict[int, Definition]:

@@ -5,6 +5,7 @@ without an fsync: a killed process loses nothing, a machine that loses power los
 Kafka, from the offset that the database then has.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -51,10 +52,26 @@ class Store(Protocol):
         """
         ...
 
+    def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
+        """Offset of the newest snapshot of a partition that could be restored; None: there is none."""
+        ...
 
-def initial_meta(partition: int, log_epoch: int, kept: Mapping[int, Definition]) -> Meta:
-    """Meta of a partition without any record."""
-    return Meta(log_epoch, partition, -1, 0, fingerprints(kept))
+    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> PartitionStore:
+        """Sets aside what is there and opens the newest good snapshot, passing over the `skip` newest ones. The partition must be closed.
+
+        Raises:
+            StateError: no snapshot could be restored.
+        """
+        ...
+
+    def start_over(self, partition: int, log_epoch: int, start_offset: int) -> PartitionStore:
+        """Sets aside what is there and opens an empty state that waits for the record at `start_offset`. The partition must be closed."""
+        ...
+
+
+def initial_meta(partition: int, log_epoch: int, kept: Mapping[int, Definition], start_offset: int = 0) -> Meta:
+    """Meta of a partition without any record, waiting for the one at `start_offset`."""
+    return Meta(log_epoch, partition, start_offset - 1, 0, fingerprints(kept), start_offset)
 
 
 def check_meta(meta: Meta, expected: Meta, where: str) -> None:
@@ -106,6 +123,27 @@ class RocksStore:
             database.close()
             raise
         return RocksPartition(database, meta)
+
+    def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
+        """See `Store.newest_snapshot`."""
+        del partition, log_epoch
+        return None
+
+    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> "RocksPartition":
+        """See `Store.restore`."""
+        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
+
+    def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "RocksPartition":
+        """See `Store.start_over`. What is there stays beside it, as `<partition>.aside`, until the next time."""
+        path = self._folder / str(partition)
+        aside = path.with_name(f"{path.name}.aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            path.rename(aside)
+        held = self.open(partition, log_epoch)
+        if start_offset:
+            held.write([], [], initial_meta(partition, log_epoch, self._kept, start_offset))
+        return held
 
     @staticmethod
     def _read_meta(database: rocksdict.Rdict, initial: Meta, where: str) -> Meta:

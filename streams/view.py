@@ -2,15 +2,22 @@
 
 One LMDB environment a partition. The worker writes it right after the store's WriteBatch, all rows of the batch and the meta row in one
 transaction; a reader's transaction therefore sees rows and applied offset of one moment, also for a user without a row. The view is a copy:
-it is not synced to disk, and where it does not agree with the store (another offset, log, definition or boot of the machine) the worker
-makes it anew from the store. Readers meanwhile are told that there is nothing to read yet.
+it is not synced to disk, and where it does not agree with the store the worker brings it to the store's moment, or makes it anew (another
+log, definition or boot of the machine); readers meanwhile are told that there is nothing to read yet.
+
+The workers of one machine share the views. Whoever opens one for writing takes it over: a token in it is raised, and every later
+transaction of an older owner fails. Two owners of a moment therefore never mix their writes.
 """
 
+import fcntl
+import logging
 import shutil
 import threading
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +26,11 @@ import lmdb
 from features.domain import Domain
 from features.ids import partition_of, user_key
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
-from features.sequence import decode_row
-from streams.errors import StateError, ViewError
+from features.sequence import HEADER_DTYPE, decode_row
+from streams.errors import FencedError, StateError, ViewError
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
+
+log = logging.getLogger(__name__)
 
 MAP_BYTES = 64 << 30
 """Address space of one partition's view. The file grows as it is written; this is only its limit."""
@@ -29,55 +38,149 @@ MAP_BYTES = 64 << 30
 _READERS_MAX = 510
 _REBUILD_ROWS = 5_000
 _BOOT_FILE = "boot"
+_LOCK_FILE = "writer"
 _DATA_FILE = "data.mdb"
 _NO_META = b""
+_NOTHING = -2  # below the -1 of a state without any record
+OWNER_KEY = b"\x00owner"
+"""Token of the newest owner, 8 bytes little-endian; like every key that starts with a zero byte it sorts before the rows."""
+BEAT_KEY = b"\x00time"
+"""When the state last included the log's end, milliseconds since 1970-01-01 UTC by the owner's clock, 8 bytes little-endian."""
+_OFFSET_AT = int(HEADER_DTYPE.fields["offset"][1]) if HEADER_DTYPE.fields else 0
 
 
 class PartitionView:
     """The writing end of one partition's view; there is one writer, the worker that owns the partition."""
 
-    def __init__(self, folder: str | Path, partition: int, *, map_bytes: int = MAP_BYTES) -> None:
-        """Opens the view of `<folder>/<partition>/`, and drops what an earlier boot of the machine left: it may be torn.
+    def __init__(self, folder: str | Path, partition: int, *, map_bytes: int = MAP_BYTES, lock_wait_s: float = 3.0) -> None:
+        """Opens the view of `<folder>/<partition>/` and takes it over.
+
+        What an earlier boot of the machine left may be torn and is dropped, as is a view whose writer is frozen in a transaction for longer
+        than `lock_wait_s`.
 
         Raises:
             ViewError: the folder cannot be written.
         """
         self._path = Path(folder) / str(partition)
+        self._map_bytes, self._lock_wait_s = map_bytes, lock_wait_s
+        self._adopted = _NOTHING
+        """A later moment that the view shows already: nothing is written until the store passes it."""
+        marker = self._path / _BOOT_FILE
         try:
-            self._prepare()
-            # Without writemap: a stray pointer cannot write into the map, the file is no larger than its content, and it measured faster.
-            self._environment = lmdb.open(
-                str(self._path), map_size=map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
-            )
+            if self._path.exists() and (not marker.exists() or marker.read_text() != _boot_id()):
+                self._drop()
+            try:
+                self._token = self._open()
+            except FencedError:
+                log.warning("%s: its writer does not answer; readers get a new view", self._path)
+                self.close()
+                self._drop()
+                self._token = self._open()
         except (OSError, lmdb.Error) as error:
             raise ViewError(f"{self._path}: the view cannot be opened for writing: {error}") from error
 
-    def _prepare(self) -> None:
-        boot = _boot_id()
-        marker = self._path / _BOOT_FILE
-        if self._path.exists() and (not marker.exists() or marker.read_text() != boot):
-            # Renamed first: a reader must never combine the old data file with a new lock file.
-            stale = self._path.with_name(f"{self._path.name}.stale")
-            shutil.rmtree(stale, ignore_errors=True)
-            self._path.rename(stale)
-            shutil.rmtree(stale)
+    def _drop(self) -> None:
+        # Renamed first: a reader must never combine the old data file with a new lock file.
+        stale = self._path.with_name(f"{self._path.name}.stale")
+        shutil.rmtree(stale, ignore_errors=True)
+        self._path.rename(stale)
+        shutil.rmtree(stale)
+
+    def _open(self) -> int:
         self._path.mkdir(parents=True, exist_ok=True)
-        marker.write_text(boot)
+        (self._path / _BOOT_FILE).write_text(_boot_id())
+        self._lock_file = (self._path / _LOCK_FILE).open("ab")
+        # Without writemap: a stray pointer cannot write into the map, the file is no larger than its content, and it measured faster.
+        self._environment = lmdb.open(
+            str(self._path), map_size=self._map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
+        )
+        return self._take_over()
 
-    def meta(self) -> bytes | None:
-        """The encoded meta row; None where the view was never completed."""
-        with self._environment.begin() as transaction:
-            return transaction.get(META_KEY) or None
+    def _take_over(self) -> int:
+        with self._writing() as transaction:
+            token = int.from_bytes(transaction.get(OWNER_KEY, b""), "little") + 1
+            transaction.put(OWNER_KEY, token.to_bytes(8, "little"))
+        return token
 
-    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
-        """Rows and meta in one transaction: readers see all of it or nothing.
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        """A write transaction. LMDB would wait for ever for a writer that is frozen in one; this lock of ours has a deadline.
 
         Raises:
+            FencedError: another writer does not end its transaction.
+        """
+        deadline_s = time.monotonic() + self._lock_wait_s
+        while True:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise FencedError(f"{self._path}: another writer does not end its transaction") from None
+                time.sleep(0.002)  # only where two owners meet: there is no way to wait for a lock with a deadline
+        try:
+            with self._environment.begin(write=True) as transaction:
+                yield transaction
+        finally:
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def meta(self) -> Meta | None:
+        """The moment that the view shows; None where it was never completed, or cannot be read."""
+        with self._environment.begin() as transaction:
+            encoded = transaction.get(META_KEY)
+        try:
+            return Meta.decode(encoded, str(self._path)) if encoded else None
+        except StateError as error:
+            log.warning("%s: made anew: %s", self._path, error)
+            return None
+
+    def sync(self, meta: Meta, scan: Callable[[], Iterator[tuple[bytes, bytes]]], next_offset: int) -> int:
+        """Brings the view to the store's moment; returns how many rows were copied from `scan()`, the store's rows, ascending.
+
+        A row depends on the log and on the last record that touched it alone. So a view of an earlier moment lacks only the rows whose last
+        record came later, and a view of a later moment (another owner's, up to the log's `next_offset`) stays as it is until the store
+        passes it: readers never go back.
+        """
+        shown = self.meta()
+        self._adopted = _NOTHING
+        if shown is None or shown.lineage() != meta.lineage() or shown.applied_offset >= next_offset:
+            return self.rebuild(scan(), meta)
+        if shown.applied_offset > meta.applied_offset:
+            self._adopted = shown.applied_offset
+            return 0
+        if shown == meta:
+            return 0
+        behind = (
+            item for item in _checked(scan()) if int.from_bytes(item[1][_OFFSET_AT : _OFFSET_AT + 8], "little") > shown.applied_offset
+        )
+        count, chunk = 0, list(islice(behind, _REBUILD_ROWS))
+        while len(chunk) == _REBUILD_ROWS:
+            # Rows of a later moment than the meta row: nothing to read until it is complete.
+            self._put([*chunk, (META_KEY, _NO_META)])
+            count, chunk = count + len(chunk), list(islice(behind, _REBUILD_ROWS))
+        self._put([*chunk, (META_KEY, meta.encode())])
+        return count + len(chunk)
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """Rows and meta in one transaction: readers see all of it or nothing. A view that shows a later moment is left as it is.
+
+        Raises:
+            FencedError: another worker has taken the view over.
             ViewError: the view has no room.
         """
+        if meta.applied_offset <= self._adopted:
+            return
+        self._put([*zip(keys, rows, strict=True), (META_KEY, meta.encode())])
+
+    def beat(self, caught_up_ms: int) -> None:
+        """Tells readers that the state included the log's end at this moment. Raises as `write`."""
+        self._put([(BEAT_KEY, caught_up_ms.to_bytes(8, "little"))])
+
+    def _put(self, items: list[tuple[bytes, bytes]], *, append: bool = False) -> None:
         try:
-            with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
-                cursor.putmulti([*zip(keys, rows, strict=True), (META_KEY, meta.encode())])
+            with self._writing() as transaction, transaction.cursor() as cursor:
+                check_owner(transaction.get(OWNER_KEY), self._token)
+                cursor.putmulti(items, append=append)
         except lmdb.MapFullError as error:
             limit_bytes = self._environment.info()["map_size"]
             raise ViewError(f"{self._path}: the view is full at {limit_bytes} bytes: raise the worker's view_map_bytes") from error
@@ -86,15 +189,17 @@ class PartitionView:
 
     def rebuild(self, items: Iterable[tuple[bytes, bytes]], meta: Meta) -> int:
         """Makes the view anew from the store's rows; returns how many. Readers get SequenceUnavailableError until it is complete."""
+        self._adopted = _NOTHING
         database = self._environment.open_db()
-        with self._environment.begin(write=True) as transaction:
+        with self._writing() as transaction:
+            check_owner(transaction.get(OWNER_KEY), self._token)
             transaction.drop(database, delete=False)
             transaction.put(META_KEY, _NO_META)
+            transaction.put(OWNER_KEY, self._token.to_bytes(8, "little"))
         count = 0
-        remaining = iter(items)
+        remaining = _checked(items)
         while chunk := list(islice(remaining, _REBUILD_ROWS)):
-            with self._environment.begin(write=True) as transaction, transaction.cursor() as cursor:
-                cursor.putmulti(chunk, append=True)
+            self._put(chunk, append=True)
             count += len(chunk)
         self.write([], [], meta)
         return count
@@ -106,6 +211,7 @@ class PartitionView:
     def close(self) -> None:
         """Closes the file; the view stays readable."""
         self._environment.close()
+        self._lock_file.close()
 
 
 class ViewReader:
@@ -248,11 +354,18 @@ class ViewReader:
             raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
 
 
-def sync_view(view: PartitionView, meta: Meta, scan: Iterator[tuple[bytes, bytes]]) -> int | None:
-    """Brings a view to the store's moment: None if it was there already, otherwise the rows copied from `scan`."""
-    if view.meta() == meta.encode():
-        return None
-    return view.rebuild(scan, meta)
+def check_owner(stored: bytes | None, token: int) -> None:
+    """Raises FencedError where the token in a view is newer than a writer's own."""
+    if int.from_bytes(stored or b"", "little") != token:
+        raise FencedError("another worker has taken the view over")
+
+
+def _checked(items: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of a store; raises SequenceCorruptError at one whose checksum differs, so that no damage is copied."""
+    for key, row in items:
+        if row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little"):
+            decode_row(row)
+        yield key, row
 
 
 def disk_bytes(folder: str | Path) -> Mapping[int, int]:

@@ -30,7 +30,7 @@ from features.actions import EVENT_DTYPE
 from features.sequence import HEADER_DTYPE, NEVER_ERASED, Definition, Row, encode_row
 from streams.state import META_KEY, Meta, row_key, row_keys
 from streams.store import RocksStore
-from streams.view import MAP_BYTES, PartitionView, sync_view
+from streams.view import MAP_BYTES, PartitionView
 
 PARTITIONS, USERS, LENGTH, EPOCH = 4, 5_000, 100, 1
 KEPT = {1: Definition(fingerprint=5, length=LENGTH)}
@@ -52,7 +52,7 @@ def write(folder: Path, events_per_s: int, write_buffer_bytes: int, with_view: b
         rows = [encode_row(Row(user, 5, EPOCH, partition, 0, NEVER_ERASED, events)) for user in range(USERS)]
         held[partition].write(row_keys(1, every), rows, replace(held[partition].meta, applied_offset=0))
         if with_view:
-            sync_view(views[partition], held[partition].meta, held[partition].scan())
+            views[partition].sync(held[partition].meta, held[partition].scan, 1)
     ready.set()
     seconds, count, number, due_s = [0.0, 0.0], 0, 0, time.monotonic()
     per_batch = max(1, events_per_s // BATCHES_PER_S)

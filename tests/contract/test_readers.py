@@ -24,12 +24,12 @@ from features.ports import Position, Reading, SequenceCorruptError, SequenceUnav
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
 from protos.v1.sequence_pb2 import GetSequencesRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
-from streams.batch_loop import fold_batch
-from streams.errors import ViewError
+from streams.core import fold_batch
+from streams.errors import StreamError, ViewError
 from streams.memory import MemoryStore
 from streams.reader_service import ReaderConfig, serve_reader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
-from streams.view import PartitionView, ViewReader, sync_view
+from streams.view import PartitionView, ViewReader
 
 PARTITIONS = 2
 EPOCH = 9
@@ -129,7 +129,7 @@ def build_view(folder, batches: list[Batch]) -> None:
     kept, store = definitions(DOMAIN), MemoryStore(definitions(DOMAIN))
     for partition in range(PARTITIONS):
         held, view = store.open(partition, EPOCH), PartitionView(folder, partition, map_bytes=1 << 24)
-        sync_view(view, held.meta, held.scan())
+        view.sync(held.meta, held.scan, 1_000_000)
         for batch in batches:
             if batch.partition == partition:
                 keys, rows, meta = fold_batch(kept, held, batch)
@@ -203,10 +203,10 @@ def test_an_empty_partition_has_a_watermark(tmp_path):
 def test_readers_wait_while_the_view_is_made_anew(tmp_path):
     build_view(tmp_path, batches(1))
     view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
-    meta = Meta.decode(view.meta() or b"", "view")
+    meta = view.meta()
 
     def broken_scan():
-        yield row_key(1, 1), b"x" * 64
+        yield one_row(1, 1)
         raise OSError("the disk went away")
 
     with pytest.raises(OSError, match="went away"):
@@ -221,17 +221,98 @@ def test_readers_wait_while_the_view_is_made_anew(tmp_path):
     reader.close()
 
 
-def test_a_view_that_differs_from_the_store_is_made_anew(tmp_path):
+def keys_in(view: PartitionView) -> list[bytes]:
+    with view._environment.begin() as transaction:
+        return [key for key, _ in transaction.cursor() if not key.startswith(b"\x00")]
+
+
+def one_row(user: int, offset: int) -> tuple[bytes, bytes]:
+    place = EPOCH, 0, offset
+    row = Row(user, definition(DOMAIN, "main").fingerprint, *place, NEVER_ERASED, np.zeros(1, EVENT_DTYPE))
+    return row_key(1, user), encode_row(row)
+
+
+def test_a_view_of_another_definition_or_log_end_is_made_anew(tmp_path):
     build_view(tmp_path, batches(1))
     view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
-    meta = Meta.decode(view.meta() or b"", "view")
-    row = encode_row(Row(7, definition(DOMAIN, "main").fingerprint, EPOCH, 0, 3, NEVER_ERASED, np.zeros(1, EVENT_DTYPE)))
-    assert sync_view(view, meta, iter(())) is None
-    later = replace(meta, applied_offset=meta.applied_offset + 1)
-    assert sync_view(view, later, iter([(row_key(1, 7), row)])) == 1
-    assert view.meta() == later.encode()
+    meta = view.meta()
+    other = replace(meta, fingerprints=((1, 1),))
+    assert view.sync(other, lambda: iter([one_row(7, 3)]), 1_000_000) == 1
+    assert (view.meta(), keys_in(view)) == (other, [row_key(1, 7)])
+    # What it shows is behind the log's end: that log lost records, and its other rows may be of the lost ones.
+    shorter = replace(other, applied_offset=1)
+    assert view.sync(shorter, lambda: iter([one_row(8, 1)]), other.applied_offset) == 1
+    assert (view.meta(), keys_in(view)) == (shorter, [row_key(1, 8)])
+    view.close()
+
+
+def test_a_view_behind_its_store_gets_the_rows_of_later_records_only(tmp_path):
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    meta = Meta(EPOCH, 0, 5, 50, fingerprints(definitions(DOMAIN)))
+    rows = [one_row(7, 5), one_row(8, 4)]
+    assert view.sync(meta, lambda: iter(rows), 100) == 2
+    assert view.sync(meta, lambda: iter(rows), 100) == 0
+    rows = [one_row(6, 9), one_row(7, 5), one_row(8, 6)]
+    assert view.sync(replace(meta, applied_offset=9), lambda: iter(rows), 100) == 2
     with view._environment.begin() as transaction:
-        assert [key for key, _ in transaction.cursor()] == [META_KEY, row_key(1, 7)]
+        assert [(key, row) for key, row in transaction.cursor() if not key.startswith(b"\x00")] == rows
+    view.close()
+
+
+def test_a_view_ahead_of_its_store_stays_until_the_store_passes_it(tmp_path):
+    build_view(tmp_path, batches(1))
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    shown = view.meta()
+    before = keys_in(view)
+    older = replace(shown, applied_offset=shown.applied_offset - 5)
+    assert view.sync(older, lambda: iter(()), 1_000_000) == 0
+    key, row = one_row(7, shown.applied_offset)
+    view.write([key], [row], shown)
+    assert (view.meta(), keys_in(view)) == (shown, before)
+    later = replace(shown, applied_offset=shown.applied_offset + 3)
+    view.write([key], [one_row(7, later.applied_offset)[1]], later)
+    assert view.meta() == later
+    view.close()
+
+
+def test_an_older_owner_is_fenced(tmp_path):
+    build_view(tmp_path, batches(1))
+    context = multiprocessing.get_context("spawn")  # one process opens a view once
+    ready, go = context.Event(), context.Event()
+    answers = context.Queue()
+    older = context.Process(target=write_as_older_owner, args=(tmp_path, ready, go, answers))
+    older.start()
+    try:
+        assert ready.wait(60)
+        newer = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+        meta = newer.meta()
+        go.set()
+        assert answers.get(timeout=60) == ["FencedError"] * 3
+        assert newer.meta() == meta
+        newer.write([], [], replace(meta, applied_offset=meta.applied_offset + 1))
+        newer.close()
+    finally:
+        go.set()
+        older.join(30)
+    assert older.exitcode == 0
+
+
+def write_as_older_owner(folder, ready, go, answers) -> None:
+    view = PartitionView(folder, 0, map_bytes=1 << 24)
+    meta = view.meta()
+    ready.set()
+    assert go.wait(60)
+    raised = []
+    for attempt in (
+        lambda: view.write([], [], replace(meta, applied_offset=meta.applied_offset + 7)),
+        lambda: view.beat(1),
+        lambda: view.rebuild(iter(()), meta),
+    ):
+        try:
+            attempt()
+        except StreamError as error:
+            raised.append(type(error).__name__)
+    answers.put(raised)
     view.close()
 
 
@@ -373,7 +454,7 @@ def write_for_ever(folder, ready, stop) -> None:
     """Each batch rewrites every user's row with the batch's own number, which is also the watermark."""
     view, number = PartitionView(folder, 0, map_bytes=1 << 24), 0
     meta = Meta(EPOCH, 0, -1, 0, fingerprints(definitions(DOMAIN)))
-    sync_view(view, meta, iter(()))
+    view.sync(meta, lambda: iter(()), 1_000_000)
     what = definition(DOMAIN, "main").fingerprint
     while not stop.is_set():
         rows = [encode_row(Row(user, what, EPOCH, 0, number, NEVER_ERASED, np.zeros(20, EVENT_DTYPE))) for user in USERS]

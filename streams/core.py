@@ -1,0 +1,478 @@
+"""The worker without Kafka: partitions opened, batches folded into store and view, damage repaired, owners fenced.
+
+`streams.batch_loop` feeds it from a broker, the simulation in tests/simulation from a log of its own; both drive exactly this code.
+
+Of each partition's records, in offset order:
+ 1. decode: every record is an action, an erasure, or rejected with a reason (features.actions);
+ 2. dead letters: the rejected ones are buried, and acknowledged there, before anything passes them;
+ 3. fold: the stored rows of the touched users and the batch become their new rows (features.sequence);
+ 4. store: rows, applied offset and log clock in one WriteBatch;
+ 5. view: the same rows and meta in one transaction, which readers see as one moment, unless a newer owner has taken the view over.
+A crash between any two steps repeats at most the last batch, which gives the same rows again. Anything unexpected leaves `apply` as an
+exception, before the store passes the record.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from features.actions import Batch, append_time_ms, decode_batch
+from features.domain import Domain
+from features.ports import SequenceCorruptError, SequenceForeignError
+from features.sequence import Definition, apply_batch, clock_after, touched_users
+from protos.v1.actions_pb2 import DeadLetter
+from streams.errors import FencedError, StateError
+from streams.state import Meta, definitions, row_keys
+from streams.store import PartitionStore, Store
+
+log = logging.getLogger(__name__)
+
+Headers = Seq[tuple[str, bytes | None]]
+RetentionPolicy = Literal["fail", "earliest", "latest"]
+_RESTORE_AHEAD_RECORDS = 1_000_000
+"""How far a snapshot must be ahead of a state to be worth its download."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records of one partition as they came, in offset order; one entry a record.
+
+    offsets int64 [n], ascending; broker_times_ms int64 [n]; headers: by index, of the records that have any; leader_epoch: of the last
+    record, -1 for unknown.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    broker_times_ms: npt.NDArray[np.int64]
+    headers: Mapping[int, Headers] = field(default_factory=dict)
+    leader_epoch: int = -1
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def from_offset(self, offset: int) -> "Records":
+        """The records at `offset` and behind it."""
+        start = int(np.searchsorted(self.offsets, offset))
+        if not start:
+            return self
+        headers = {i - start: found for i, found in self.headers.items() if i >= start}
+        return Records(
+            self.offsets[start:], self.keys[start:], self.values[start:], self.broker_times_ms[start:], headers, self.leader_epoch
+        )
+
+
+@dataclass(frozen=True)
+class Log:
+    """The log that a core follows. `first_and_next`: of a partition, the first offset there is and the offset of the next record."""
+
+    topic: str
+    epoch: int
+    partition_count: int
+    first_and_next: Callable[[int], tuple[int, int]]
+
+
+class View(Protocol):
+    """The writing end of what readers see: `streams.view.PartitionView`, and its double in simulations."""
+
+    def sync(self, meta: Meta, scan: Callable[[], Iterator[tuple[bytes, bytes]]], next_offset: int) -> int:
+        """Brings the view to the store's moment, or adopts a later one; returns how many rows were copied."""
+        ...
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """Rows and meta in one transaction. Raises FencedError: a newer owner has taken over."""
+        ...
+
+    def beat(self, caught_up_ms: int) -> None:
+        """Tells readers when the state last included the log's end. Raises FencedError."""
+        ...
+
+    def close(self) -> None:
+        """Closes it; it stays readable."""
+        ...
+
+
+@dataclass
+class Held:
+    """A partition that is open here."""
+
+    store: PartitionStore
+    view: View
+    end_offset: int
+    """Offset of the next record of the log, as last seen."""
+    opened_end: int
+    """The log's end when it was opened."""
+    progress_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def next_offset(self) -> int:
+        """The offset that the state waits for."""
+        return self.store.meta.applied_offset + 1
+
+    @property
+    def lag(self) -> int:
+        """Records of the log that the state does not include yet."""
+        return max(0, self.end_offset - self.next_offset)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a batch did, for whoever observes: step_seconds by name (decode, fold, store, view)."""
+
+    partition: int
+    batch: Batch
+    rows: int
+    lag: int
+    step_seconds: Mapping[str, float]
+
+
+def fold_batch(
+    kept: Mapping[int, Definition], store: PartitionStore, batch: Batch, leader_epoch: int = -1
+) -> tuple[list[bytes], list[bytes], Meta]:
+    """What a batch makes of the stored rows: (keys, new rows, new meta), to be written together. `kept`: definitions by sequence id.
+
+    Raises:
+        SequenceCorruptError: a stored row is damaged.
+    """
+    users = touched_users(batch)
+    keys: list[bytes] = []
+    rows: list[bytes] = []
+    for sequence_id, what in kept.items():
+        own = row_keys(sequence_id, users)
+        keys += own
+        rows += apply_batch(what, batch, store.get(own), store.meta.log_clock_ms)
+    before = store.meta
+    clock_ms, last = clock_after(batch, before.log_clock_ms), int(batch.offsets[-1])
+    return keys, rows, replace(before, applied_offset=last, log_clock_ms=clock_ms, leader_epoch=leader_epoch)
+
+
+class WorkerCore:
+    """The partitions that one worker holds. One thread opens, applies and closes; `statistics`, `health` and `partitions` may be called
+    from others.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        store: Store,
+        open_view: Callable[[int], View],
+        bury: Callable[[Seq[tuple[bytes, bytes]]], None],
+        *,
+        offset_below_retention: RetentionPolicy = "fail",
+        at: Callable[[str], None] = lambda _: None,
+        observe: Callable[[Applied], None] = lambda _: None,
+    ) -> None:
+        """`bury` stores dead letters, (key, value) each, and returns when they are safe.
+
+        `at` is told the step that a batch has reached: decoded, stored, viewed.
+        """
+        self._future_tolerance_ms = domain.future_tolerance_ms
+        self._kept = definitions(domain)
+        self._store, self._open_view, self._bury = store, open_view, bury
+        self._policy: RetentionPolicy = offset_below_retention
+        self._at, self._observe = at, observe
+        self._replaced: dict[int, int] = {}
+        self._log: Log | None = None
+        self._held: dict[int, Held] = {}
+        self._lock = threading.Lock()
+        self._counters = dict.fromkeys(
+            ("batches", "events", "dead_letters", "rows_written", "offset_gaps", "records_missed", "repairs", "fenced"), 0
+        )
+        self._seconds = dict.fromkeys(("decode", "fold", "store", "view"), 0.0)
+
+    def follow(self, what: Log) -> None:
+        """Says which log the partitions belong to; called before any is opened, and again where it may have changed.
+
+        Raises:
+            StateError: it is another log than that of the partitions which are open.
+        """
+        if self._held and what.epoch != self._following.epoch:
+            raise StateError(
+                f"topic {what.topic}: is now log {what.epoch:016x}, the open state belongs to log {self._following.epoch:016x} (its "
+                "cluster, topic id or number of partitions changed): move the state to the new log, or start with a new state folder"
+            )
+        self._log = what
+
+    def open(self, partition: int) -> int:
+        """`prepare` and `hold` in one. Returns the offset to read from."""
+        return self.hold(partition, self.prepare(partition))
+
+    def prepare(self, partition: int) -> Held:
+        """Opens a partition's state, restores it where it is missing or damaged, and takes its view over: in any thread, at length.
+
+        Raises:
+            StateError: the log does not continue the state, and the policy is to fail; or another process holds it.
+        """
+        epoch = self._following.epoch
+        try:
+            store = self._store.open(partition, epoch)
+        except SequenceCorruptError as error:
+            store = self._replace(partition, f"cannot be opened: {error}")
+        return self._prepare_from(store)
+
+    def _prepare_from(self, store: PartitionStore) -> Held:
+        partition = store.meta.partition
+        store = self._continue(store)
+        try:
+            view = self._open_view(partition)
+        except BaseException:
+            store.close()
+            raise
+        end_offset = self._following.first_and_next(partition)[1]
+        try:
+            copied = view.sync(store.meta, store.scan, end_offset)
+        except SequenceCorruptError as error:
+            view.close()
+            store.close()
+            return self._prepare_from(self._replace(partition, str(error)))
+        except BaseException:
+            view.close()
+            store.close()
+            raise
+        if copied:
+            log.info("partition %d: %d rows copied from the store to the view", partition, copied)
+        return Held(store, view, end_offset=end_offset, opened_end=end_offset)
+
+    def hold(self, partition: int, held: Held) -> int:
+        """Takes a prepared partition among those that are open. Returns the offset to read from."""
+        with self._lock:
+            self._held[partition] = held
+        return held.next_offset
+
+    def _continue(self, store: PartitionStore) -> PartitionStore:
+        """The state that waits for a record which the log has: this one, a snapshot, or as the policy says where retention removed some."""
+        meta = store.meta
+        first, following = self._following.first_and_next(meta.partition)
+        wanted = meta.applied_offset + 1
+        if wanted > following:
+            store.close()
+            raise StateError(
+                f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
+                "records (or is another one). Give the worker a new state folder to rebuild from this log"
+            )
+        snapshot = self._store.newest_snapshot(meta.partition, meta.log_epoch)
+        ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
+        if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
+            store.close()
+            return self._store.restore(meta.partition, meta.log_epoch)
+        if wanted >= first:
+            return store
+        store.close()
+        what = f"the state ends at offset {meta.applied_offset}" if wanted else "there is no state"
+        gap = f"partition {meta.partition}: {what} and the log now starts at {first}: retention removed {first - wanted} records"
+        if self._policy == "fail":
+            raise StateError(
+                f"{gap}. Restore a newer snapshot, or start over from what the log still has (offset_below_retention = earliest) or from "
+                "its end (latest)"
+            )
+        start = first if self._policy == "earliest" else following
+        log.error("%s; STARTING OVER at offset %d (%s): earlier actions and erasures are not in the state", gap, start, self._policy)
+        with self._lock:
+            self._counters["records_missed"] += start - wanted
+        return self._store.start_over(meta.partition, meta.log_epoch, start)
+
+    def close(self, partitions: Seq[int] | None = None) -> None:
+        """Closes some partitions, or all; those that are not open are passed over."""
+        for partition in list(self._held) if partitions is None else partitions:
+            with self._lock:
+                held = self._held.pop(partition, None)
+            if held is not None:
+                held.view.close()
+                held.store.close()
+
+    def reopen(self, partition: int) -> int:
+        """Closes and opens a partition again, where the log no longer has what its state waits for. As `open`."""
+        self.close([partition])
+        return self.open(partition)
+
+    def apply(self, partition: int, records: Records) -> int | None:
+        """Folds records of a partition; those that the state includes already are passed over.
+
+        The caller vouches that nothing of the log between the state's offset and the first record is left out; a log may have holes.
+        Returns the offset that the state waits for now: not the one behind the batch where a damaged state was replaced by an older one.
+        None: the partition is not held (any more), its owner reads these records.
+
+        Raises:
+            StateError: the stored state is damaged, and neither a snapshot nor the log can replace it.
+        """
+        held = self._held.get(partition)
+        if held is None:
+            return None
+        records = records.from_offset(held.next_offset)
+        if not len(records):
+            return held.next_offset
+        try:
+            self._fold(partition, held, records)
+        except SequenceForeignError as error:
+            raise StateError(f"partition {partition}: {error}") from error
+        except SequenceCorruptError as error:
+            return self._repair(partition, str(error))
+        except FencedError as error:
+            self._fenced(partition, error)
+            return None
+        return held.next_offset
+
+    def _fenced(self, partition: int, error: FencedError) -> None:
+        log.warning("partition %d: %s; closed here", partition, error)
+        with self._lock:
+            self._counters["fenced"] += 1
+        self.close([partition])
+
+    def saw_end(self, partition: int, end_offset: int, asked_ms: int | None = None) -> None:
+        """Tells where the log ends. `asked_ms`: the time at which a broker was asked that answered it; readers are then told that the state
+        included the log's end at that time, where it does. A remembered end proves nothing about the present.
+        """
+        held = self._held.get(partition)
+        if held is None:
+            return
+        held.end_offset = max(held.end_offset, end_offset)
+        if held.lag:
+            return
+        held.progress_s = time.monotonic()
+        if asked_ms is not None:
+            try:
+                held.view.beat(asked_ms)
+            except FencedError as error:
+                self._fenced(partition, error)
+
+    def held(self) -> Mapping[int, Held]:
+        """What is open now, by partition: for the thread that applies."""
+        return self._held
+
+    def partitions(self) -> list[int]:
+        """The partitions that are open now, ascending."""
+        with self._lock:
+            return sorted(self._held)
+
+    def statistics(self) -> dict[str, float]:
+        """Counters and seconds spent in each step since start."""
+        with self._lock:
+            return {**self._counters, **{f"{name}_s": seconds for name, seconds in self._seconds.items()}}
+
+    def progress(self) -> dict[int, dict[str, float]]:
+        """By partition: applied_offset, lag (records), log_clock_ms, start_offset, no_progress_s."""
+        now_s = time.monotonic()
+        with self._lock:
+            return {
+                partition: {
+                    "applied_offset": held.next_offset - 1,
+                    "lag": held.lag,
+                    "log_clock_ms": held.store.meta.log_clock_ms,
+                    "start_offset": held.store.meta.start_offset,
+                    "no_progress_s": round(now_s - held.progress_s, 3),
+                }
+                for partition, held in sorted(self._held.items())
+            }
+
+    @property
+    def _following(self) -> Log:
+        assert self._log is not None, "follow() comes before open()"
+        return self._log
+
+    def _fold(self, partition: int, held: Held, records: Records) -> None:
+        expected = held.next_offset
+        started_s = time.perf_counter()
+        batch = self._decode(partition, records)
+        if batch.reasons:
+            self._bury_rejected(batch, records)
+        self._at("decoded")
+        decoded_s = time.perf_counter()
+        keys, rows, meta = fold_batch(self._kept, held.store, batch, records.leader_epoch)
+        folded_s = time.perf_counter()
+        held.store.write(keys, rows, meta)
+        self._at("stored")
+        stored_s = time.perf_counter()
+        held.end_offset = max(held.end_offset, held.next_offset)
+        held.view.write(keys, rows, meta)
+        self._at("viewed")
+        viewed_s = time.perf_counter()
+        held.progress_s = time.monotonic()
+        steps_s = dict(
+            zip(self._seconds, (decoded_s - started_s, folded_s - decoded_s, stored_s - folded_s, viewed_s - stored_s), strict=True)
+        )
+        with self._lock:
+            self._counters["batches"] += 1
+            self._counters["events"] += len(batch)
+            self._counters["rows_written"] += len(rows)
+            self._counters["offset_gaps"] += int(batch.offsets[0] != expected or batch.offsets[-1] - batch.offsets[0] + 1 != len(batch))
+            for name, seconds in steps_s.items():
+                self._seconds[name] += seconds
+        self._observe(Applied(partition, batch, len(rows), held.lag, steps_s))
+
+    def _decode(self, partition: int, records: Records) -> Batch:
+        if len(records) > 1 and not (records.offsets[1:] > records.offsets[:-1]).all():
+            raise AssertionError(f"partition {partition}: offsets of a batch do not ascend")
+        append_times_ms = records.broker_times_ms
+        if records.headers:
+            append_times_ms = append_times_ms.copy()
+            for i, headers in records.headers.items():
+                append_times_ms[i] = append_time_ms(int(append_times_ms[i]), headers)
+        return decode_batch(
+            log_epoch=self._following.epoch,
+            partition=partition,
+            offsets=records.offsets,
+            keys=records.keys,
+            values=records.values,
+            append_times_ms=append_times_ms,
+            partition_count=self._following.partition_count,
+            future_tolerance_ms=self._future_tolerance_ms,
+        )
+
+    def _bury_rejected(self, batch: Batch, records: Records) -> None:
+        topic = self._following.topic
+        letters = []
+        for i, reason in batch.reasons.items():
+            offset = int(records.offsets[i])
+            letter = DeadLetter(
+                reason=reason,
+                source_topic=topic,
+                source_partition=batch.partition,
+                source_offset=offset,
+                key=records.keys[i],
+                value=records.values[i],
+                append_time_ms=int(batch.append_time_ms[i]),
+                broker_time_ms=int(records.broker_times_ms[i]),
+                log_epoch=batch.log_epoch,
+            )
+            letters.append((f"{topic}:{batch.partition}:{offset}".encode(), letter.SerializeToString()))
+        self._bury(letters)
+        with self._lock:
+            self._counters["dead_letters"] += len(letters)
+
+    def _repair(self, partition: int, reason: str) -> int:
+        self.close([partition])
+        return self.hold(partition, self._prepare_from(self._replace(partition, reason)))
+
+    def _replace(self, partition: int, reason: str) -> PartitionStore:
+        """A state to go on from in place of a damaged one: a snapshot, or an empty one where the log has everything. The damaged one stays
+        aside.
+
+        Raises:
+            StateError: neither is there, and the policy is to fail: nothing was touched.
+        """
+        epoch = self._following.epoch
+        first, following = self._following.first_and_next(partition)
+        snapshot = self._store.newest_snapshot(partition, epoch)
+        log.error("partition %d: DAMAGED STATE, to be set aside and restored: %s", partition, reason)
+        skip = self._replaced.get(partition, 0)
+        self._replaced[partition] = skip + 1
+        with self._lock:
+            self._counters["repairs"] += 1
+        if snapshot is not None and snapshot + 1 >= first:
+            try:
+                return self._store.restore(partition, epoch, skip=skip)
+            except StateError:
+                log.exception("partition %d: no snapshot could be restored", partition)
+        if first and self._policy == "fail":
+            raise StateError(
+                f"partition {partition}: the state is damaged ({reason}), there is no snapshot to restore, and the log starts at {first}. "
+                "Restore the folder from a backup, or start over with offset_below_retention = earliest or latest"
+            )
+        return self._store.start_over(partition, epoch, following if first and self._policy == "latest" else first)
