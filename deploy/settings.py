@@ -9,7 +9,7 @@ import os
 import tomllib
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -82,6 +82,18 @@ class Settings(BaseSettings):
     ranking_log_queue_max: PositiveInt = Field(10_000, description="Ranking records that wait for Kafka; more are dropped and counted.")
     inline_share: float = Field(0.01, ge=0, le=1, description="Share of users, by hash, whose packed bytes are logged inline.")
 
+    worker_instance: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = Field(
+        "worker-0", description="Name of this worker in its group, the same after each restart; every worker needs its own."
+    )
+    worker_standby: bool = Field(
+        False, description="Also follow the partitions that other workers own, to take over at once; needs a home folder of its own."
+    )
+    worker_session_timeout_ms: PositiveInt = Field(
+        10_000, description="A worker that is silent for this long loses its partitions; the broker sets the least (6 s by default)."
+    )
+    offset_below_retention: Literal["fail", "earliest", "latest"] = Field(
+        "fail", description="Where retention removed records that the state waits for: stop, or start over at the log's start or end."
+    )
     worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
