@@ -5,10 +5,12 @@ One node in KRaft mode, or several of a cluster, on loopback only. A node's fold
 
 import base64
 import functools
+import shlex
 import socket
 import uuid
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ process.roles=broker,controller
 node.id={node}
 listeners=BROKER://127.0.0.1:{broker},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=BROKER://127.0.0.1:{broker}
-listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
+listener.security.protocol.map=BROKER:{protocol},CONTROLLER:PLAINTEXT
 inter.broker.listener.name=BROKER
 controller.listener.names=CONTROLLER
 controller.quorum.voters={voters}
@@ -62,6 +64,20 @@ class Node:
     controller_port: int
 
 
+@dataclass(frozen=True)
+class Security:
+    """What a broker demands of its clients. Default: nothing, on loopback.
+
+    protocol: of the clients' listener; properties: further lines of server.properties; format_arguments: for the storage tool, such as the
+    first users; client: librdkafka properties of a client that may ask whether the broker is ready.
+    """
+
+    protocol: str = "PLAINTEXT"
+    properties: Mapping[str, str] = field(default_factory=dict)
+    format_arguments: tuple[str, ...] = ()
+    client: Mapping[str, str] = field(default_factory=dict)
+
+
 class KafkaServer(Server):
     """A broker in `folder`, as a context manager or with `start()` and `stop()`; a second start in the same folder keeps the data.
 
@@ -79,12 +95,14 @@ class KafkaServer(Server):
         node: Node | None = None,
         nodes: Seq[Node] = (),
         cluster_id: str = "",
+        security: Security | None = None,
     ) -> None:
         super().__init__(folder)
         self._jars = jars or jars_folder()
         self._heap_mb = heap_mb
         self._restart = restart
         self._node, self._nodes, self._cluster_id = node, nodes, cluster_id or new_cluster_id()
+        self._security = security or Security()
         self.bootstrap = ""
 
     def command(self) -> Command:
@@ -107,10 +125,11 @@ class KafkaServer(Server):
         java.append("-Dorg.slf4j.simpleLogger.showDateTime=true")
         java.append("-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSZ")
         # The shell only formats before the first start; `exec` makes the broker the process that signals reach.
-        formats = '[ -f "$1" ] || "${@:4}" kafka.tools.StorageTool format -t "$2" -c "$3"'
+        more = " ".join(map(shlex.quote, self._security.format_arguments))
+        formats = f'[ -f "$1" ] || "${{@:4}}" kafka.tools.StorageTool format -t "$2" -c "$3" {more}'
         script = f'{formats} || exit; exec "${{@:4}}" kafka.Kafka "$3"'
         argv = ("bash", "-c", script, "kafka", str(self.folder / "data" / "meta.properties"), self._cluster_id, str(properties), *java)
-        ready = functools.partial(_answers, self.bootstrap)
+        ready = functools.partial(_answers, KafkaConfig(self.bootstrap, self._security.client))
         name = f"kafka-{self._node.number}" if self._node else "kafka"
         return Command(name, argv, ready=ready, ready_within_s=60, stop_within_s=20, restart=self._restart)
 
@@ -131,7 +150,9 @@ class KafkaServer(Server):
             replicas=len(nodes),
             in_sync=(len(nodes) + 1) // 2,
             data=self.folder / "data",
+            protocol=self._security.protocol,
         )
+        properties += "".join(f"{name}={value}\n" for name, value in self._security.properties.items())
         write_atomically(path, properties)
         self.bootstrap = f"127.0.0.1:{node.broker_port}"
         return path
@@ -172,10 +193,10 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _answers(bootstrap: str) -> dict[str, Any] | None:
-    host, port = bootstrap.rsplit(":", 1)
+def _answers(kafka: KafkaConfig) -> dict[str, Any] | None:
+    host, port = kafka.bootstrap.rsplit(":", 1)
     try:
         socket.create_connection((host, int(port)), timeout=0.5).close()  # librdkafka would log each refused connection
     except OSError:
         return None
-    return {"endpoint": bootstrap} if broker_answers(KafkaConfig(bootstrap)) else None
+    return {"endpoint": kafka.bootstrap} if broker_answers(kafka) else None

@@ -93,8 +93,8 @@ class World:
         eventually(lambda: {p.partition: p.offset + 1 for p in reader.positions()} == ends, f"view at {ends}, is at {reader.positions()}")
 
 
-def new_world(bootstrap: str, folder: Path, name: str, partition_count: int = 3) -> World:
-    kafka = KafkaConfig(bootstrap)
+def new_world(kafka: KafkaConfig | str, folder: Path, name: str, partition_count: int = 3) -> World:
+    kafka = KafkaConfig(kafka) if isinstance(kafka, str) else kafka
     topics = Topics(*(f"{name}-{kind}" for kind in ("actions", "dead-letters", "rankings", "announcements")))
     identity = ensure_topics(kafka, topics, partition_count=partition_count)
     config = WorkerConfig(
