@@ -74,6 +74,24 @@ def produce_by_kcat(world: World, records: list[tuple[bytes, bytes]]) -> None:
     subprocess.run(command, input=data, check=True, timeout=60)
 
 
+def test_the_java_example_compiles_and_its_action_counts(world, tmp_path):
+    javac, java = shutil.which("javac"), shutil.which("java")
+    if javac is None or java is None:
+        assert os.environ.get("CI") != "true", "a JDK is required where CI=true"
+        pytest.skip("no JDK is installed")
+    source = Path(__file__).parents[2] / "docs" / "examples" / "ProduceAction.java"
+    jars = f"{jars_folder()}/*"
+    subprocess.run([javac, "-cp", jars, "-d", str(tmp_path), str(source)], check=True, timeout=120)
+    command = [java, "-cp", f"{tmp_path}:{jars}", "ProduceAction", world.kafka.bootstrap, world.topics.actions, str(2**64 - 5), "77", "2"]
+    done = subprocess.run(command, check=True, timeout=120, stdout=subprocess.PIPE, text=True)
+    partition, offset = map(int, done.stdout.split(":"))
+    (batch,) = [batch for batch in read_log(world) if len(batch)]
+    assert (batch.partition, batch.offsets.tolist(), batch.reasons) == (partition, [offset], {})
+    event = batch.events[0]
+    assert (int(batch.users[0]), int(event["entity_id"]), int(event["action"])) == (2**64 - 5, 77, 2)
+    assert np.isnan(event["value"])
+
+
 def test_python_java_and_kcat_put_a_user_into_one_partition(world):
     users = [0, 1, 42, 2**63, 2**64 - 1, *range(1_000, 1_020)]
     producer = ActionProducer(world.kafka, DOMAIN, world.topics.actions)
