@@ -94,10 +94,11 @@ def derived_event_id(user_id: int, entity_kind: int, entity_id: int, action: int
     return xxhash.xxh3_64_intdigest(packed)
 
 
-def log_epoch(cluster_id: str, topic_id: str, partition_count: int) -> int:
+def log_epoch(cluster_id: str, topic_id: str, partition_count: int, base: str = "") -> int:
     """Identity of a log: positions of two logs are comparable only if their epochs are equal.
 
     It is derived from what any client can ask the broker for, so a new cluster, a recreated topic or more partitions change it by
-    themselves. Never 0, which stands for "the current one" in requests.
+    themselves; and from the base, the history that the state stands on (`features.base`), "" for none. Never 0, which stands for "the
+    current one" in requests.
     """
-    return xxhash.xxh3_64_intdigest(f"{cluster_id}/{topic_id}/{partition_count}".encode()) or 1
+    return xxhash.xxh3_64_intdigest("/".join((cluster_id, topic_id, str(partition_count), *([base] if base else []))).encode()) or 1

@@ -7,6 +7,7 @@ sequence's definition alone: not on how they were cut into batches, nor on any c
 """
 
 import zlib
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ HEADER_DTYPE = np.dtype(
 _SCHEMA_1 = np.dtype([field for field in EVENT_DTYPE.descr if field[0] != "request_id"])
 _WIDTHS = {1: _SCHEMA_1.itemsize, SCHEMA_VERSION: EVENT_DTYPE.itemsize}
 _HEADER_WORDS, _EVENT_WORDS = HEADER_DTYPE.itemsize // 8, EVENT_DTYPE.itemsize // 8
+_OPAQUE = np.dtype(f"V{EVENT_DTYPE.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,89 @@ def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_b
 def merge_rows(what: Definition, rows: Seq[bytes]) -> Events:
     """The sequence of one person with several identities: each row obeys its own erasures, the union obeys the law."""
     return law(what, np.concatenate([decode_row(row).events for row in rows if row] or [np.zeros(0, EVENT_DTYPE)]))
+
+
+def sort_history(users: npt.NDArray[np.uint64], events: Events) -> tuple[npt.NDArray[np.uint64], Events]:
+    """Sorts many users' events, in any order and with duplicates, by user and the law; equal events of a user count once.
+
+    users uint64 [n], events EVENT_DTYPE [n]. The same as `_sorted_distinct`, several times faster on history, where many events have few
+    users: two sorts of one integer each, the second over (user, time) packed into 64 bits, and a lexical one for ties alone.
+    """
+    if not len(users):
+        return users, events
+    order = np.argsort(users)
+    users = users[order]
+    group = np.cumsum(np.concatenate(([False], users[1:] != users[:-1])))
+    time_ms = events["event_time_ms"][order]
+    oldest_ms = int(time_ms.min())
+    time_bits = (int(time_ms.max()) - oldest_ms).bit_length()
+    if int(group[-1]).bit_length() + time_bits > 64:
+        ordered, group = _sorted_distinct(_taken(events, order), group)
+        first = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
+        return users[first][group], ordered
+    key = (group.astype(np.uint64) << np.uint64(time_bits)) | (time_ms - oldest_ms).astype(np.uint64)
+    by_time = np.argsort(key)
+    key, users, events = key[by_time], users[by_time], _taken(events, order[by_time])
+    same = key[1:] == key[:-1]
+    if not same.any():
+        return users, events
+    tied = np.flatnonzero(np.concatenate(([False], same)) | np.concatenate((same, [False])))
+    dense = np.cumsum(np.concatenate(([False], key[tied][1:] != key[tied][:-1])))
+    settled, settled_group = _sorted_distinct(_taken(events, tied), dense)
+    # Distinct events take the first places of their tie; the places that are left over were duplicates.
+    gone = np.bincount(dense) - np.bincount(settled_group, minlength=int(dense[-1]) + 1)
+    spare = _rank_from_end(dense, int(dense[-1]) + 1) < gone[dense]
+    events[tied[~spare]] = settled
+    stay = np.ones(len(events), bool)
+    stay[tied[spare]] = False
+    return (users, events) if stay.all() else (users[stay], _taken(events, np.flatnonzero(stay)))
+
+
+def cut_history(kept: Iterable[Definition], users: npt.NDArray[np.uint64], events: Events) -> tuple[npt.NDArray[np.uint64], Events]:
+    """What any of these definitions still needs of sorted history: folding it with more history gives what the whole would give."""
+    group, groups = _groups(users)
+    needed = np.zeros(len(events), bool)
+    for what in kept:
+        needed |= _kept(what, events, group, groups)
+    where = np.flatnonzero(needed)
+    return users[where], _taken(events, where)
+
+
+def fold_history(
+    what: Definition,
+    users: npt.NDArray[np.uint64],
+    events: Events,
+    erased: Mapping[int, int],
+    *,
+    clock_ms: int,
+    log_epoch: int,
+    partition: int,
+) -> tuple[npt.NDArray[np.uint64], list[bytes]]:
+    """Rows of history that stands before a log's first record: (users uint64 ascending, their rows), at offset -1.
+
+    users, events: as `sort_history` gives them, without what an erasure of the history itself dropped. erased: append time of the last
+    erasure by user, in ms; such a user has a row even where nothing is left. clock_ms: the history's clock, by which it evicts. A user of
+    whom nothing is left and who was never erased has no row.
+    """
+    if what.evict_age_ms is not None:
+        recent = np.flatnonzero(events["event_time_ms"] >= clock_ms - what.evict_age_ms)
+        users, events = users[recent], _taken(events, recent)
+    group, groups = _groups(users)
+    where = np.flatnonzero(_kept(what, events, group, groups))
+    users, events = users[where], _taken(events, where)
+    found, first = np.unique(users, return_index=True)
+    counts = np.diff(np.append(first, len(users)))
+    erased_before_ms = np.full(len(found), NEVER_ERASED, np.int64)
+    if erased:
+        owners = np.union1d(found, np.fromiter(erased, np.uint64, len(erased)))
+        at = np.searchsorted(owners, found)
+        all_counts = np.zeros(len(owners), np.int64)
+        all_counts[at] = counts
+        found, counts = owners, all_counts
+        erased_before_ms = np.fromiter((erased.get(user, NEVER_ERASED) for user in owners.tolist()), np.int64, len(owners))
+    none = np.zeros(0, np.int64)
+    place = Batch(log_epoch, partition, none, none, none.astype(np.uint8), none.astype(np.uint64), np.zeros(0, EVENT_DTYPE), {})
+    return found, _encode_rows(what, place, found, np.full(len(found), -1), erased_before_ms, events, counts)
 
 
 def decode_row(row: bytes, user_id: int | None = None) -> Row:
@@ -343,6 +428,20 @@ def _rank_from_end(group: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.
     ends = np.cumsum(np.bincount(group, minlength=groups))
     rank: npt.NDArray[np.int64] = ends[group] - 1 - np.arange(len(group))
     return rank
+
+
+def _taken(events: Events, where: npt.NDArray[np.int64]) -> Events:
+    """events[where], moved as opaque bytes: NumPy copies a structure field by field, 15 times slower."""
+    taken: Events = events.view(_OPAQUE)[where].view(EVENT_DTYPE)
+    return taken
+
+
+def _groups(users: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], int]:
+    """Number of each sorted user's group, from 0, and how many there are."""
+    if not len(users):
+        return np.zeros(0, np.int64), 0
+    group: npt.NDArray[np.int64] = np.cumsum(np.concatenate(([False], users[1:] != users[:-1])))
+    return group, int(group[-1]) + 1
 
 
 def _select(mask: npt.NDArray[np.bool_], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:

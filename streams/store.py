@@ -7,7 +7,7 @@ Kafka, from the offset that the database then has.
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Protocol
@@ -102,11 +102,15 @@ class RocksStore:
         cache_bytes: int = 256 << 20,
         write_buffer_bytes: int = 256 << 20,
         lock_wait_s: float = 10.0,
+        direct_reads: bool = False,
     ) -> None:
-        """`kept`: definitions by sequence id (`streams.state.definitions`). `lock_wait_s`: how long the last owner may hold a lock."""
+        """`kept`: definitions by sequence id (`streams.state.definitions`). `lock_wait_s`: how long the last owner may hold a lock.
+
+        direct_reads: files are read and written beside the page cache: memory is then the block cache and nothing else.
+        """
         self._folder = Path(folder)
         self._kept = dict(kept)
-        self._lock_wait_s = lock_wait_s
+        self._lock_wait_s, self._direct_reads = lock_wait_s, direct_reads
         self._cache = rocksdict.Cache(cache_bytes)
         # Without a stall: a full budget flushes the fullest table instead of stopping writers.
         self._buffers = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, self._cache)
@@ -169,25 +173,42 @@ class RocksStore:
                 time.sleep(0.05)  # the previous owner is closing: RocksDB offers no way to wait for a lock
 
     def _options(self) -> rocksdict.Options:
-        table = rocksdict.BlockBasedOptions()
-        table.set_block_cache(self._cache)
-        table.set_cache_index_and_filter_blocks(True)
-        table.set_pin_l0_filter_and_index_blocks_in_cache(True)
-        table.set_bloom_filter(10, False)
-        table.set_block_size(16 << 10)
-        table.set_format_version(5)
-        options = rocksdict.Options(raw_mode=True)
+        options = _table_options(self._cache)
         options.create_if_missing(True)
         options.set_write_buffer_manager(self._buffers)
         options.set_write_buffer_size(max(self._write_buffer_bytes // 4, 1 << 20))
-        options.set_block_based_table_factory(table)
-        # Rows are rewritten whole: what is young dies young, so only the last level is worth compressing.
-        options.set_compression_type(rocksdict.DBCompressionType.none())
-        options.set_bottommost_compression_type(rocksdict.DBCompressionType.lz4())
         options.set_level_compaction_dynamic_level_bytes(True)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(5)
+        options.set_use_direct_reads(self._direct_reads)
+        options.set_use_direct_io_for_flush_and_compaction(self._direct_reads)
         return options
+
+
+def _table_options(cache: rocksdict.Cache) -> rocksdict.Options:
+    """Options that decide how a table file is written."""
+    table = rocksdict.BlockBasedOptions()
+    table.set_block_cache(cache)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    table.set_bloom_filter(10, False)
+    table.set_block_size(16 << 10)
+    table.set_format_version(5)
+    options = rocksdict.Options(raw_mode=True)
+    options.set_block_based_table_factory(table)
+    # Rows are rewritten whole: what is young dies young, so only the last level is worth compressing.
+    options.set_compression_type(rocksdict.DBCompressionType.none())
+    options.set_bottommost_compression_type(rocksdict.DBCompressionType.lz4())
+    return options
+
+
+def write_table(path: Path, keys: Seq[bytes], rows: Seq[bytes]) -> None:
+    """Writes rows, keys ascending, as a table file that `RocksPartition.load` takes as it is."""
+    writer = rocksdict.SstFileWriter(_table_options(rocksdict.Cache(1 << 20)))
+    writer.open(str(path))
+    for key, row in zip(keys, rows, strict=True):
+        writer[key] = row
+    writer.finish()
 
 
 class RocksPartition:
@@ -213,6 +234,16 @@ class RocksPartition:
         except Exception as error:  # rocksdict raises plain Exception for everything
             raise StateError(f"partition {meta.partition}: the state cannot be written (is the disk full?): {error}") from error
         self.meta = meta
+
+    def load(self, tables: Iterable[Path], meta: Meta) -> None:
+        """Takes tables that `write_table` wrote, of which no two overlap, into an empty database, and then `meta`; the files are moved."""
+        paths = sorted(map(str, tables))
+        if paths:
+            moving = rocksdict.IngestExternalFileOptions()
+            moving.set_move_files(True)
+            self._database.ingest_external_file(paths, moving)
+        self.write([], [], meta)
+        self._database.flush()
 
     def scan(self) -> Iterator[tuple[bytes, bytes]]:
         """See `PartitionStore.scan`."""
