@@ -61,6 +61,7 @@ BENCHES = {
     "freshness": "deploy.bench:freshness",
     "rank": "deploy.bench:rank",
     "replay": "deploy.bench:replay",
+    "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

@@ -19,13 +19,13 @@ from rich.progress import track
 from deploy.bench_ingest import DOMAIN, BenchError
 from features.actions import ACTION, EVENT_DTYPE, Batch
 from features.domain import parse_domain
+from features.ids import partitions_of
 from features.logs import ACTIONS, LoggedActions, LogWriter, actions_schema
 from features.oracle import naive_fold
 from features.sequence import decode_row
 from streams.bootstrap import bootstrap
 from streams.state import definitions, row_keys
 from streams.store import RocksStore
-from features.ids import partitions_of
 
 EVENTS, USERS, PARTITIONS = 10_000_000, 100_000, 4
 SAMPLED_USERS = 100
@@ -34,7 +34,9 @@ _CHUNK = 1 << 17
 _DAY_MS = 86_400_000
 
 
-def bench_bootstrap(runs: int, folder: Path, console: Console, *, event_count: int = EVENTS, user_count: int = USERS) -> list[dict[str, float]]:
+def bench_bootstrap(
+    runs: int, folder: Path, console: Console, *, event_count: int = EVENTS, user_count: int = USERS
+) -> list[dict[str, float]]:
     """Figures of each run. Raises BenchError: a sampled user's sequence is not the naive fold of the history."""
     domain = parse_domain(DOMAIN, source="bench domain")
     ids = np.random.default_rng(1).integers(0, 2**64, user_count, np.uint64)
@@ -71,7 +73,9 @@ def random_history(ids: npt.NDArray[np.uint64], count: int, start: int, seed: in
     """Actions of random users of `ids`, one a millisecond from `start` on; appended within a second of the event."""
     random = np.random.default_rng(seed)
     append_time_ms = 1_700_000_000_000 + start + np.arange(count)
-    return LoggedActions.imported(random.choice(ids, count), random_events(random, append_time_ms - random.integers(0, 1000, count)), append_time_ms)
+    return LoggedActions.imported(
+        random.choice(ids, count), random_events(random, append_time_ms - random.integers(0, 1000, count)), append_time_ms
+    )
 
 
 def random_events(random: np.random.Generator, event_time_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:

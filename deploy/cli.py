@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import commands_chaos
+from deploy import commands_bootstrap, commands_chaos
 from deploy.options import (
     DomainFile,
     Home,
@@ -94,7 +94,7 @@ def produce(
 
     settings = running(settings_for(home, domain), needs="kafka")
     product = load_domain(settings.domain)
-    producer = ActionProducer(kafka_config(settings), product, settings.topic_actions)
+    producer = ActionProducer(kafka_config(settings), product, settings.topic_actions, base=settings.log_base)
     try:
         if log is not None:
             print(f"{producer.produce_log(log)} records produced")
@@ -134,7 +134,7 @@ def erase(
     from streams.producer import ActionProducer
 
     settings = running(settings_for(home, domain), needs="kafka")
-    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions)
+    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions, base=settings.log_base)
     try:
         print(position_text(producer.erase(parse_id(user), reason).result()))
     finally:
@@ -314,6 +314,7 @@ def replay(
     write_archive: Annotated[Path | None, typer.Option(help="First copy both topics into this folder.")] = None,
     score_sample: Annotated[int, typer.Option(min=0, help="How many rankings to score again.")] = 100,
     users_share: Annotated[float, typer.Option(min=0, max=1, help="Share of users, by hash.")] = 1.0,
+    history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     home: Home = None,
@@ -324,6 +325,7 @@ def replay(
 
     Example: `freshrank replay --json parity.json`
     """
+    from deploy.base_file import read_base_file
     from deploy.processes import kafka_config, topics
     from deploy.replay import ReplayOptions, archive_logs
     from deploy.replay import replay as replay_logs
@@ -334,6 +336,9 @@ def replay(
     if archive is None:
         settings = running(settings, needs="kafka")
         source = {"kafka": kafka_config(settings), "topics": topics(settings)}
+    based = read_base_file(settings.home if archive is None else archive)
+    if based is not None:
+        source |= {"base": based[0], "history": history or based[1]}
     options = ReplayOptions(
         releases=settings.home / "releases",
         tables=settings.home / "tables",
@@ -425,6 +430,9 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
     from deploy import processes
 
     raise typer.Exit(processes.server(settings_for(home, domain)))
+
+
+commands_bootstrap.register(app)
 
 
 def metrics_table(metrics: dict[str, Any], title: str) -> Table:

@@ -102,7 +102,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
 
 def _connect(stack: Stack, domain: Domain, ranker: str) -> Live:
     settings = stack.settings
-    producer = ActionProducer(kafka_config(settings), domain, topics(settings).actions)
+    producer = ActionProducer(kafka_config(settings), domain, settings.topic_actions, base=settings.log_base)
     client = ranking_client(settings, timeout_s=5.0)
     return Live(domain, ranker, producer, client, settings)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploy.base_file import read_base_file
 from deploy.settings import Settings, load_settings
 
 console = Console(stderr=True)
@@ -23,6 +24,8 @@ def settings_for(home: Path | None, domain: Path | None = None) -> Settings:
     kept = settings.home / "domain.toml"
     if "domain" not in settings.model_fields_set and kept.exists():
         settings = settings.model_copy(update={"domain": kept})
+    if "log_base" not in settings.model_fields_set and (found := read_base_file(settings.home)) is not None:
+        settings = settings.model_copy(update={"log_base": found[0].id})
     return settings
 
 

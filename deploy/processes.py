@@ -29,7 +29,8 @@ def kafka_config(settings: Settings) -> KafkaConfig:
 
 def topics(settings: Settings) -> Topics:
     """The topics that the settings name."""
-    return Topics(settings.topic_actions, settings.topic_dead_letters, settings.topic_rankings, settings.topic_announcements)
+    names = settings.topic_actions, settings.topic_dead_letters, settings.topic_rankings, settings.topic_announcements
+    return Topics(*names, base=settings.log_base)
 
 
 def worker(settings: Settings) -> int:
@@ -47,6 +48,7 @@ def worker(settings: Settings) -> int:
         batch_events_max=settings.worker_batch_events_max,
         cache_bytes=settings.rocksdb_cache_mb << 20,
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,
+        direct_reads=settings.rocksdb_direct_reads,
         view_map_bytes=settings.view_map_mb << 20,
     )
     return run_worker(config, lambda details: report_ready(details.pop("health"), **details))

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from deploy.base_file import write_base_file
 from features.actions import EVENT_DTYPE, REJECTED, decode_batch
+from features.base import Base, BaseError, BaseRecords
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packer
 from features.parity import PartitionLog, Report, Tally, missing_events
@@ -23,6 +25,7 @@ from features.tables import TableError, TableSet
 from inference.release import Release, ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord
 from streams.archive import KafkaLog, ParquetLog, RecordLog, write_archive
+from streams.history import open_base, read_base
 from streams.kafka import KafkaConfig, Topics
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ class ReplayOptions:
     """What to replay. The logs come from `archive` where it is given, else from `kafka`.
 
     releases, tables: folders of the release files. archive: folder that `archive_logs` wrote. users_share: share of users, chosen by the
-    hash of their key, so that all rankings of a chosen user are replayed. score_sample: how many rankings are scored again, chosen by
+    hash of their key, so that all rankings of a chosen user are replayed. base, history: the base that the state stands on, and where its
+    history is; the log says which base it must be. score_sample: how many rankings are scored again, chosen by
     `seed`; device: where ("cpu", "cuda"). progress: called with (events read, events there are).
     """
 
@@ -46,6 +50,8 @@ class ReplayOptions:
     archive: Path | None = None
     kafka: KafkaConfig | None = None
     topics: Topics = field(default_factory=Topics)
+    base: Base | None = None
+    history: str = ""
     users_share: float = 1.0
     score_sample: int = 100
     seed: int = 0
@@ -56,15 +62,21 @@ class ReplayOptions:
 @contextmanager
 def open_logs(options: ReplayOptions) -> Iterator[tuple[RecordLog, RecordLog]]:
     """(rankings, actions). Rankings are opened first: every watermark among them is then inside the log of actions as it was opened."""
-    logs: list[RecordLog] = []
+    logs: list[KafkaLog | ParquetLog] = []
     try:
-        for folder, topic in ((RANKINGS, options.topics.rankings), (ACTIONS, options.topics.actions)):
+        for folder, topic, base in ((RANKINGS, options.topics.rankings, ""), (ACTIONS, options.topics.actions, options.topics.base)):
             if options.archive is not None:
                 logs.append(ParquetLog(options.archive / folder))
             elif options.kafka is not None:
-                logs.append(KafkaLog(options.kafka, topic))
+                logs.append(KafkaLog(options.kafka, topic, base))
             else:
                 raise ValueError("archive: neither an archive's folder nor Kafka is given")
+        given = options.base.id if options.base is not None else ""
+        if logs[1].base != given:
+            raise BaseError(
+                f"the log of actions stands on base {logs[1].base or 'none'}, given is {given or 'none'}: rows cannot be rebuilt without "
+                "the base.json that `freshrank bootstrap` wrote for it"
+            )
         yield logs[0], logs[1]
     finally:
         for log in logs:
@@ -75,7 +87,9 @@ def archive_logs(options: ReplayOptions, folder: Path) -> None:
     """Copies both topics, whole, into `folder`: what a later replay needs beside the release files. Raises ArchiveError, StreamError."""
     with open_logs(options) as (rankings, actions):
         write_archive(rankings, folder / RANKINGS)
-        write_archive(actions, folder / ACTIONS)
+        write_archive(actions, folder / ACTIONS, base=options.topics.base)
+        if options.base is not None:
+            write_base_file(folder, options.base, options.history)
 
 
 def replay(options: ReplayOptions) -> Report:
@@ -109,6 +123,7 @@ class _Replay:
             "rankings": rankings.topic,
         }
         self.scoring_s = 0.0
+        self._base: BaseRecords | None = None
         self._releases: dict[str, Release | ReleaseError] = {}
         self._packers: dict[tuple[object, ...], Packer | TableError] = {}
         self._rescorers: dict[str, Rescorer] = {}
@@ -122,9 +137,21 @@ class _Replay:
         picks = np.random.default_rng(self.options.seed).choice(len(scored), sample, replace=False) if sample else ()
         self._to_score = {scored[i] for i in picks}
         self._events_total = sum(end - start for p, (start, end) in self.actions.partitions.items() if p in wanted)
+        self._read_base(wanted)
         for partition in sorted(wanted):
             self._replay_partition(partition, wanted[partition])
         return self.tally.finish(elapsed_s=time.monotonic() - started, scoring_s=self.scoring_s)
+
+    def _read_base(self, wanted: dict[int, dict[int, list[RankingRecord]]]) -> None:
+        """What the base says of the users whose rankings are replayed."""
+        base = self.options.base
+        if base is None:
+            return
+        started = time.monotonic()
+        with open_base(base, self.options.history) as history:
+            self._base = read_base(base, history, {user for users in wanted.values() for user in users})
+        self.report.log |= {"base": base.id, "base_events": base.events}
+        self.report.reading_s += time.monotonic() - started
 
     def _read_rankings(self) -> dict[int, dict[int, list[RankingRecord]]]:
         """The rankings that can be replayed, by partition of the actions and user, in the order of their watermarks."""
@@ -223,7 +250,7 @@ class _Replay:
     def _read_actions(self, partition: int, users: dict[int, list[RankingRecord]]) -> dict[int, PartitionLog]:
         """The partition's records of these users, decoded with the future tolerance of each release that they were ranked with."""
         tolerances = {self._release(record).domain.future_tolerance_ms for records in users.values() for record in records}
-        logs = {tolerance_ms: PartitionLog(users) for tolerance_ms in sorted(tolerances)}
+        logs = {tolerance_ms: self._partition_log(partition, users) for tolerance_ms in sorted(tolerances)}
         start, end = self.actions.partitions[partition]
         found = 0
         for records in self.actions.read(partition):
@@ -246,6 +273,15 @@ class _Replay:
                 self.options.progress(self.report.events_read, self._events_total)
         self.report.offsets_without_record += end - start - found
         return logs
+
+    def _partition_log(self, partition: int, users: dict[int, list[RankingRecord]]) -> PartitionLog:
+        base = self._base
+        if base is None:
+            return PartitionLog(users)
+        epoch = self.actions.log_epoch
+        return PartitionLog(
+            users, base_clock_ms=base.base.clock_ms, base_row=lambda what, user_id: base.row(what, user_id, epoch, partition)
+        )
 
     def _replay_user(self, log: PartitionLog, user_id: int, records: list[RankingRecord]) -> None:
         erased_at = log.last_erasure(user_id)

@@ -56,6 +56,11 @@ class Settings(BaseSettings):
     topic_dead_letters: TopicName = Field("freshrank.dead-letters.v1", description="Records that could not be decoded, with the reason.")
     topic_rankings: TopicName = Field("freshrank.rankings.v1", description="What was ranked for whom, for training and replay.")
     topic_announcements: TopicName = Field("freshrank.announcements.v1", description="Compacted: what every process must learn.")
+    log_base: str = Field(
+        "",
+        pattern=r"^([0-9a-f]{32})?$",
+        description="Base that the state stands on, as `freshrank bootstrap` printed it.",
+    )
     partitions: PositiveInt = Field(4, description="Partitions of the actions and rankings topics when they are created.")
     replication_factor: PositiveInt = Field(1, description="Replicas of topics when they are created; 3 on a production cluster.")
     retention_ms: int = Field(-1, ge=-1, description="How long created topics keep actions and rankings; -1: for ever.")
@@ -96,6 +101,9 @@ class Settings(BaseSettings):
     )
     worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
+    rocksdb_direct_reads: bool = Field(
+        False, description="RocksDB reads and writes its files beside the page cache: its memory is the block cache alone."
+    )
     rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from features.actions import ACTION, ERASE, EVENT_DTYPE, Batch
+from features.logs import LoggedActions
 from features.sequence import Definition, Events
 
 _TAIL_AT = 16  # bytes of an event behind event_time_ms and event_id
@@ -39,8 +40,8 @@ class NaiveUser:
         return np.frombuffer(b"".join(reversed(kept[: what.length])), EVENT_DTYPE)
 
 
-def naive_fold(batches: Iterable[Batch]) -> dict[int, NaiveUser]:
-    """What each user's records say, record by record."""
+def naive_fold(batches: Iterable[Batch], base_clock_ms: int = 0) -> dict[int, NaiveUser]:
+    """What each user's records say, record by record. `base_clock_ms`: clock of the base, whose records come as `history_batch`."""
     users: dict[int, NaiveUser] = {}
     clock_ms: dict[int, int] = {}
     for batch in batches:
@@ -48,12 +49,21 @@ def naive_fold(batches: Iterable[Batch]) -> dict[int, NaiveUser]:
             if batch.verdict[i] not in (ACTION, ERASE):
                 continue
             user = users.setdefault(int(batch.users[i]), NaiveUser())
-            user.clock_ms = clock_ms[batch.partition] = max(clock_ms.get(batch.partition, 0), int(batch.append_time_ms[i]))
+            user.clock_ms = clock_ms[batch.partition] = max(clock_ms.get(batch.partition, base_clock_ms), int(batch.append_time_ms[i]))
             if batch.verdict[i] == ACTION:
                 user.events.append((int(batch.offsets[i]), batch.events[i].tobytes()))
             else:
                 user.erasures.append((int(batch.offsets[i]), int(batch.append_time_ms[i])))
     return users
+
+
+def history_batch(history: LoggedActions, log_epoch: int, partition: int) -> Batch:
+    """A base's accepted records as if the log had begun with them: at offsets before 0, by append time, an erasure behind its equals."""
+    order = np.lexsort((history.erase, history.append_time_ms))
+    offsets = np.arange(-len(history), 0)
+    verdict = np.where(history.erase[order], ERASE, ACTION).astype(np.uint8)
+    users, events, append_time_ms = history.users[order], history.events[order], history.append_time_ms[order]
+    return Batch(log_epoch, partition, offsets, append_time_ms, verdict, users, events, {})
 
 
 def _time_ms(event: bytes) -> int:

@@ -7,7 +7,7 @@ freshness skew (what the served sequence did not have yet).
 
 import json
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -49,11 +49,19 @@ class PartitionLog:
     `add` takes the partition's decoded records in offset order; the partition's clock runs over all users' records.
     """
 
-    def __init__(self, users: Collection[int]) -> None:
+    def __init__(
+        self,
+        users: Collection[int],
+        *,
+        base_clock_ms: int = 0,
+        base_row: Callable[[Definition, int], bytes | None] = lambda *_: None,
+    ) -> None:
+        """base_clock_ms, base_row: of the base before offset 0 (`features.base`): its clock, and a user's row in it."""
+        self._base_row = base_row
         self._wanted = np.array(sorted(users), np.uint64)
         self._kept: list[tuple[Batch, _Times]] = []
         self._slices: dict[int, slice] | None = None
-        self._clock_ms = 0
+        self._clock_ms = base_clock_ms
 
     def add(self, batch: Batch) -> None:
         """Keeps the wanted users' records of a batch."""
@@ -66,9 +74,9 @@ class PartitionLog:
             self._slices = None
 
     def rows_at(self, what: Definition, user_id: int, offsets: Iterable[int]) -> list[bytes]:
-        """The user's row at each offset (ascending): the fold of the records up to and including it. b"": the user has no row."""
+        """The user's row at each offset (ascending): the fold of the base and the records up to and including it. b"": there is no row."""
         log, clock_ms = self._records(user_id)
-        row: bytes | None = None
+        row = self._base_row(what, user_id)
         rows, start = [], 0
         for offset in offsets:
             end = int(np.searchsorted(log.offsets, offset, side="right"))

@@ -88,16 +88,16 @@ class RecordLog(Protocol):
 class KafkaLog:
     """A topic in Kafka. What is appended after it was opened is not read."""
 
-    def __init__(self, config: KafkaConfig, topic: str) -> None:
-        """Asks for the log's identity and its offsets.
+    def __init__(self, config: KafkaConfig, topic: str, base: str = "") -> None:
+        """Asks for the log's identity, which includes `base` (`Topics.base`), and its offsets.
 
         Raises:
             KafkaUnavailableError: no broker answered.
             TopicError: there is no such topic.
         """
         self._config = config
-        identity = log_identity(config, topic)
-        self.topic, self.log_epoch = topic, identity.epoch
+        identity = log_identity(config, topic, base)
+        self.topic, self.log_epoch, self.base = topic, identity.epoch, base
         self._consumer = new_reader(config, "replay", enable_partition_eof=True, queued_min_messages=200_000)
         try:
             with answering(config):
@@ -173,6 +173,7 @@ class ParquetLog:
                 raise ArchiveError(f"{self.folder / MANIFEST}: version {manifest['archive_version']}, this program reads {ARCHIVE_VERSION}")
             self.topic: str = manifest["topic"]
             self.log_epoch = int(manifest["log_epoch"], 16)
+            self.base: str = manifest.get("base", "")
             self.partitions = {int(partition): Span(*span) for partition, span in manifest["partitions"].items()}
         except OSError as error:
             raise ArchiveError(
@@ -200,8 +201,10 @@ class ParquetLog:
         """Nothing is held."""
 
 
-def write_archive(log: RecordLog, folder: Path) -> Path:
+def write_archive(log: RecordLog, folder: Path, *, base: str = "") -> Path:
     """Copies a log, whole, into a new folder of Parquet files; the manifest comes last, so half an archive is none.
+
+    `base`: id of the base that the log's epoch includes.
 
     Raises:
         ArchiveError: the folder holds an archive already.
@@ -219,6 +222,7 @@ def write_archive(log: RecordLog, folder: Path) -> Path:
         "archive_version": ARCHIVE_VERSION,
         "topic": log.topic,
         "log_epoch": f"{log.log_epoch:016x}",
+        "base": base,
         "partitions": {str(partition): list(span) for partition, span in sorted(log.partitions.items())},
     }
     temporary = folder / f".{MANIFEST}"

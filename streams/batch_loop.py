@@ -75,6 +75,8 @@ class WorkerConfig:
     """How long a batch that is not full waits for more records."""
     cache_bytes: int = 256 << 20
     write_buffer_bytes: int = 256 << 20
+    direct_reads: bool = False
+    """RocksDB reads and writes its files beside the page cache."""
     view_map_bytes: int = MAP_BYTES
     answer_timeout_s: float = 10.0
     """How long Kafka may take to answer when the worker starts."""
@@ -104,6 +106,7 @@ class BatchLoop:
             definitions(config.domain),
             cache_bytes=config.cache_bytes,
             write_buffer_bytes=config.write_buffer_bytes,
+            direct_reads=config.direct_reads,
         )
         self.core = WorkerCore(
             config.domain,
@@ -203,8 +206,9 @@ class BatchLoop:
     # Assignment: called by librdkafka inside of consume(), in this loop's own thread.
 
     def _follow_log(self, **timeout: float) -> None:
-        self._identity = identity = log_identity(self._config.kafka, self._config.topics.actions, **timeout)
-        self.core.follow(Log(identity.topic, identity.epoch, identity.partition_count, self._first_and_next))
+        topics = self._config.topics
+        self._identity = identity = log_identity(self._config.kafka, topics.actions, topics.base, **timeout)
+        self.core.follow(Log(identity.topic, identity.epoch, identity.partition_count, self._first_and_next, identity.base))
 
     def _first_and_next(self, partition: int) -> tuple[int, int]:
         with answering(self._config.kafka):

@@ -27,6 +27,7 @@ from features.base import Base, BaseError, Erasures, is_accepted
 from features.domain import Domain
 from features.ids import partitions_of
 from features.sequence import Definition, Events, cut_history, fold_history, sort_history
+from streams.archive import RecordLog
 from streams.errors import StateError
 from streams.history import History, RowGroup
 from streams.state import Meta, definitions, fingerprints, row_keys
@@ -163,9 +164,7 @@ def write_rows(
     """Folds sorted history (`sort_history`) of one partition and writes a table for each sequence; returns those that have rows."""
     made = []
     for sequence_id, what in target.kept.items():
-        owners, rows = fold_history(
-            what, users, events, erased, clock_ms=target.clock_ms, log_epoch=target.log_epoch, partition=partition
-        )
+        owners, rows = fold_history(what, users, events, erased, clock_ms=target.clock_ms, log_epoch=target.log_epoch, partition=partition)
         if rows:
             made.append(folder / f"{sequence_id}-{name}.sst")
             write_table(made[-1], row_keys(sequence_id, owners), rows)
@@ -197,7 +196,7 @@ def _missing(state_folder: Path, target: Target, partition_count: int) -> list[i
         clock_ms = held.meta.log_clock_ms
         held.close()
         if clock_ms < target.clock_ms:
-            raise StateError(f"{state_folder / str(partition)}: does not stand on this base: move {state_folder} away, then bootstrap again")
+            raise StateError(f"{state_folder / str(partition)}: not on this base: move {state_folder} away, then bootstrap again")
     return missing
 
 
@@ -246,7 +245,7 @@ _job: _Job | None = None
 
 
 def _take_job(job: _Job) -> None:
-    global _job  # noqa: PLW0603 - a process of the pool works on one job for its whole life
+    global _job
     _job = job
 
 
@@ -315,3 +314,27 @@ def _pieces(paths: list[Path], count: int) -> Iterator[npt.NDArray[np.void]]:
 def _events_of(spilled: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     found: npt.NDArray[np.void] = spilled.view(np.dtype([("user", "<u8"), ("event", _OPAQUE_EVENT)]))["event"]
     return found
+
+
+def check_continues(base: Base, actions: RecordLog, tolerance_ms: int) -> str | None:
+    """What is missing between a base and a log, in words; None where nothing is.
+
+    The log may begin before the history ends. It must not begin later than `tolerance_ms` after: what happened between is in neither. A
+    partition whose first records are gone (retention) must by itself reach back to the history's end. A log without a record is no gap.
+    """
+    firsts: dict[int, int] = {}
+    for partition, span in actions.partitions.items():
+        records = next(iter(actions.read(partition)), None)
+        if records is None:
+            continue
+        firsts[partition] = int(records.append_time_ms[0])
+        if span.start > 0 and firsts[partition] > base.clock_ms + tolerance_ms:
+            return _gap(base, firsts[partition], f"partition {partition} now begins at offset {span.start}")
+    if firsts and min(firsts.values()) > base.clock_ms + tolerance_ms:
+        return _gap(base, min(firsts.values()), "the log begins")
+    return None
+
+
+def _gap(base: Base, first_ms: int, what: str) -> str:
+    end, first = (np.datetime64(time_ms, "ms") for time_ms in (base.clock_ms, first_ms))
+    return f"the history ends at {end}Z and {what} at {first}Z: actions of {(first_ms - base.clock_ms) / 1000:,.0f} s are in neither"

@@ -29,7 +29,7 @@ from features.ports import SequenceCorruptError, SequenceForeignError
 from features.sequence import Definition, apply_batch, clock_after, touched_users
 from protos.v1.actions_pb2 import DeadLetter
 from streams.errors import FencedError, StateError
-from streams.state import Meta, definitions, row_keys
+from streams.state import Meta, check_base, definitions, row_keys
 from streams.store import PartitionStore, Store
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class Log:
     epoch: int
     partition_count: int
     first_and_next: Callable[[int], tuple[int, int]]
+    base: str = ""
+    """The base that its states stand on (`features.base`)."""
 
 
 class View(Protocol):
@@ -263,6 +265,11 @@ class WorkerCore:
             store.close()
             return self._store.restore(meta.partition, meta.log_epoch)
         if wanted >= first:
+            try:
+                check_base(meta, self._following.base, f"partition {meta.partition}")
+            except StateError:
+                store.close()
+                raise
             return store
         store.close()
         what = f"the state ends at offset {meta.applied_offset}" if wanted else "there is no state"
@@ -451,8 +458,8 @@ class WorkerCore:
         return self.hold(partition, self._prepare_from(self._replace(partition, reason)))
 
     def _replace(self, partition: int, reason: str) -> PartitionStore:
-        """A state to go on from in place of a damaged one: a snapshot, or an empty one where the log has everything. The damaged one stays
-        aside.
+        """A state to go on from in place of a damaged one: a snapshot, or an empty one where the log, on no base, has everything. The
+        damaged one stays aside.
 
         Raises:
             StateError: neither is there, and the policy is to fail: nothing was touched.
@@ -470,6 +477,11 @@ class WorkerCore:
                 return self._store.restore(partition, epoch, skip=skip)
             except StateError:
                 log.exception("partition %d: no snapshot could be restored", partition)
+        if self._following.base and self._policy == "fail":
+            raise StateError(
+                f"partition {partition}: the state is damaged ({reason}) and there is no snapshot to restore. Move the partition's folder away "
+                f"and run `freshrank bootstrap` with the history of base {self._following.base}"
+            )
         if first and self._policy == "fail":
             raise StateError(
                 f"partition {partition}: the state is damaged ({reason}), there is no snapshot to restore, and the log starts at {first}. "

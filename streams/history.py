@@ -216,4 +216,3 @@ def read_base(base: Base, history: History, users: set[int]) -> BaseRecords:
     groups = [group for group in history.row_groups() if group.file in names]
     erasures = history.erasures(groups, base.future_tolerance_ms)
     return BaseRecords(base, users, erasures, (records for group in groups for records in history.read(group)))
-

@@ -57,15 +57,18 @@ class Topics:
     dead_letters: str = "freshrank.dead-letters"
     rankings: str = "freshrank.rankings"
     announcements: str = "freshrank.announcements"
+    base: str = ""
+    """Id of the base that the state stands on (`features.base`), "" for none: part of the log's identity, as the topic's own id is."""
 
 
 @dataclass(frozen=True)
 class LogIdentity:
-    """A topic as a log: its epoch (`features.ids.log_epoch`) and its number of partitions."""
+    """A topic as a log: its epoch (`features.ids.log_epoch`), its number of partitions, and the base before its first record."""
 
     topic: str
     epoch: int
     partition_count: int
+    base: str = ""
 
 
 def ensure_topics(
@@ -109,7 +112,7 @@ def ensure_topics(
     while True:
         try:
             check_actions_topic(config, topics.actions, timeout_s=timeout_s)
-            return log_identity(config, topics.actions, timeout_s=timeout_s)
+            return log_identity(config, topics.actions, topics.base, timeout_s=timeout_s)
         except MissingTopicError:
             if not missing or time.monotonic() > deadline_s:
                 raise
@@ -130,8 +133,8 @@ def check_actions_topic(config: KafkaConfig, topic: str, *, timeout_s: float = _
             )
 
 
-def log_identity(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> LogIdentity:
-    """The log that a topic is now.
+def log_identity(config: KafkaConfig, topic: str, base: str = "", *, timeout_s: float = _ANSWER_TIMEOUT_S) -> LogIdentity:
+    """The log that a topic is now, on a base (`Topics.base`).
 
     Raises:
         KafkaUnavailableError: no broker answered.
@@ -142,7 +145,7 @@ def log_identity(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_
         cluster_id = admin.describe_cluster(request_timeout=timeout_s).result().cluster_id
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=timeout_s)[topic].result()
     partition_count = len(described.partitions)
-    return LogIdentity(topic, log_epoch(cluster_id, str(described.topic_id), partition_count), partition_count)
+    return LogIdentity(topic, log_epoch(cluster_id, str(described.topic_id), partition_count, base), partition_count, base)
 
 
 @contextmanager

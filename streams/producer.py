@@ -30,14 +30,16 @@ class ActionProducer:
     future, and the next `flush`, raises ProduceError within `timeout_s`.
     """
 
-    def __init__(self, kafka: KafkaConfig, domain: Domain, topic: str, *, timeout_s: float = 10.0, queue_max: int = 100_000) -> None:
-        """Connects and reads the log's identity.
+    def __init__(
+        self, kafka: KafkaConfig, domain: Domain, topic: str, *, base: str = "", timeout_s: float = 10.0, queue_max: int = 100_000
+    ) -> None:
+        """Connects and reads the log's identity. `base`: see `Topics.base`; positions belong to it.
 
         Raises:
             KafkaUnavailableError: no broker answered within `timeout_s`.
             TopicError: there is no such topic.
         """
-        self.log_identity = log_identity(kafka, topic, timeout_s=timeout_s)
+        self.log_identity = log_identity(kafka, topic, base, timeout_s=timeout_s)
         self._kafka, self._domain, self._topic, self._timeout_s = kafka, domain, topic, timeout_s
         self._counters = dict.fromkeys(("produced", "delivered", "failed"), 0)
         self._lock = threading.Lock()

@@ -73,6 +73,15 @@ class Meta:
         return replace(self, applied_offset=-1, log_clock_ms=0, leader_epoch=-1)
 
 
+def check_base(meta: Meta, base: str, where: str) -> None:
+    """Raises StateError where a state should stand on a base (`Topics.base`) and is empty: the log alone would give other rows."""
+    if base and meta.applied_offset < 0 and not meta.log_clock_ms:
+        raise StateError(
+            f"{where}: the log stands on base {base} and there is no state of it here: run `freshrank bootstrap` with the same history, or "
+            "restore a snapshot"
+        )
+
+
 def definitions(domain: Domain) -> dict[int, Definition]:
     """The definition of every [sequence.NAME] of a domain, by its id, ascending."""
     return {sequence.id: definition(domain, name) for name, sequence in sorted(domain.sequence.items(), key=lambda item: item[1].id)}
