@@ -25,8 +25,7 @@ from streams.worker import run_worker
 
 DEADLINE_S = 60.0
 
-DOMAIN = parse_domain(
-    """
+DOMAIN_TOML = """
 name = "test"
 [entities]
 item = 1
@@ -52,9 +51,8 @@ sequence_length = 20
 item_space = "items"
 [ranker.home.heads.click]
 actions = ["click"]
-""",
-    source="test",
-)
+"""
+DOMAIN = parse_domain(DOMAIN_TOML, source="test")
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
