@@ -25,6 +25,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from deploy.bench_ingest import bench_ingest
+from deploy.bench_large import bench_large
 from deploy.kafka_jars import kafka_version
 from deploy.learn import now_ms
 from deploy.processes import kafka_config, topics
@@ -53,7 +54,15 @@ RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
 REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
 _SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
 _PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_rank = 64, first_k = 5", ""))
-_UNITS = (("_ms", "ms"), ("events_per_s", "events/s"), ("requests_per_s", "requests/s"), ("cpu_us_per_event", "us"), ("_mb", "MB"))
+_UNITS = (
+    ("bytes_", "bytes"),
+    ("_ms", "ms"),
+    ("events_per_s", "events/s"),
+    ("requests_per_s", "requests/s"),
+    ("cpu_us_per_event", "us"),
+    ("_mb", "MB"),
+    ("view_s", "s"),
+)
 
 
 BENCHES = {
@@ -62,6 +71,7 @@ BENCHES = {
     "rank": "deploy.bench:rank",
     "replay": "deploy.bench:replay",
     "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
+    "growth": "deploy.bench_growth:bench_growth",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 
@@ -83,7 +93,7 @@ def run_bench(name: str, runs: int, console: Console) -> dict[str, Any]:
 
 def unit_of(figure: str) -> str:
     """Unit of a figure by its name."""
-    return next((unit for part, unit in _UNITS if part in figure), "bytes" if figure.startswith("bytes") else "1")
+    return next((unit for part, unit in _UNITS if part in figure), "1")
 
 
 def machine() -> str:
@@ -106,7 +116,8 @@ def ingest(runs: int, folder: Path, console: Console) -> Runs:
     """A waiting topic, folded into an empty state."""
     console.print("fills a topic of 3,000,000 records, then folds it into an empty state, once a run")
     found: Runs = bench_ingest(folder, runs=runs)["runs"]
-    return found
+    console.print("then the same into a state of 2,000,000 users, beyond memory")
+    return [small | large for small, large in zip(found, bench_large(runs, folder / "large", console), strict=True)]
 
 
 @dataclass

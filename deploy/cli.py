@@ -379,9 +379,10 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, freshness, rank or replay.")],
+    name: Annotated[str, typer.Argument(help="ingest, freshness, rank, replay, bootstrap or growth.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="growth: also draw it into this PNG file; beside the JSON file where absent.")] = None,
 ) -> None:
     """Measure: starts what it needs and stops it. Median and spread, with machine and versions.
 
@@ -397,6 +398,11 @@ def bench(
     Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    plot = plot or (json_file.with_suffix(".png") if json_file is not None else None)
+    if name == "growth" and plot is not None:
+        from deploy.bench_growth import plot_growth
+
+        plot_growth(result, plot)
 
 
 @app.command()

@@ -58,8 +58,7 @@ def bootstrap(
             now_ms = time.time_ns() // 1_000_000
             if base.clock_ms > now_ms + base.future_tolerance_ms:
                 raise BaseError(f"{log}: append times reach to {base.clock_ms} ms, which is after now, {now_ms}: correct them first")
-            with contextlib.closing(KafkaLog(kafka, names.actions)) as actions:
-                gap = check_continues(base, actions, round(gap_s * 1000))
+            gap = check_continues(base, actions, round(gap_s * 1000))
             if gap and not allow_gap:
                 raise BaseError(f"{gap}. Add the history up to there, or accept the loss with --allow-gap")
             if gap:
@@ -67,7 +66,7 @@ def bootstrap(
 
         columns = TextColumn("{task.description:>5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         started_s = time.monotonic()
-        with Progress(*columns, console=console) as bar:
+        with contextlib.closing(KafkaLog(kafka, names.actions)) as actions, Progress(*columns, console=console) as bar:
             tasks = {step: bar.add_task(step, total=None, start=False) for step in ("read", "fold")}
 
             def progress(step: str, done: int, total: int) -> None:
@@ -77,9 +76,10 @@ def bootstrap(
             base = build(
                 log,
                 load_domain(settings.domain),
-                settings.home / "state",
+                settings.home / "state" / settings.worker_instance,
                 identity.partition_count,
                 lambda base_id: log_identity(kafka, names.actions, base_id).epoch,
+                starts={partition: span.start for partition, span in actions.partitions.items()},
                 check=check,
                 progress=progress,
             )

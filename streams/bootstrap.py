@@ -14,9 +14,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,15 +81,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class Target:
-    """What rows of a base carry: definitions by sequence id, the base's clock, and the log that they stand before."""
+    """What rows of a base carry: definitions by sequence id, the base's clock, and the log that they stand before.
+
+    starts: by partition, the first record that the log still has; 0 where it is not named.
+    """
 
     kept: Mapping[int, Definition]
     clock_ms: int
     log_epoch: int
+    starts: Mapping[int, int] = field(default_factory=dict)
 
     def meta(self, partition: int) -> Meta:
         """Meta of a partition that holds the base and no record of the log."""
-        return replace(initial_meta(partition, self.log_epoch, self.kept), log_clock_ms=self.clock_ms)
+        return replace(initial_meta(partition, self.log_epoch, self.kept, self.starts.get(partition, 0)), log_clock_ms=self.clock_ms)
 
 
 def bootstrap(
@@ -98,6 +103,7 @@ def bootstrap(
     partition_count: int,
     log_epoch_of: Callable[[str], int],
     *,
+    starts: Mapping[int, int] = MappingProxyType({}),
     check: Callable[[Base], None] = lambda _: None,
     processes: int | None = None,
     progress: Progress = lambda *_: None,
@@ -105,8 +111,9 @@ def bootstrap(
 ) -> Base:
     """Builds every partition's store from history; returns the base, whose id the caller hands to every process as `Topics.base`.
 
-    `source`: see `streams.history.History`. `log_epoch_of`: epoch of the log on a base, by the base's id. `check` may refuse a base before
-    anything is built from it. A partition whose state stands on this base already is left as it is.
+    `source`: see `streams.history.History`. `log_epoch_of`: epoch of the log on a base, by the base's id. `starts`: by partition, the
+    first record that the log still has, 0 where absent. `check` may refuse a base before anything is built from it. A partition whose state
+    stands on this base already is left as it is.
 
     Raises:
         BaseError: the history cannot be read or holds no action, or `check` refused it.
@@ -135,7 +142,7 @@ def bootstrap(
                 places = counts.events, counts.erasures, counts.rejected, counts.clock_ms
                 base = Base(files, *places, domain.future_tolerance_ms, fingerprints(kept))
                 check(base)
-                target = Target(kept, base.clock_ms, log_epoch_of(base.id))
+                target = Target(kept, base.clock_ms, log_epoch_of(base.id), dict(starts))
                 missing = _missing(state_folder, target, partition_count)
                 wanted = [(target, p * buckets.ranges + i) for p in missing for i in range(buckets.ranges)]
                 tables: dict[int, list[Path]] = {partition: [] for partition in missing}
@@ -186,17 +193,19 @@ def _missing(state_folder: Path, target: Target, partition_count: int) -> list[i
     missing = []
     store = RocksStore(state_folder, target.kept, cache_bytes=8 << 20, write_buffer_bytes=8 << 20, lock_wait_s=0.0)
     for partition in range(partition_count):
-        if not (state_folder / str(partition)).exists():
+        folder = state_folder / str(partition)
+        if not folder.exists():
             missing.append(partition)
             continue
         try:
             held = store.open(partition, target.log_epoch)
         except StateError as error:
             raise StateError(f"{error}. Bootstrap builds beside no other state: move {state_folder} away, then run it again") from error
-        clock_ms = held.meta.log_clock_ms
+        empty = held.meta == initial_meta(partition, target.log_epoch, target.kept)  # as a worker leaves it that found no base
         held.close()
-        if clock_ms < target.clock_ms:
-            raise StateError(f"{state_folder / str(partition)}: not on this base: move {state_folder} away, then bootstrap again")
+        if empty:
+            shutil.rmtree(folder)
+            missing.append(partition)
     return missing
 
 

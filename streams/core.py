@@ -479,8 +479,8 @@ class WorkerCore:
                 log.exception("partition %d: no snapshot could be restored", partition)
         if self._following.base and self._policy == "fail":
             raise StateError(
-                f"partition {partition}: the state is damaged ({reason}) and there is no snapshot to restore. Move the partition's folder away "
-                f"and run `freshrank bootstrap` with the history of base {self._following.base}"
+                f"partition {partition}: the state is damaged ({reason}) and there is no snapshot to restore. Move its folder away and "
+                f"run `freshrank bootstrap` with the history of base {self._following.base}"
             )
         if first and self._policy == "fail":
             raise StateError(
