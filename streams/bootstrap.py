@@ -278,6 +278,8 @@ def _scatter(group: RowGroup) -> Counts:
         clock_ms = int(records.append_time_ms.max(initial=0, where=accepted))
         counts += Counts(events, erasures, len(records) - events - erasures, clock_ms)
         where = np.flatnonzero(accepted & job.erasures.survives(records))
+        if not len(where):
+            continue
         users = records.users[where]
         bucket = job.buckets.of(users).astype(np.uint16)
         order = np.argsort(bucket, kind="stable")
