@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for _commands in (commands_chaos,):
+for _commands in (commands_bootstrap, commands_chaos):
     _commands.register(app)
 
 
@@ -436,9 +436,6 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
     from deploy import processes
 
     raise typer.Exit(processes.server(settings_for(home, domain)))
-
-
-commands_bootstrap.register(app)
 
 
 def metrics_table(metrics: dict[str, Any], title: str) -> Table:

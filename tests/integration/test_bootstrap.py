@@ -12,6 +12,9 @@ from streams_world import DOMAIN, DOMAIN_TOML, new_world, random_load, read_log,
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.kafka_server import KafkaServer
+from deploy.options import settings_for
+from deploy.processes import kafka_config
 from features.base import Base, BaseError
 from features.ids import partitions_of
 from features.logs import ACTIONS, IMPRESSIONS, LoggedActions, LogWriter, actions_schema
@@ -274,6 +277,24 @@ def test_a_gap_is_refused_unless_allowed(settings, tmp_path):
     allowed = CliRunner().invoke(app, [*command, "--allow-gap"], catch_exceptions=False)
     assert allowed.exit_code == 0
     assert "gap accepted" in allowed.stderr
+
+
+@pytest.mark.servers
+def test_a_local_home_needs_no_running_stack(tmp_path, monkeypatch):
+    """The home's own Kafka runs as long as the command does; what a stack starts there later knows the base."""
+    (tmp_path / "domain.toml").write_text(DOMAIN_TOML, "utf-8")
+    monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
+    source = write_export(tmp_path / "export", history(500, 10, seed=11), files=1)
+    told = CliRunner().invoke(app, ["bootstrap", "--log", str(source), "--domain", str(tmp_path / "domain.toml")], catch_exceptions=False)
+    assert told.exit_code == 0, told.output
+    settings = settings_for(None)
+    assert settings.log_base == told.stdout.strip()
+    assert settings.domain == tmp_path / "home" / "domain.toml"
+    with KafkaServer(settings.home / "kafka") as server:
+        settings = settings.model_copy(update={"kafka_bootstrap": server.bootstrap})
+        identity = log_identity(kafka_config(settings), settings.topic_actions, settings.log_base)
+        rows = rows_of(settings.home / "state" / settings.worker_instance, settings.partitions, identity.epoch)
+    assert len(rows) == 20
 
 
 def test_a_log_cut_behind_the_history_is_a_gap():

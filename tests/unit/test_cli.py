@@ -13,7 +13,7 @@ from features.ids import string_id
 from features.ports import Position
 
 COMMANDS = ("up", "demo", "produce", "rank", "import", "check", "train", "publish", "evaluate", "replay", "erase", "bench", "worker")
-COMMANDS += ("reader", "server")
+COMMANDS += ("reader", "server", "bootstrap")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
