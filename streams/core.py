@@ -264,12 +264,12 @@ class WorkerCore:
         if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
             store.close()
             return self._store.restore(meta.partition, meta.log_epoch)
+        try:
+            check_base(meta, self._following.base, f"partition {meta.partition}")
+        except StateError:
+            store.close()
+            raise
         if wanted >= first:
-            try:
-                check_base(meta, self._following.base, f"partition {meta.partition}")
-            except StateError:
-                store.close()
-                raise
             return store
         store.close()
         what = f"the state ends at offset {meta.applied_offset}" if wanted else "there is no state"
