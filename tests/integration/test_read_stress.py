@@ -1,0 +1,122 @@
+"""Reads under a writer at full speed: every answer of every reader process is one moment of the state.
+
+User u is rewritten by every batch whose number divides by u + 1, with that number in its row. So the watermark alone says which row each
+user must have, also that some have none yet; and the view is made anew from time to time, which readers see as "nothing to read".
+"""
+
+import multiprocessing
+from dataclasses import replace
+from queue import Empty
+
+import numpy as np
+from readers_world import DOMAIN, EPOCH
+
+from features.actions import EVENT_DTYPE
+from features.ports import SequenceUnavailableError
+from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
+from streams.state import Meta, definitions, fingerprints, row_key
+from streams.view import PartitionView, ViewReader
+
+SECONDS, READERS = 4.0, 3
+USERS = [*range(40), 4_999, 9_999, 14_999, 1 << 40]
+"""Those of many digits get their first row late in the run, the last one never."""
+REBUILT_EVERY = 800
+MAP_BYTES = 1 << 26
+
+
+def row_offset(user: int, watermark: int) -> int:
+    """The last batch up to the watermark that rewrote the user; 0: none."""
+    return watermark - watermark % (user + 1)
+
+
+def encoded(user: int, offset: int) -> bytes:
+    """A row whose size changes with the batch, so that pages are split and merged."""
+    events = np.zeros(offset % 5 + 1, EVENT_DTYPE)
+    events["event_time_ms"] = offset
+    return encode_row(Row(user, definition(DOMAIN, "main").fingerprint, EPOCH, 0, offset, NEVER_ERASED, events))
+
+
+def write_for_ever(folder, ready, stop, results) -> None:
+    view, number = PartitionView(folder, 0, map_bytes=MAP_BYTES), 0
+    meta = Meta(EPOCH, 0, 0, 0, fingerprints(definitions(DOMAIN)))
+    view.rebuild((), meta)
+    ready.set()
+    while not stop.is_set():
+        number += 1
+        meta = replace(meta, applied_offset=number)
+        if number % REBUILT_EVERY:
+            users = [user for user in USERS if number % (user + 1) == 0]
+            view.write([row_key(1, user) for user in users], [encoded(user, number) for user in users], meta)
+        else:
+            stored = [(row_key(1, user), encoded(user, row_offset(user, number))) for user in USERS if row_offset(user, number)]
+            view.rebuild(stored, meta)
+    view.close()
+    results.put(("batches", number))
+
+
+def read_for_ever(folder, seed: int, stop, results) -> None:
+    """Puts what was seen, or what was wrong."""
+    random, reader = np.random.default_rng(seed), ViewReader(folder, DOMAIN, 1)
+    counts = dict.fromkeys(("moments", "rows", "without_row", "unavailable", "ages"), 0)
+    latest = -1
+    while not stop.is_set():
+        asked = random.choice(USERS, random.integers(1, len(USERS))).tolist()
+        try:
+            readings = reader.read("main", asked)
+        except SequenceUnavailableError:
+            counts["unavailable"] += 1
+            continue
+        watermark = readings[0].watermark.offset
+        for user, reading in zip(asked, readings, strict=True):
+            found = decode_row(reading.row, user) if reading.row else None
+            offset, stamps = (found.offset, {found.offset, *found.events["event_time_ms"].tolist()}) if found else (0, {0})
+            if (reading.watermark.offset, offset, stamps) != (watermark, row_offset(user, watermark), {offset}):
+                results.put(("wrong", f"user {user}: row {offset} {stamps} at watermark {reading.watermark.offset}, read with {watermark}"))
+                return
+            counts["rows" if found else "without_row"] += 1
+        if watermark < latest:
+            results.put(("wrong", f"watermark {watermark} behind {latest}"))
+            return
+        counts["moments"] += watermark != latest
+        counts["ages"] += 0 <= readings[0].state_age_ms < 60_000
+        latest = watermark
+    reader.close()
+    results.put(("reads", counts))
+
+
+def test_every_read_is_one_moment_while_the_state_is_written(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, stop, results = context.Event(), context.Event(), context.Queue()
+    writer = context.Process(target=write_for_ever, args=(tmp_path, ready, stop, results))
+    readers = [context.Process(target=read_for_ever, args=(tmp_path, seed, stop, results)) for seed in range(READERS)]
+    writer.start()
+    found: dict[str, list] = {"wrong": [], "reads": [], "batches": []}
+    try:
+        assert ready.wait(60)
+        for reader in readers:
+            reader.start()
+        try:
+            name, value = results.get(timeout=SECONDS)  # only a wrong answer comes before the stop
+            found[name].append(value)
+        except Empty:
+            pass
+        stop.set()
+        for _ in range(1 + READERS - len(found["wrong"])):
+            name, value = results.get(timeout=60)
+            found[name].append(value)
+    finally:
+        stop.set()
+        for process in (writer, *readers):
+            if process.pid is not None:
+                process.join(30)
+    assert found["wrong"] == []
+    assert [process.exitcode for process in (writer, *readers)] == [0] * (1 + READERS)
+    assert found["batches"][0] > 3 * REBUILT_EVERY
+    for counts in found["reads"]:
+        assert min(counts["moments"], counts["rows"], counts["without_row"], counts["ages"]) > 100, counts
+    assert sum(counts["unavailable"] for counts in found["reads"]), "no reader met a view that was being made anew"
+
+
+def test_the_check_sees_a_row_of_another_moment():
+    assert [row_offset(user, 12) for user in (0, 3, 4, 11, 12)] == [12, 12, 10, 12, 0]
+    assert decode_row(encoded(4, 10)).events["event_time_ms"].tolist() == [10]
