@@ -374,7 +374,7 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, freshness, rank or replay.")],
+    name: Annotated[str, typer.Argument(help="ingest, freshness, read, rank or replay.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
 ) -> None:
