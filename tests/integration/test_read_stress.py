@@ -5,6 +5,7 @@ user must have, also that some have none yet; and the view is made anew from tim
 """
 
 import multiprocessing
+import time
 from dataclasses import replace
 
 import numpy as np
