@@ -36,7 +36,6 @@ from deploy.stack import Stack, ranking_client
 from features.actions import EVENT_DTYPE
 from features.domain import Domain, load_domain
 from features.ports import Position
-from features.sequence import decode_row
 from features.tables import Member, item_member, write_generation
 from inference.client import feature_column
 from inference.release import write_release
@@ -44,12 +43,10 @@ from inference.transact import TransActRanker
 from protos.v1.ranking_pb2 import RankRequest
 from streams.kafka import end_offsets
 from streams.producer import ActionProducer
-from streams.view import ViewReader
 
 Runs = list[dict[str, float]]
 USERS, ITEMS, HISTORY = 1_000, 10_000, 100
 EVENTS_PER_S = 1_000
-FRESHNESS_S, FRESHNESS_SAMPLED = 20.0, 10
 RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
 REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
 _SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
@@ -67,7 +64,8 @@ _UNITS = (
 
 BENCHES = {
     "ingest": "deploy.bench:ingest",
-    "freshness": "deploy.bench:freshness",
+    "freshness": "deploy.bench_freshness:bench_freshness",
+    "read": "deploy.bench_read:bench_read",
     "rank": "deploy.bench:rank",
     "replay": "deploy.bench:replay",
     "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
@@ -221,50 +219,6 @@ def write_untrained_release(home: Path, domain_path: Path, random: np.random.Gen
         metrics={},
     )
     return domain
-
-
-def freshness(runs: int, folder: Path, console: Console) -> Runs:
-    """From `produce()` to the answer of a reader in another process."""
-    console.print(f"{EVENTS_PER_S} events/s, open loop, {FRESHNESS_S:.0f} s a run; produce() to the answer of a reader in another process")
-    with _world(folder, ("worker",)) as world:
-        return [_freshness_run(world) for _ in range(runs)]
-
-
-def _freshness_run(world: _World) -> dict[str, float]:
-    view = ViewReader(world.settings.home / "view", world.domain, world.settings.partitions)
-    waiting: dict[int, tuple[float, int]] = {}
-    lock, done, found_ms = threading.Lock(), threading.Event(), []
-
-    def watch() -> None:
-        while not done.is_set() or waiting:
-            with lock:
-                now_waiting = dict(waiting)
-            for event_id, (started_s, user_id) in now_waiting.items():
-                (reading,) = view.read("main", [user_id])
-                seen = bool(reading.row) and event_id in decode_row(reading.row).events["event_id"].tolist()
-                if seen or time.perf_counter() - started_s > 10:
-                    found_ms.append((time.perf_counter() - started_s) * 1e3)
-                    with lock:
-                        del waiting[event_id]
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    begin_s = time.perf_counter()
-    for i in range(int(FRESHNESS_S * EVENTS_PER_S)):
-        due_s = begin_s + i / EVENTS_PER_S
-        time.sleep(max(0.0, due_s - time.perf_counter()))
-        if i % FRESHNESS_SAMPLED:
-            world.produce()
-        else:
-            user_id, event_id, _ = world.produce()
-            with lock:
-                waiting[event_id] = (due_s, user_id)  # from when it was due: a late producer's delay counts
-    done.set()
-    watcher.join()
-    view.close()
-    p50, p99 = np.percentile(found_ms, (50, 99))
-    return {"visible_ms_p50": float(p50), "visible_ms_p99": float(p99)}
 
 
 def rank(runs: int, folder: Path, console: Console) -> Runs:

@@ -62,6 +62,10 @@ def reader(settings: Settings) -> int:
         partition_count=_partition_count(settings),
         host=settings.reader_host,
         port=settings.reader_port,
+        certificate=settings.tls_certificate,
+        key=settings.tls_key,
+        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        calls_max=settings.reader_calls_max,
         reflection=settings.reflection,
     )
     return run_reader(config, lambda details: report_ready(details["address"]))

@@ -71,12 +71,17 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the servers; with tls_key they serve TLS.")
     tls_authority: Path | None = Field(None, description="PEM certificate of the authority that commands trust when they call the server.")
     tls_key: Path | None = Field(None, validate_default=True, description="PEM private key of tls_certificate.")
-    server_token: SecretStr | None = Field(None, description="Bearer token that every ranking call must carry; none: calls are open.")
+    server_token: SecretStr | None = Field(
+        None, description="Bearer token that every ranking and sequence call must carry; none: calls are open."
+    )
     server_host: str = Field("127.0.0.1", validate_default=True, description="Address the ranking server binds; without TLS only loopback.")
     server_port: Port = Field(0, description="Port of the ranking server.")
     server_address: Address = Field("", description="host:port of the ranking server that commands call; empty: the local stack's.")
-    reader_host: str = Field("127.0.0.1", description="Address the sequence reader binds; only loopback.")
+    reader_host: str = Field(
+        "127.0.0.1", validate_default=True, description="Address the sequence reader binds; without TLS only loopback."
+    )
     reader_port: Port = Field(0, description="Port of the sequence reader.")
+    reader_calls_max: PositiveInt = Field(256, description="Calls that the sequence reader answers at once; more get RESOURCE_EXHAUSTED.")
     reflection: bool = Field(True, description="gRPC reflection, for tools such as grpcurl; switch it off where the server is public.")
 
     rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
@@ -114,18 +119,11 @@ class Settings(BaseSettings):
             raise ValueError("tls_certificate and tls_key belong together: set both or neither")
         return value
 
-    @field_validator("server_host")
+    @field_validator("server_host", "reader_host")
     @classmethod
     def _open_only_with_tls(cls, value: str, info: ValidationInfo) -> str:
         if "tls_key" in info.data and info.data["tls_key"] is None and not _is_loopback(value):
             raise ValueError(f"{value} is not a loopback address: set tls_certificate and tls_key, or bind 127.0.0.1")
-        return value
-
-    @field_validator("reader_host")
-    @classmethod
-    def _loopback_only(cls, value: str) -> str:
-        if not _is_loopback(value):
-            raise ValueError(f"{value} is not a loopback address: the sequence reader has no TLS yet and binds loopback only")
         return value
 
     @classmethod

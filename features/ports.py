@@ -1,7 +1,7 @@
 """What the ranking server and replay need from outside of `features` and `inference`: `deploy` hands the real parts in."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -26,22 +26,36 @@ class Reading:
     watermark: Position
     log_clock_ms: int
     """Greatest append time of the partition at the watermark, milliseconds; 0: nothing appended yet."""
+    state_age_ms: int = field(default=-1, compare=False)
+    """How long before the read the state last included the log's end, by the machine's clock, milliseconds; -1: not known.
+
+    It says when the reading was made, not what was read: two readings of one state are equal.
+    """
 
 
 class SequenceReader(Protocol):
-    """Reads sequences: one interface for the local view and, later, for remote owners."""
+    """Reads sequences: one interface for the local view and for a reader service on another machine.
+
+    A local reader answers from memory within microseconds and may be called from an event loop. A remote one waits for the network, up to
+    its deadline: call it from a thread. Readers may be shared between threads.
+    """
 
     def read(self, sequence: str, user_ids: Seq[int]) -> list[Reading]:
-        """One reading a user, in order. Never blocks on the network.
+        """One reading a user, in order; those of one partition and one call to its owner are of one moment.
 
         Raises:
-            SequenceUnavailableError: no state is there to read (yet).
+            KeyError: the domain file does not define the sequence.
+            SequenceUnavailableError: no state is there to read (yet), or, remote, no answer came within the deadline.
             SequenceCorruptError: a row fails its checksum or belongs to another user: DATA_LOSS.
         """
         ...
 
     def position(self, user_id: int) -> Position:
-        """The watermark that a read of this user would have now: cheap, for waiting on `after`."""
+        """The watermark that a read of this user would have now: cheap, for waiting on `after`.
+
+        Raises:
+            SequenceUnavailableError: see `read`.
+        """
         ...
 
     def statistics(self) -> dict[str, float]:
@@ -70,7 +84,7 @@ class RankingSink(Protocol):
 
 
 class SequenceUnavailableError(RuntimeError):
-    """No state to read: the worker has not published a view, or the partition is not here."""
+    """No state to read: the worker has not published a view, the partition is not here, or its reader service does not answer."""
 
 
 class SequenceCorruptError(RuntimeError):

@@ -47,8 +47,19 @@ HEADER_DTYPE = np.dtype(
 
 _SCHEMA_1 = np.dtype([field for field in EVENT_DTYPE.descr if field[0] != "request_id"])
 _WIDTHS = {1: _SCHEMA_1.itemsize, SCHEMA_VERSION: EVENT_DTYPE.itemsize}
+_FINGERPRINT = slice(HEADER_DTYPE.fields["fingerprint"][1], HEADER_DTYPE.fields["fingerprint"][1] + 8)  # type: ignore[index]
 _HEADER_WORDS, _EVENT_WORDS = HEADER_DTYPE.itemsize // 8, EVENT_DTYPE.itemsize // 8
 _OPAQUE = np.dtype(f"V{EVENT_DTYPE.itemsize}")
+
+
+def row_bytes_max(length: int) -> int:
+    """Size of the longest row of a sequence of `length` events."""
+    return HEADER_DTYPE.itemsize + length * EVENT_DTYPE.itemsize
+
+
+def row_fingerprint(row: bytes) -> int:
+    """Fingerprint of a row's definition, read without decoding it; the row is not checked."""
+    return int.from_bytes(row[_FINGERPRINT], "little")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""The gRPC sequence reader: the local view, for programs in other languages or on other machines. A process of its own."""
+"""The gRPC sequence reader: the local view, for programs in other languages or on other machines. A process of its own.
+
+Every part is bounded: users, bytes and calls at once by the limits here, the health check by looking at one partition at a time.
+`streams/remote_reader.py` is the client.
+"""
 
 import asyncio
+import hmac
+import ipaddress
 import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -15,15 +21,23 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from features.domain import Domain
-from features.ports import SequenceCorruptError, SequenceReader, SequenceUnavailableError
+from features.ports import Position, Reading, SequenceCorruptError, SequenceReader, SequenceUnavailableError
+from features.sequence import row_bytes_max
 from protos.v1 import sequence_pb2, sequence_pb2_grpc
-from protos.v1.actions_pb2 import Position
+from protos.v1.actions_pb2 import Position as WirePosition
 from streams.errors import StreamError
 from streams.view import ViewReader
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 USERS_MAX = 1_000
+ANSWER_BYTES_MAX = 16 << 20
+"""Limits of one call. Both ends know them, so that a client cuts what it asks for and never meets the transport's own limit."""
+
+_REQUEST_BYTES_MAX = 16 << 10
+_READING_BYTES_MAX = 80  # what stands around a row in the answer
 _STOP_GRACE_S = 2.0
 _HEALTH_PERIOD_S = 0.5
 _SERVICE = "freshrank.v1.SequenceReader"
@@ -31,74 +45,114 @@ _SERVICE = "freshrank.v1.SequenceReader"
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """Everything that the reader service needs. `port` 0: a free one. `reflection`: for grpcurl and the like in a local profile."""
+    """Everything that the reader service needs. `port` 0: a free one. `reflection`: for grpcurl and the like in a local profile.
+
+    A host that is not loopback needs `certificate` and `key` (PEM). With `token`, every read must carry it as its bearer token; health
+    needs none. More than `calls_max` calls at once are refused with RESOURCE_EXHAUSTED.
+    """
 
     domain: Domain
     view_folder: Path
     partition_count: int
     host: str = "127.0.0.1"
     port: int = 0
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = None
+    calls_max: int = 256
     reflection: bool = False
     log_level: str = "INFO"
 
 
 class ReaderServicer(sequence_pb2_grpc.SequenceReaderServicer):  # type: ignore[misc]
-    """Answers GetSequences from any `SequenceReader`."""
+    """Answers from any `SequenceReader` that does not wait."""
 
-    def __init__(self, domain: Domain, reader: SequenceReader) -> None:
-        self._sequences = sorted(domain.sequence)
+    def __init__(self, domain: Domain, reader: SequenceReader, token: str | None = None) -> None:
+        self._users_max = {name: users_max(domain, name) for name in sorted(domain.sequence)}
         self._reader = reader
+        self._authorization = f"Bearer {token}".encode() if token is not None else None
 
     async def GetSequences(  # noqa: N802
         self, request: sequence_pb2.GetSequencesRequest, context: grpc.aio.ServicerContext
     ) -> sequence_pb2.GetSequencesResponse:
         """See protos/v1/sequence.proto."""
-        if request.sequence not in self._sequences:
-            message = f"sequence: {request.sequence!r} is not defined; allowed: {', '.join(self._sequences)}"
+        await self._admit(context)
+        if request.sequence not in self._users_max:
+            message = f"sequence: {request.sequence!r} is not defined; allowed: {', '.join(self._users_max)}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        if len(request.user_ids) % 8 or not 0 < len(request.user_ids) <= 8 * USERS_MAX:
-            message = f"user_ids: {len(request.user_ids)} bytes are not 1 to {USERS_MAX} packed little-endian 64-bit integers"
+        most = self._users_max[request.sequence]
+        if len(request.user_ids) % 8 or not 0 < len(request.user_ids) <= 8 * most:
+            message = f"user_ids: {len(request.user_ids)} bytes are not 1 to {most} packed little-endian 64-bit integers"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
         users = np.frombuffer(request.user_ids, "<u8").tolist()
-        try:
-            readings = self._reader.read(request.sequence, users)
-        except SequenceUnavailableError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        except SequenceCorruptError as error:
-            log.exception("a row cannot be trusted")
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-        return sequence_pb2.GetSequencesResponse(
-            sequences=[
-                sequence_pb2.UserSequence(
-                    user_id=reading.user_id,
-                    row=reading.row,
-                    watermark=Position(
-                        log_epoch=reading.watermark.log_epoch, partition=reading.watermark.partition, offset=reading.watermark.offset
-                    ),
-                    log_clock_ms=reading.log_clock_ms,
-                )
-                for reading in readings
-            ]
-        )
+        readings = await _answer(context, lambda: self._reader.read(request.sequence, users))
+        return sequence_pb2.GetSequencesResponse(sequences=map(_wire_reading, readings))
+
+    async def GetPosition(  # noqa: N802
+        self, request: sequence_pb2.GetPositionRequest, context: grpc.aio.ServicerContext
+    ) -> WirePosition:
+        """See protos/v1/sequence.proto."""
+        await self._admit(context)
+        return _wire_position(await _answer(context, lambda: self._reader.position(request.user_id)))
+
+    async def _admit(self, context: grpc.aio.ServicerContext) -> None:
+        if self._authorization is None:
+            return
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if not hmac.compare_digest(str(given).encode(), self._authorization):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: this reader needs its bearer token")
+
+
+async def _answer(context: grpc.aio.ServicerContext, read: Callable[[], Answer]) -> Answer:
+    try:
+        return read()
+    except SequenceUnavailableError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    except SequenceCorruptError as error:
+        log.exception("a row cannot be trusted")
+        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+    raise AssertionError("unreachable: abort raises")
+
+
+def users_max(domain: Domain, sequence: str) -> int:
+    """Most users of one call: as many as fit an answer of ANSWER_BYTES_MAX with the longest rows, and at most USERS_MAX."""
+    return min(USERS_MAX, ANSWER_BYTES_MAX // (row_bytes_max(domain.sequence[sequence].length) + _READING_BYTES_MAX))
+
+
+def _wire_position(position: Position) -> WirePosition:
+    return WirePosition(log_epoch=position.log_epoch, partition=position.partition, offset=position.offset)
+
+
+def _wire_reading(reading: Reading) -> sequence_pb2.UserSequence:
+    return sequence_pb2.UserSequence(
+        user_id=reading.user_id,
+        row=reading.row,
+        watermark=_wire_position(reading.watermark),
+        log_clock_ms=reading.log_clock_ms,
+        state_age_ms=None if reading.state_age_ms < 0 else reading.state_age_ms,
+    )
 
 
 async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
     """Serves until cancelled. `on_ready` gets the address once the port is open; health says SERVING once there is a view to read.
 
     Raises:
-        StreamError: the port cannot be had.
+        StreamError: the port cannot be had, or must not be used without encryption.
     """
+    credentials = _credentials(config)
     reader = ViewReader(config.view_folder, config.domain, config.partition_count)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    sequence_pb2_grpc.add_SequenceReaderServicer_to_server(ReaderServicer(config.domain, reader), server)
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _REQUEST_BYTES_MAX)]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=config.calls_max)
+    sequence_pb2_grpc.add_SequenceReaderServicer_to_server(ReaderServicer(config.domain, reader, config.token), server)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.reflection:
         reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+    address = f"{config.host}:{config.port}"
     try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
-        raise StreamError(f"{config.host}:{config.port}: the port cannot be opened: {error}") from error
+        raise StreamError(f"{address}: the port cannot be opened: {error}") from error
     await server.start()
     try:
         on_ready({"address": f"{config.host}:{port}"})
@@ -127,14 +181,37 @@ def run_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] 
     return asyncio.run(serve())
 
 
+def _credentials(config: ReaderConfig) -> grpc.ServerCredentials | None:
+    """The service's TLS; None: without, which only loopback may be. Raises StreamError, naming what is missing."""
+    if (config.certificate is None) != (config.key is None):
+        raise StreamError("certificate, key: give both or none")
+    if config.certificate is not None and config.key is not None:
+        try:
+            return grpc.ssl_server_credentials([(config.key.read_bytes(), config.certificate.read_bytes())])
+        except OSError as error:
+            raise StreamError(f"certificate, key: {error}") from error
+    try:
+        loopback = ipaddress.ip_address(config.host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = config.host == "localhost"
+    if not loopback:
+        raise StreamError(f"host: {config.host} can be reached from outside: give certificate and key")
+    return None
+
+
 async def _report_health(reader: ViewReader, health: health_aio.HealthServicer, partition_count: int) -> None:
     """SERVING while every partition has a view here that can be trusted; for ever."""
     corrupt = ""
     while True:
-        try:
-            whole, found = len(reader.positions()) == partition_count, ""
-        except SequenceCorruptError as error:
-            whole, found = False, str(error)
+        whole, found = True, ""
+        for partition in range(partition_count):
+            try:
+                reader.partition_position(partition)
+            except SequenceUnavailableError:
+                whole = False
+            except SequenceCorruptError as error:
+                whole, found = False, str(error)
+            await asyncio.sleep(0)  # a read waits for one partition's check, not for all of them
         if found and found != corrupt:
             log.error("not serving: %s", found)
         corrupt = found

@@ -1,9 +1,10 @@
 """The view: rows and watermark of one moment, for readers in other processes. The only home of `lmdb`.
 
 One LMDB environment a partition. The worker writes it right after the store's WriteBatch, all rows of the batch and the meta row in one
-transaction; a reader's transaction therefore sees rows and applied offset of one moment, also for a user without a row. The view is a copy:
-it is not synced to disk, and where it does not agree with the store the worker brings it to the store's moment, or makes it anew (another
-log, definition or boot of the machine); readers meanwhile are told that there is nothing to read yet.
+transaction; a reader's transaction therefore sees rows and applied offset of one moment, also for a user without a row. Beside them stands
+when the state last included the log's end, from which readers tell its age. The view is a copy: it is not synced to disk, and where it does
+not agree with the store the worker brings it to the store's moment, or makes it anew (another log, definition or boot of the machine);
+readers meanwhile are told that there is nothing to read yet.
 
 The workers of one machine share the views. Whoever opens one for writing takes it over: a token in it is raised, and every later
 transaction of an older owner fails. Two owners of a moment therefore never mix their writes.
@@ -11,20 +12,22 @@ transaction of an older owner fails. Two owners of a moment therefore never mix 
 
 import fcntl
 import logging
+import os
 import shutil
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
 from features.domain import Domain
-from features.ids import partition_of, user_key
+from features.ids import partition_of, partitions_of, user_key
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
 from features.sequence import HEADER_DTYPE, decode_row
 from streams.errors import FencedError, StateError, ViewError
@@ -41,6 +44,7 @@ _BOOT_FILE = "boot"
 _LOCK_FILE = "writer"
 _DATA_FILE = "data.mdb"
 _NO_META = b""
+_HASHED_AT_ONCE = 16
 _NOTHING = -2  # below the -1 of a state without any record
 OWNER_KEY = b"\x00owner"
 """Token of the newest owner, 8 bytes little-endian; like every key that starts with a zero byte it sorts before the rows."""
@@ -224,6 +228,7 @@ class ViewReader:
         """`folder` is the worker's view folder; it may be empty still."""
         self._folder = Path(folder)
         self._partition_count = partition_count
+        self._files = [str(self._folder / str(partition) / _DATA_FILE) for partition in range(partition_count)]
         self._sequence_ids = {name: sequence.id for name, sequence in domain.sequence.items()}
         self._fingerprints = fingerprints(definitions(domain))
         self._open: dict[int, tuple[tuple[int, int], lmdb.Environment]] = {}
@@ -237,17 +242,18 @@ class ViewReader:
         self._counters["reads"] += 1
         self._counters["users"] += len(user_ids)
         by_partition: dict[int, list[int]] = {}
-        for i, user_id in enumerate(user_ids):
-            by_partition.setdefault(partition_of(user_key(user_id), self._partition_count), []).append(i)
+        for i, partition in enumerate(self._partitions(user_ids)):
+            by_partition.setdefault(partition, []).append(i)
         readings: list[Reading | None] = [None] * len(user_ids)
         try:
             for partition, indices in by_partition.items():
                 keys = [row_key(sequence_id, user_ids[i]) for i in indices]
-                meta, rows = self._fetch(partition, keys)
+                meta, caught_up_ms, rows = self._fetch(partition, keys)
+                age_ms = -1 if caught_up_ms is None else max(0, time.time_ns() // 1_000_000 - caught_up_ms)
                 watermark = Position(meta.log_epoch, partition, meta.applied_offset)
                 for i, row in zip(indices, rows, strict=True):
-                    self._check(row, user_ids[i])
-                    readings[i] = Reading(user_ids[i], row, watermark, meta.log_clock_ms)
+                    check_row(row, user_ids[i])
+                    readings[i] = Reading(user_ids[i], row, watermark, meta.log_clock_ms, age_ms)
         except SequenceUnavailableError:
             self._counters["unavailable"] += 1
             raise
@@ -258,19 +264,19 @@ class ViewReader:
 
     def position(self, user_id: int) -> Position:
         """See `features.ports.SequenceReader.position`."""
-        partition = partition_of(user_key(user_id), self._partition_count)
-        meta, _ = self._fetch(partition, ())
+        return self.partition_position(partition_of(user_key(user_id), self._partition_count))
+
+    def partition_position(self, partition: int) -> Position:
+        """The watermark of a partition. Raises as `read`."""
+        meta, _, _ = self._fetch(partition, ())
         return Position(meta.log_epoch, partition, meta.applied_offset)
 
     def positions(self) -> list[Position]:
         """The watermark of every partition that has a view now."""
         found = []
         for partition in range(self._partition_count):
-            try:
-                meta, _ = self._fetch(partition, ())
-            except SequenceUnavailableError:
-                continue
-            found.append(Position(meta.log_epoch, partition, meta.applied_offset))
+            with suppress(SequenceUnavailableError):
+                found.append(self.partition_position(partition))
         return found
 
     def statistics(self) -> dict[str, float]:
@@ -283,12 +289,20 @@ class ViewReader:
             environment.close()
         self._open.clear()
 
-    def _fetch(self, partition: int, keys: Seq[bytes]) -> tuple[Meta, list[bytes]]:
-        """Meta and rows of one moment; an empty row where there is none."""
+    def _partitions(self, user_ids: Seq[int]) -> Seq[int]:
+        """Each user's partition: one by one in Python where they are few, else at once."""
+        if len(user_ids) < _HASHED_AT_ONCE:
+            return [partition_of(user_key(user_id), self._partition_count) for user_id in user_ids]
+        found: list[int] = partitions_of(np.array(user_ids, np.uint64), self._partition_count).tolist()
+        return found
+
+    def _fetch(self, partition: int, keys: Seq[bytes]) -> tuple[Meta, int | None, list[bytes]]:
+        """Meta, when the state was caught up, and rows, of one moment; an empty row where there is none."""
         environment = self._environment(partition)
         try:
             with environment.begin() as transaction:
                 encoded = transaction.get(META_KEY)
+                caught_up = transaction.get(BEAT_KEY)
                 rows = [transaction.get(key, b"") for key in keys]
         except lmdb.MapResizedError:
             environment.set_mapsize(0)  # the worker's limit was raised: adopt its size
@@ -296,7 +310,7 @@ class ViewReader:
         except lmdb.Error as error:
             raise SequenceUnavailableError(f"{self._folder / str(partition)}: the view cannot be read: {error}") from error
         self._counters["rows_missing"] += rows.count(b"")
-        return self._meta(partition, encoded), rows
+        return self._meta(partition, encoded), None if caught_up is None else int.from_bytes(caught_up, "little"), rows
 
     def _meta(self, partition: int, encoded: bytes | None) -> Meta:
         if not encoded:
@@ -317,16 +331,16 @@ class ViewReader:
 
     def _environment(self, partition: int) -> lmdb.Environment:
         """The partition's environment; opened again where the worker replaced the file."""
-        path = self._folder / str(partition)
         known = self._open.get(partition)
         try:
-            identity = _identity(path / _DATA_FILE)
+            identity = _identity(self._files[partition])
         except OSError as error:
+            path = self._folder / str(partition)
             raise SequenceUnavailableError(f"{path}: no view of partition {partition} yet: is the worker running?") from error
         if known is not None and known[0] == identity:
             return known[1]
         with self._opening:
-            return self._reopen(partition, path, identity)
+            return self._reopen(partition, self._folder / str(partition), identity)
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:
@@ -338,7 +352,7 @@ class ViewReader:
                 del self._open[partition]
                 self._counters["reopened"] += 1
             environment = lmdb.open(str(path), map_size=MAP_BYTES, readonly=True, max_readers=_READERS_MAX, max_spare_txns=4)
-            if _identity(path / _DATA_FILE) != identity:
+            if _identity(self._files[partition]) != identity:
                 environment.close()
                 raise SequenceUnavailableError(f"{path}: the worker is replacing the view: retry")
         except (OSError, lmdb.Error) as error:
@@ -347,11 +361,16 @@ class ViewReader:
         self._open[partition] = (identity, environment)
         return environment
 
-    def _check(self, row: bytes, user_id: int) -> None:
-        """The header's own checks in two comparisons; `decode_row` says what is wrong."""
-        if row and (row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little") or row[16:24] != user_id.to_bytes(8, "little")):
-            decode_row(row, user_id)
-            raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
+
+def check_row(row: bytes, user_id: int) -> None:
+    """The header's own checks in two comparisons; an empty row is none.
+
+    Raises:
+        SequenceCorruptError: the row is damaged or of another user; the message of `decode_row` says what is wrong.
+    """
+    if row and (row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little") or row[16:24] != user_id.to_bytes(8, "little")):
+        decode_row(row, user_id)
+        raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
 
 
 def check_owner(stored: bytes | None, token: int) -> None:
@@ -373,8 +392,8 @@ def disk_bytes(folder: str | Path) -> Mapping[int, int]:
     return {int(path.parent.name): path.stat().st_size for path in Path(folder).glob(f"*/{_DATA_FILE}") if path.parent.name.isdigit()}
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116 - at every read: pathlib takes three times as long
     return status.st_ino, status.st_dev
 
 

@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GetPositionRequest(_message.Message):
+    __slots__ = ("user_id",)
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    user_id: int
+    def __init__(self, user_id: _Optional[int] = ...) -> None: ...
+
 class GetSequencesRequest(_message.Message):
     __slots__ = ("sequence", "user_ids")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -22,13 +28,15 @@ class GetSequencesResponse(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[UserSequence, _Mapping]]] = ...) -> None: ...
 
 class UserSequence(_message.Message):
-    __slots__ = ("user_id", "row", "watermark", "log_clock_ms")
+    __slots__ = ("user_id", "row", "watermark", "log_clock_ms", "state_age_ms")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     LOG_CLOCK_MS_FIELD_NUMBER: _ClassVar[int]
+    STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     user_id: int
     row: bytes
     watermark: _actions_pb2.Position
     log_clock_ms: int
-    def __init__(self, user_id: _Optional[int] = ..., row: _Optional[bytes] = ..., watermark: _Optional[_Union[_actions_pb2.Position, _Mapping]] = ..., log_clock_ms: _Optional[int] = ...) -> None: ...
+    state_age_ms: int
+    def __init__(self, user_id: _Optional[int] = ..., row: _Optional[bytes] = ..., watermark: _Optional[_Union[_actions_pb2.Position, _Mapping]] = ..., log_clock_ms: _Optional[int] = ..., state_age_ms: _Optional[int] = ...) -> None: ...

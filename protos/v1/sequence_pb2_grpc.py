@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from protos.v1 import actions_pb2 as protos_dot_v1_dot_actions__pb2
 from protos.v1 import sequence_pb2 as protos_dot_v1_dot_sequence__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -40,6 +41,11 @@ class SequenceReaderStub:
                 request_serializer=protos_dot_v1_dot_sequence__pb2.GetSequencesRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_sequence__pb2.GetSequencesResponse.FromString,
                 _registered_method=True)
+        self.GetPosition = channel.unary_unary(
+                '/freshrank.v1.SequenceReader/GetPosition',
+                request_serializer=protos_dot_v1_dot_sequence__pb2.GetPositionRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_actions__pb2.Position.FromString,
+                _registered_method=True)
 
 
 class SequenceReaderServicer:
@@ -52,6 +58,13 @@ class SequenceReaderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPosition(self, request, context):
+        """The watermark that a read of this user would have now: cheap, for waiting until the state includes an action.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SequenceReaderServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +72,11 @@ def add_SequenceReaderServicer_to_server(servicer, server):
                     servicer.GetSequences,
                     request_deserializer=protos_dot_v1_dot_sequence__pb2.GetSequencesRequest.FromString,
                     response_serializer=protos_dot_v1_dot_sequence__pb2.GetSequencesResponse.SerializeToString,
+            ),
+            'GetPosition': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPosition,
+                    request_deserializer=protos_dot_v1_dot_sequence__pb2.GetPositionRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_actions__pb2.Position.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +107,33 @@ class SequenceReader:
             '/freshrank.v1.SequenceReader/GetSequences',
             protos_dot_v1_dot_sequence__pb2.GetSequencesRequest.SerializeToString,
             protos_dot_v1_dot_sequence__pb2.GetSequencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPosition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/freshrank.v1.SequenceReader/GetPosition',
+            protos_dot_v1_dot_sequence__pb2.GetPositionRequest.SerializeToString,
+            protos_dot_v1_dot_actions__pb2.Position.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,13 +1,10 @@
-"""One suite over every sequence reader: the LMDB view, and one in memory that is built on the naive oracle."""
+"""One suite over every sequence reader: the LMDB view, the same behind gRPC, and one in memory that is built on the naive oracle."""
 
-import asyncio
 import multiprocessing
-import queue
 import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 import grpc
@@ -15,139 +12,33 @@ import lmdb
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from readers_world import DOMAIN, EPOCH, PARTITIONS, USERS, OracleReader, batches, build_view, partition_for, serving
 
-from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
-from features.domain import parse_domain
-from features.ids import partition_of, user_key
-from features.oracle import naive_fold
+from features.actions import EVENT_DTYPE
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
 from protos.v1.sequence_pb2 import GetSequencesRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
-from streams.core import fold_batch
 from streams.errors import StreamError, ViewError
-from streams.memory import MemoryStore
-from streams.reader_service import ReaderConfig, serve_reader
+from streams.reader_service import ReaderConfig
+from streams.remote_reader import RemoteReader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 from streams.view import PartitionView, ViewReader
 
-PARTITIONS = 2
-EPOCH = 9
-DOMAIN = parse_domain(
-    """
-name = "test"
-[entities]
-item = 1
-[actions.click]
-id = 1
-kind = "positive"
-[actions.view]
-id = 2
-kind = "impression"
-[sequence.main]
-id = 1
-length = 4
-[sequence.clicks]
-id = 2
-length = 3
-caps = { view = 1 }
-[ranker.home]
-sequence = "main"
-sequence_length = 4
-item_space = "items"
-[ranker.home.heads.click]
-actions = ["click"]
-""",
-    source="test",
-)
-USERS = list(range(100, 112))
 
-
-def partition_for(user: int) -> int:
-    return partition_of(user_key(user), PARTITIONS)
-
-
-def batches(seed: int) -> list[Batch]:
-    """Two batches for each partition, with an erasure and a rejected record."""
-    random = np.random.default_rng(seed)
-    found = []
-    for partition in range(PARTITIONS):
-        own = [user for user in USERS if partition_for(user) == partition]
-        for start in (0, 40):
-            n = 40
-            events = np.zeros(n, EVENT_DTYPE)
-            events["event_time_ms"] = random.integers(1, 1000, n)
-            events["event_id"], events["entity_id"] = random.integers(0, 50, n), random.integers(0, 9, n)
-            events["action"], events["entity_kind"] = random.integers(1, 3, n), 1
-            verdict = np.full(n, ACTION, np.uint8)
-            verdict[5], verdict[7] = REJECTED, ERASE
-            users = random.choice(own, n).astype(np.uint64)
-            users[5] = 0
-            events[verdict != ACTION] = np.zeros((), EVENT_DTYPE)
-            stamps = 200 + start + np.arange(n)
-            found.append(Batch(EPOCH, partition, start + np.arange(n), stamps, verdict, users, events, {5: "value: bad"}))
-    return found
-
-
-class OracleReader:
-    """Reads what the oracle says. Its rows are encoded from the naive fold."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self._folds = {p: naive_fold(b for b in batches if b.partition == p) for p in range(PARTITIONS)}
-        self._last = {p: [b for b in batches if b.partition == p][-1] for p in range(PARTITIONS)}
-        self._touched: dict[int, int] = {}
-        for batch in batches:
-            for user, offset, verdict in zip(batch.users.tolist(), batch.offsets.tolist(), batch.verdict.tolist(), strict=True):
-                if verdict != REJECTED:
-                    self._touched[user] = offset
-
-    def read(self, sequence: str, user_ids: list[int]) -> list[Reading]:
-        what = definition(DOMAIN, sequence)
-        return [self._reading(what, user) for user in user_ids]
-
-    def _reading(self, what, user: int) -> Reading:
-        naive, row = self._folds[partition_for(user)].get(user), b""
-        if naive is not None:
-            erased = max((append_ms for _, append_ms in naive.erasures), default=NEVER_ERASED)
-            place = EPOCH, partition_for(user), self._touched[user]
-            row = encode_row(Row(user, what.fingerprint, *place, erased, naive.sequence(what)))
-        return Reading(user, row, self.position(user), int(self._last[partition_for(user)].append_time_ms.max()))
-
-    def position(self, user_id: int) -> Position:
-        partition = partition_for(user_id)
-        return Position(EPOCH, partition, int(self._last[partition].offsets[-1]))
-
-    def statistics(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
-def build_view(folder, batches: list[Batch]) -> None:
-    """What a worker does: fold, store, view."""
-    kept, store = definitions(DOMAIN), MemoryStore(definitions(DOMAIN))
-    for partition in range(PARTITIONS):
-        held, view = store.open(partition, EPOCH), PartitionView(folder, partition, map_bytes=1 << 24)
-        view.sync(held.meta, held.scan, 1_000_000)
-        for batch in batches:
-            if batch.partition == partition:
-                keys, rows, meta = fold_batch(kept, held, batch)
-                held.write(keys, rows, meta)
-                view.write(keys, rows, meta)
-        view.close()
-        held.close()
-
-
-@pytest.fixture(params=["view", "oracle"])
+@pytest.fixture(params=["view", "remote", "oracle"])
 def reader(request, tmp_path):
-    if request.param == "oracle":
-        yield OracleReader(batches(1))
-        return
-    build_view(tmp_path, batches(1))
-    found = ViewReader(tmp_path, DOMAIN, PARTITIONS)
-    yield found
-    found.close()
+    with ExitStack() as stack:
+        if request.param == "oracle":
+            yield OracleReader(batches(1))
+            return
+        build_view(tmp_path, batches(1))
+        if request.param == "view":
+            found = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+        else:
+            found = RemoteReader(stack.enter_context(serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS))), DOMAIN, timeout_s=30.0)
+        stack.callback(found.close)
+        yield found
 
 
 @pytest.mark.parametrize("sequence", ["main", "clicks"])
@@ -178,6 +69,59 @@ def test_the_position_is_that_of_a_reading(reader):
 def test_an_unknown_sequence_is_an_error(reader):
     with pytest.raises(KeyError):
         reader.read("nope", USERS)
+
+
+def test_any_number_of_users_can_be_read(reader):
+    asked = [*range(10_000, 12_100), USERS[0]]
+    readings = reader.read("main", asked)
+    assert [reading.user_id for reading in readings] == asked
+    assert [reading.watermark for reading in readings] == [Position(EPOCH, partition_for(user), 79) for user in asked]
+    assert readings[-1:] == OracleReader(batches(1)).read("main", USERS[:1])
+
+
+# The age of the state.
+
+
+def test_a_state_that_was_never_caught_up_has_no_age(reader):
+    assert {reading.state_age_ms for reading in reader.read("main", USERS)} == {-1}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_age_runs_from_the_last_time_the_state_was_caught_up(tmp_path, remote):
+    build_view(tmp_path, batches(1))
+    user = next(user for user in USERS if partition_for(user) == 0)
+    with ExitStack() as stack:
+        if remote:
+            reader = RemoteReader(stack.enter_context(serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS))), DOMAIN, timeout_s=30.0)
+        else:
+            reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+        stack.callback(reader.close)
+        for ago_ms in (40_000, -60_000):
+            caught_up_ms = now_ms() - ago_ms
+            beat(tmp_path, caught_up_ms)
+            (reading,) = reader.read("main", [user])
+            # A clock that was set back makes a state new, never of negative age.
+            assert max(0, ago_ms) <= reading.state_age_ms <= max(0, now_ms() - caught_up_ms)
+        assert reader.read("main", [user]) == OracleReader(batches(1)).read("main", [user])
+        assert [found.state_age_ms for found in reader.read("main", USERS) if found.watermark.partition == 1][:1] == [-1]
+
+
+def beat(folder, caught_up_ms: int) -> None:
+    """Says it of partition 0, as its worker does from another process (LMDB opens a file once in each)."""
+    process = multiprocessing.get_context("spawn").Process(target=_beat, args=(folder, caught_up_ms))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def _beat(folder, caught_up_ms: int) -> None:
+    view = PartitionView(folder, 0, map_bytes=1 << 24)
+    view.beat(caught_up_ms)
+    view.close()
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 # What only the view can get wrong.
@@ -372,21 +316,8 @@ def test_a_full_view_is_an_error_that_says_what_to_raise(tmp_path):
 @pytest.fixture
 def served(tmp_path):
     """A channel to a reader service over a view that does not exist yet."""
-    ready: queue.Queue[dict] = queue.Queue()
-    loop = asyncio.new_event_loop()
-    serving = loop.create_task(serve_reader(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, reflection=True), ready.put))
-
-    def run() -> None:
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(serving)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    with grpc.insecure_channel(ready.get(timeout=30)["address"]) as channel:
+    with serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, reflection=True)) as address, grpc.insecure_channel(address) as channel:
         yield channel
-    loop.call_soon_threadsafe(serving.cancel)
-    thread.join(30)
-    loop.close()
 
 
 def ask(channel, sequence: str, users: list[int]) -> list[Reading]:
@@ -448,39 +379,3 @@ def test_the_service_names_the_field_that_is_wrong(served, sequence, users, name
         ask(served, sequence, users)
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert refused.value.details().startswith(names)
-
-
-def write_for_ever(folder, ready, stop) -> None:
-    """Each batch rewrites every user's row with the batch's own number, which is also the watermark."""
-    view, number = PartitionView(folder, 0, map_bytes=1 << 24), 0
-    meta = Meta(EPOCH, 0, -1, 0, fingerprints(definitions(DOMAIN)))
-    view.sync(meta, lambda: iter(()), 1_000_000)
-    what = definition(DOMAIN, "main").fingerprint
-    while not stop.is_set():
-        rows = [encode_row(Row(user, what, EPOCH, 0, number, NEVER_ERASED, np.zeros(20, EVENT_DTYPE))) for user in USERS]
-        view.write([row_key(1, user) for user in USERS], rows, replace(meta, applied_offset=number))
-        number += 1
-        ready.set()
-    view.close()
-
-
-def test_rows_and_watermark_are_of_one_moment_in_another_process(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, stop = context.Event(), context.Event()
-    writer = context.Process(target=write_for_ever, args=(tmp_path, ready, stop))
-    writer.start()
-    try:
-        assert ready.wait(60)
-        reader = ViewReader(tmp_path, DOMAIN, 1)
-        seen = set()
-        while len(seen) < 300:
-            moments = {(decode_row(reading.row).offset, reading.watermark.offset) for reading in reader.read("main", USERS)}
-            assert len(moments) == 1
-            ((offset, watermark),) = moments
-            assert offset == watermark
-            seen.add(offset)
-        reader.close()
-    finally:
-        stop.set()
-        writer.join(30)
-    assert writer.exitcode == 0

@@ -49,7 +49,7 @@ def test_a_child_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None
         ("KAFKA_PROPERTIES", "a=b", "kafka_properties.*JSON"),
         ("KAFKA_PROPERTIES", '{"a": []}', "kafka_properties.a .from variable FRESHRANK_KAFKA_PROPERTIES"),
         ("SERVER_HOST", "0.0.0.0", "server_host .*tls_certificate"),
-        ("READER_HOST", "0.0.0.0", "reader_host .*loopback"),
+        ("READER_HOST", "0.0.0.0", "reader_host .*tls_certificate"),
         ("TLS_KEY", "key.pem", "tls_key .*both or neither"),
         ("TRITON_URL", "nohost", "triton_url .*host:port"),
         ("TOPIC_ACTIONS", "a b", "topic_actions .from variable"),
@@ -71,6 +71,6 @@ def test_a_wrong_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "setting rank_timeout_ms (from mine.toml)" in str(caught.value)
 
 
-def test_tls_opens_the_server_to_the_network() -> None:
-    settings = load_settings(server_host="0.0.0.0", tls_certificate=Path("c.pem"), tls_key=Path("k.pem"))
-    assert settings.server_host == "0.0.0.0"
+def test_tls_opens_the_servers_to_the_network() -> None:
+    settings = load_settings(server_host="0.0.0.0", reader_host="::", tls_certificate=Path("c.pem"), tls_key=Path("k.pem"))
+    assert (settings.server_host, settings.reader_host) == ("0.0.0.0", "::")
