@@ -8,6 +8,7 @@ import time
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
 from features.domain import Domain, load_domain
+from features.lineage import Predecessor
 from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.batch_loop import WorkerConfig
@@ -18,7 +19,8 @@ from streams.reader_service import ReaderConfig, run_reader
 from streams.view import ViewReader
 from streams.worker import run_worker
 
-RELEASE_KEY = "release/"
+RELEASE_KEY, MOVE_KEY = "release/", "log/"
+"""What an announcement is about, by its key."""
 WARM_S_MAX = 60.0
 
 
@@ -89,6 +91,8 @@ async def _serve(settings: Settings) -> None:
     endpoint = await ranking.start()
 
     def on_change(key: str, value: bytes | None) -> None:
+        if value is not None and key.startswith(MOVE_KEY):
+            ranking.service.lineage.add(Predecessor.decode(value))
         if value is None or not key.startswith(RELEASE_KEY):
             return
         message = ReleaseAnnouncement.FromString(value)

@@ -28,6 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from features.actions import EVENT_DTYPE
 from features.ids import user_key
+from features.lineage import Lineage
 from features.pack import Packed, RankInputs
 from features.ports import Position, RankingSink, Reading, SequenceCorruptError, SequenceReader, SequenceUnavailableError
 from features.request import RequestError, inputs_from_request
@@ -140,6 +141,8 @@ class RankingService:
     ) -> None:
         self._config, self._releases, self._reader, self._sink = config, releases, reader, sink
         self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self.lineage = Lineage()
+        """Logs that led to the present one: positions of them are understood in `after`."""
         self._in_flight = 0
         self._counts: Counter[str] = Counter()
         self._timings = {stage: Timings() for stage in STAGES}
@@ -222,7 +225,7 @@ class RankingService:
         poll_s = _POLL_S_MIN
         while True:
             at = self._reader.position(request.user_id)
-            wanted = max(_offset_of(i, position, at) for i, position in enumerate(request.after))
+            wanted = max(_offset_of(i, position, at, self.lineage) for i, position in enumerate(request.after))
             reached = at.offset >= wanted
             if reached or time.monotonic() >= until_s:
                 self._timings["wait_after"].add(time.monotonic() - started_s)
@@ -348,8 +351,13 @@ def _weights(served: Served, request: RankRequest) -> npt.NDArray[np.float64]:
         raise RequestError(f"head_weights[{error.args[0]!r}]", f"no such head; heads: {', '.join(served.ranker.heads)}") from error
 
 
-def _offset_of(i: int, position: WirePosition, at: Position) -> int:
-    """The offset that after[i] asks for. Raises RequestError if it is not a place in this user's log."""
+def _offset_of(i: int, position: WirePosition, at: Position, lineage: Lineage) -> int:
+    """The offset that after[i] asks for. Raises RequestError if it is not a place in this user's log, or in one that led to it."""
+    included = lineage.includes(at.log_epoch, Position(position.log_epoch, position.partition, position.offset))
+    if included:
+        return -1
+    if included is False:
+        raise RequestError(f"after[{i}].offset", f"{position.offset} of partition {position.partition} came after that log was left")
     if position.log_epoch not in (0, at.log_epoch):
         raise RequestError(f"after[{i}].log_epoch", f"{position.log_epoch} is not the log's, {at.log_epoch}; 0 is the current one")
     if position.partition != at.partition:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ListOffsetsResultInfo, NewTopic, OffsetSpec, ResourceType
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_exponential
 
 from features.ids import log_epoch
 from streams.core import Records
@@ -246,8 +247,21 @@ def records_of(messages: Seq[Message]) -> Records:
     )
 
 
+_SETTLING = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART)
+
+
+def _is_settling(error: BaseException) -> bool:
+    return isinstance(error, KafkaException) and error.args[0].code() in _SETTLING
+
+
+@retry(
+    retry=retry_if_exception(_is_settling),
+    stop=stop_after_delay(_ANSWER_TIMEOUT_S),
+    wait=wait_exponential(multiplier=0.05, max=1),
+    reraise=True,
+)
 def log_range(consumer: Consumer, topic: str, partition: int, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[int, int]:
-    """(first offset there is, offset of the next record) of a partition."""
+    """(first offset there is, offset of the next record) of a partition; a leader that is being elected is waited for."""
     low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
     return low, high
 
