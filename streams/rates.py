@@ -99,7 +99,7 @@ def summarise(start_s: float, window: Window, now_s: float) -> Rate:
     return Rate(int(start_s), events, round(events / seconds, 3), dead_letters, late_ms)
 
 
-def page(windows: Mapping[int, list[Rate]], *, held: bool, history: int) -> dict[str, Any]:
-    """What /rates/ shows. held: whether this worker has the table's partition; history: newest windows of each partition."""
-    partitions = {str(number): [rate._asdict() for rate in rates[-history:]] for number, rates in sorted(windows.items())}
+def page(windows: Mapping[int, list[Rate]], *, held: bool) -> dict[str, Any]:
+    """What /rates/ shows. held: whether this worker has the table."""
+    partitions = {str(number): [rate._asdict() for rate in rates] for number, rates in sorted(windows.items())}
     return {"window_s": WINDOW_S, "held": held, "partitions": partitions}

@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 20.0
 _RATES_PERIOD_S = 1.0
-_RATES_HISTORY = 60
-"""Windows of each partition that the rates page shows."""
+_RATES_SHOWN_S = 600.0
 _LOGGED_MAX = 10
 
 
@@ -164,12 +163,16 @@ class RateWindows:
         return any(place.topic == self._topics.rates for place in self._app.consumer.assignment())
 
     def rates(self) -> dict[int, list[Rate]]:
-        """Windows by partition, oldest first."""
+        """Windows by partition, oldest first, of the time that the page shows; also partitions that had none in it.
+
+        The table has more: an hour, and what recovery brought back, which Faust never expires.
+        """
         now_s = time.time()
         found: dict[int, list[Rate]] = {}
         for (partition, (start_s, _)), window in sorted(self._windows.table.items()):
-            if start_s > now_s - KEPT_S:  # what recovery brought back is older at times, and Faust does not expire that
-                found.setdefault(partition, []).append(summarise(start_s, window, now_s))
+            shown = found.setdefault(partition, [])
+            if start_s > now_s - _RATES_SHOWN_S:
+                shown.append(summarise(start_s, window, now_s))
         return found
 
     def last_full(self) -> dict[int, Rate]:
@@ -215,7 +218,8 @@ def create_app(
 
     def observe(applied: Applied) -> None:
         metrics.observe(applied)
-        reporter.observe(applied)
+        if windows is not None:  # otherwise nobody takes the reports
+            reporter.observe(applied)
 
     batch_loop = BatchLoop(config, at=at, observe=observe)
     letters = DeadLetters()
@@ -265,7 +269,7 @@ def create_app(
 
     @app.page("/rates/")  # type: ignore[untyped-decorator]
     async def rates_page(web: Any, _: Any) -> Any:
-        shown = page(windows.rates(), held=windows.held, history=_RATES_HISTORY) if windows is not None else page({}, held=False, history=0)
+        shown = page(windows.rates(), held=windows.held) if windows is not None else page({}, held=False)
         return web.text(json.dumps(shown), content_type="application/json")
 
     return app

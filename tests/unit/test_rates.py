@@ -1,11 +1,10 @@
 """Reports of rates, and their fold into windows."""
 
-import numpy as np
 import pytest
 from worker_world import applied
 
 from streams import rates
-from streams.rates import RateReporter, Report, fold, page, summarise
+from streams.rates import RateReporter, Report, fold, summarise
 
 
 def test_reports_survive_the_topic():
@@ -40,10 +39,3 @@ def test_a_second_is_reported_once_and_only_when_it_is_over(monkeypatch):
     assert reporter.drain(everything=True) == []
     reporter.observe(applied(append_times_ms=[now_ms], reasons={0: "value: bad"}))
     assert [report.visible_ms_max for report in reporter.drain(everything=True)] == [-1]
-
-
-def test_the_page_is_bounded():
-    windows = {2: [summarise(float(start), {}, 1e10) for start in range(0, 1000, 10)]}
-    shown = page(windows, held=True, history=6)
-    assert [window["start_s"] for window in shown["partitions"]["2"]] == [940, 950, 960, 970, 980, 990]
-    assert np.isclose(shown["window_s"], 10)
