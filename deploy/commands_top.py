@@ -132,7 +132,7 @@ def gather(urls: Sequence[str]) -> Frame:
                 "lag": state["lag"],
                 "lag_s": state["lag_s"],
                 "applied_offset": state["applied_offset"],
-                "snapshot_age_s": state.get("snapshot_age_s"),
+                "snapshot_age_s": health.get("snapshots", {}).get(text, {}).get("age_s"),
                 "stalled": text in health["stalled"],
                 "role": state.get("role", "owner"),
                 "worker": url.removeprefix("http://").rstrip("/"),

@@ -72,8 +72,10 @@ METRICS = (
         "no_progress_seconds", "gauge", "partition", "Since the last batch, or since the state was at the log's end.", "no_progress_s"
     ),
     Described("log_end_age_seconds", "gauge", "", "Since the broker last said where the log ends; lag is as old as this.", "log_end_age_s"),
-    Described("snapshot_age_seconds", "gauge", "partition", "Since the newest snapshot of the partition was complete.", "snapshot_age_s"),
-    Described("restore_progress_ratio", "gauge", "partition", "Share of a running restore that is done, 0 to 1.", "restore_progress"),
+    Described("snapshot_age_seconds", "gauge", "partition", "For how long the newest snapshot has not been the state any more."),
+    Described("snapshots_taken_total", "counter", "", "Snapshots that were complete.", "snapshots_taken"),
+    Described("snapshots_failed_total", "counter", "", "Snapshots that were not; the log says why.", "snapshots_failed"),
+    Described("restore_progress_ratio", "gauge", "partition", "Share of a running restore that is done, 0 to 1."),
     Described("records_missed_total", "counter", "", "Records that retention removed before they were read.", "records_missed"),
     Described("repairs_total", "counter", "", "Damaged states that were replaced.", "repairs"),
     Described("fenced_total", "counter", "", "Partitions closed because another worker has taken them over.", "fenced"),
@@ -132,8 +134,8 @@ class Histogram:
 class WorkerMetrics(Collector):
     """Collects and exposes. `observe` is called by the hot path once a batch; a scrape may come from any thread.
 
-    health: `BatchLoop.health`, whose partitions carry the sources of METRICS; statistics: flat numbers of the parts; windows: the last
-    full one of the Faust table, by partition.
+    health: `BatchLoop.health`, whose partitions carry the sources of METRICS, with snapshots (age_s) and restores (share) by partition;
+    statistics: flat numbers of the parts; windows: the last full one of the Faust table, by partition.
     """
 
     def __init__(
@@ -188,6 +190,8 @@ class WorkerMetrics(Collector):
         found["window_events_per_second"] = {str(number): rate.events_per_s for number, rate in windows.items()}
         late = {str(number): rate.visible_ms_max / 1000 for number, rate in windows.items() if rate.visible_ms_max >= 0}
         found["window_visible_seconds_max"] = late
+        found["snapshot_age_seconds"] = {str(number): kept["age_s"] for number, kept in health.get("snapshots", {}).items()}
+        found["restore_progress_ratio"] = {str(number): share for number, share in health.get("restores", {}).items()}
         found["partitions"] = {"": len(partitions)}
         found["healthy"], found["caught_up"] = {"": float(health["healthy"])}, {"": float(health["caught_up"])}
         with self._process.oneshot():

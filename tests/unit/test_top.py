@@ -11,8 +11,8 @@ from deploy.commands_top import gather
 NOW = 1_780_000_000_000
 
 
-def state(lag=0, lag_s=0.0, role="owner", offset=41, **more) -> dict:
-    return {"lag": lag, "lag_s": lag_s, "role": role, "applied_offset": offset, **more}
+def state(lag=0, lag_s=0.0, role="owner", offset=41) -> dict:
+    return {"lag": lag, "lag_s": lag_s, "role": role, "applied_offset": offset}
 
 
 def page(partitions, *, healthy=True, stalled=(), dead=None, assigned=True, caught_up=True) -> dict:
@@ -26,7 +26,7 @@ def window(start_s, events_per_s, dead_letters=0, visible_ms_max=12) -> dict:
 
 PAGES = {
     "http://a:1": (
-        page({"0": state(snapshot_age_s=90), "1": state(role="standby", offset=7)}, dead={"key": 2}),
+        page({"0": state(), "1": state(role="standby", offset=7)}, dead={"key": 2}) | {"snapshots": {"0": {"offset": 30, "age_s": 90}}},
         {
             "window_s": 10,
             "held": True,

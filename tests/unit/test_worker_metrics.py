@@ -22,6 +22,7 @@ def sources(moved: float) -> tuple[dict, dict, dict]:
     own = {metric.source: moved for metric in METRICS if metric.source}
     partitions = {str(n): {metric.source: moved for metric in METRICS if metric.label == "partition" and metric.source} for n in (0, 3)}
     health = {"healthy": True, "caught_up": moved > 1, "partitions": partitions}
+    health |= {"snapshots": {0: {"offset": 5, "age_s": moved}}, "restores": {3: moved / 4}}
     return health, own, {0: Rate(100, 1, moved, 0, moved * 1000)}
 
 
