@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import commands_bootstrap, commands_chaos, commands_move
+from deploy import commands_bootstrap, commands_chaos, commands_dead, commands_inspect, commands_move, commands_top
 from deploy.options import (
     DomainFile,
     Home,
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for _commands in (commands_bootstrap, commands_chaos, commands_move):
+for _commands in (commands_bootstrap, commands_chaos, commands_dead, commands_inspect, commands_move, commands_top):
     _commands.register(app)
 
 
@@ -454,6 +454,7 @@ def expected_errors() -> list[type[Exception]]:
     from deploy.stack import StackNotRunningError
     from deploy.supervisor import SupervisorError
     from deploy.triton_server import TritonMissingError
+    from features.ports import SequenceCorruptError, SequenceUnavailableError
     from inference.client import RankError
     from streams.errors import StreamError
 
@@ -461,6 +462,8 @@ def expected_errors() -> list[type[Exception]]:
         StackNotRunningError,
         SupervisorError,
         StreamError,
+        SequenceUnavailableError,
+        SequenceCorruptError,
         RankError,
         ValueError,
         OSError,

@@ -31,8 +31,14 @@ def kafka_config(settings: Settings) -> KafkaConfig:
 
 def topics(settings: Settings) -> Topics:
     """The topics that the settings name."""
-    names = settings.topic_actions, settings.topic_dead_letters, settings.topic_rankings, settings.topic_announcements
-    return Topics(*names, base=settings.log_base)
+    return Topics(
+        actions=settings.topic_actions,
+        dead_letters=settings.topic_dead_letters,
+        rankings=settings.topic_rankings,
+        announcements=settings.topic_announcements,
+        rates=settings.topic_rates,
+        base=settings.log_base,
+    )
 
 
 def worker(settings: Settings) -> int:

@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     topic_dead_letters: TopicName = Field("freshrank.dead-letters.v1", description="Records that could not be decoded, with the reason.")
     topic_rankings: TopicName = Field("freshrank.rankings.v1", description="What was ranked for whom, for training and replay.")
     topic_announcements: TopicName = Field("freshrank.announcements.v1", description="Compacted: what every process must learn.")
+    topic_rates: TopicName = Field(
+        "freshrank.rates.v1",
+        description="Events and freshness by partition and second, kept for an hour; its windows in <name>-windows.",
+    )
     log_base: str = Field(
         "",
         pattern=r"^([0-9a-f]{32})?$",

@@ -141,3 +141,16 @@ def endpoint(home: Path, name: str) -> str:
     except ProcessLookupError:
         return ""
     return str(details["endpoint"])
+
+
+def worker_pages(settings: Settings) -> list[str]:
+    """Web addresses of the workers that run in the home folder.
+
+    Raises:
+        StackNotRunningError: none does.
+    """
+    names = sorted(path.stem for path in (settings.home / "run").glob("worker*.json"))
+    found = [address for address in (endpoint(settings.home, name) for name in names) if address]
+    if not found:
+        raise StackNotRunningError(f"worker: none runs in {settings.home}; start the stack with `freshrank up`, or name one with --url")
+    return found

@@ -16,10 +16,12 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from features.domain import Domain
 from streams.core import Applied, Held, Log, RetentionPolicy, WorkerCore
 from streams.errors import KafkaUnavailableError, ProduceError, StateError
+from streams.health import judge
 from streams.kafka import (
     Consumer,
     EndOffsets,
@@ -101,7 +103,7 @@ class BatchLoop:
     ) -> None:
         """`at` and `observe`: see `streams.core.WorkerCore`."""
         self._config = config
-        store = store or RocksStore(
+        self._store = store or RocksStore(
             config.state_folder,
             definitions(config.domain),
             cache_bytes=config.cache_bytes,
@@ -110,7 +112,7 @@ class BatchLoop:
         )
         self.core = WorkerCore(
             config.domain,
-            store,
+            self._store,
             self._open_view,
             self._bury,
             offset_below_retention=config.offset_below_retention,
@@ -131,6 +133,8 @@ class BatchLoop:
         self.caught_up = threading.Event()
         """Set once the state has reached the log's end of the moment of assignment."""
         self._rebalances = 0
+        self._turned_s = time.monotonic()
+        """When the loop last came round."""
         self._identity: LogIdentity | None = None
         self._failures: list[str] = []
 
@@ -157,6 +161,7 @@ class BatchLoop:
             consumer.subscribe([config.topics.actions], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
             upkeep_s = time.monotonic()
             while not self._stop.is_set():
+                self._turned_s = time.monotonic()
                 self._take(consumer, _WAIT_SHORT_S if self._followed or self._opening else _WAIT_S)
                 if self._followed:
                     self._take(self._follower, _WAIT_SHORT_S)
@@ -178,30 +183,29 @@ class BatchLoop:
 
     def statistics(self) -> dict[str, float]:
         """Counters and seconds spent in each step since start."""
-        return {**self.core.statistics(), "rebalances": self._rebalances}
+        return {**self.core.statistics(), **self._store.statistics(), "rebalances": self._rebalances}
 
     def partitions(self) -> list[int]:
         """The partitions that the group has assigned to this worker now, ascending."""
         return sorted(self._owned or ())
 
-    def health(self) -> dict[str, object]:
-        """Progress of each partition: healthy means assigned, and no partition that has lag but makes no progress."""
+    def health(self) -> dict[str, Any]:
+        """See `streams.health.judge`; and the progress of each partition."""
         owned = self._owned
         partitions = {
             str(number): {**progress, "role": "owner" if number in (owned or ()) else "standby"}
             for number, progress in self.core.progress().items()
         }
-        stalled = [n for n, p in partitions.items() if p["lag"] and float(p["no_progress_s"]) > self._config.stalled_s]
-        missing = sorted((owned or set()) - {int(number) for number in partitions})
-        return {
-            "healthy": owned is not None and not stalled and not missing,
-            "assigned": owned is not None,
-            "caught_up": self.caught_up.is_set(),
-            "stalled": stalled,
-            "not_open": missing,
-            "log_epoch": f"{self._identity.epoch:016x}" if self._identity else None,
-            "partitions": partitions,
-        }
+        found = judge(
+            partitions,
+            assigned=owned is not None,
+            caught_up=self.caught_up.is_set(),
+            not_open=sorted((owned or set()) - {int(number) for number in partitions}),
+            log_end_age_s=max((float(state["log_end_age_s"]) for state in partitions.values()), default=0.0),
+            loop_age_s=0.0 if self.core.is_restoring else time.monotonic() - self._turned_s,
+            stalled_s=self._config.stalled_s,
+        )
+        return {**found, "log_epoch": f"{self._identity.epoch:016x}" if self._identity else None, "partitions": partitions}
 
     # Assignment: called by librdkafka inside of consume(), in this loop's own thread.
 

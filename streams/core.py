@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -29,6 +30,7 @@ from features.ports import SequenceCorruptError, SequenceForeignError
 from features.sequence import Definition, apply_batch, clock_after, touched_users
 from protos.v1.actions_pb2 import DeadLetter
 from streams.errors import FencedError, StateError
+from streams.health import lag_s
 from streams.state import Meta, check_base, definitions, row_keys
 from streams.store import PartitionStore, Store
 
@@ -112,6 +114,10 @@ class Held:
     opened_end: int
     """The log's end when it was opened."""
     progress_s: float = field(default_factory=time.monotonic)
+    end_asked_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    """When a broker was last asked for the log's end that answered it."""
+    caught_up_ms: int = 0
+    """The latest such time at which the state included the log's end."""
 
     @property
     def next_offset(self) -> int:
@@ -183,6 +189,8 @@ class WorkerCore:
         self._replaced: dict[int, int] = {}
         self._log: Log | None = None
         self._held: dict[int, Held] = {}
+        self.is_restoring = False
+        """Whether the thread that applies is busy with a restore, which may take long: it is not stuck."""
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(
             ("batches", "events", "dead_letters", "rows_written", "offset_gaps", "records_missed", "repairs", "fenced"), 0
@@ -296,8 +304,9 @@ class WorkerCore:
 
     def reopen(self, partition: int) -> int:
         """Closes and opens a partition again, where the log no longer has what its state waits for. As `open`."""
-        self.close([partition])
-        return self.open(partition)
+        with self._restoring():
+            self.close([partition])
+            return self.open(partition)
 
     def apply(self, partition: int, records: Records) -> int | None:
         """Folds records of a partition; those that the state includes already are passed over.
@@ -340,10 +349,13 @@ class WorkerCore:
         if held is None:
             return
         held.end_offset = max(held.end_offset, end_offset)
+        if asked_ms is not None:
+            held.end_asked_ms = asked_ms
         if held.lag:
             return
         held.progress_s = time.monotonic()
         if asked_ms is not None:
+            held.caught_up_ms = asked_ms
             try:
                 held.view.beat(asked_ms)
             except FencedError as error:
@@ -364,13 +376,18 @@ class WorkerCore:
             return {**self._counters, **{f"{name}_s": seconds for name, seconds in self._seconds.items()}}
 
     def progress(self) -> dict[int, dict[str, float]]:
-        """By partition: applied_offset, lag (records), log_clock_ms, start_offset, no_progress_s."""
-        now_s = time.monotonic()
+        """By partition: applied_offset, end_offset (of the log's next record), lag (records), lag_s (`streams.health.lag_s`), log_clock_ms,
+        start_offset, no_progress_s, log_end_age_s (since a broker said where the log ends).
+        """
+        now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
         with self._lock:
             return {
                 partition: {
                     "applied_offset": held.next_offset - 1,
+                    "end_offset": held.end_offset,
                     "lag": held.lag,
+                    "lag_s": lag_s(held.lag, held.store.meta.log_clock_ms, held.caught_up_ms, now_ms),
+                    "log_end_age_s": max(0, now_ms - held.end_asked_ms) / 1000,
                     "log_clock_ms": held.store.meta.log_clock_ms,
                     "start_offset": held.store.meta.start_offset,
                     "no_progress_s": round(now_s - held.progress_s, 3),
@@ -454,8 +471,17 @@ class WorkerCore:
             self._counters["dead_letters"] += len(letters)
 
     def _repair(self, partition: int, reason: str) -> int:
-        self.close([partition])
-        return self.hold(partition, self._prepare_from(self._replace(partition, reason)))
+        with self._restoring():
+            self.close([partition])
+            return self.hold(partition, self._prepare_from(self._replace(partition, reason)))
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        self.is_restoring = True
+        try:
+            yield
+        finally:
+            self.is_restoring = False
 
     def _replace(self, partition: int, reason: str) -> PartitionStore:
         """A state to go on from in place of a damaged one: a snapshot, or an empty one where the log, on no base, has everything. The

@@ -34,6 +34,7 @@ RECORD_BYTES_MAX = 1 << 20
 
 _LARGE_BYTES_MAX = 2 * RECORD_BYTES_MAX  # a dead letter holds a whole source record, so that the largest one still fits
 _ANSWER_TIMEOUT_S = 10.0
+_SHORT_LIVED = {"retention.ms": "3600000", "segment.ms": "600000"}
 _AS_WRITTEN = ("error_cb", "log_level")  # the only settings whose names have underscores
 
 
@@ -58,8 +59,14 @@ class Topics:
     dead_letters: str = "freshrank.dead-letters"
     rankings: str = "freshrank.rankings"
     announcements: str = "freshrank.announcements"
+    rates: str = "freshrank.rates"
     base: str = ""
     """Id of the base that the state stands on (`features.base`), "" for none: part of the log's identity, as the topic's own id is."""
+
+    @property
+    def rates_windows(self) -> str:
+        """Changelog of the windows that the worker's Faust app folds `rates` into."""
+        return f"{self.rates}-windows"
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ def ensure_topics(
         NewTopic(topics.dead_letters, 1, replication_factor, config=large),
         NewTopic(topics.rankings, partition_count, replication_factor, config=large),
         NewTopic(topics.announcements, 1, replication_factor, config={"cleanup.policy": "compact"}),
+        NewTopic(topics.rates, 1, replication_factor, config=_SHORT_LIVED),
+        NewTopic(topics.rates_windows, 1, replication_factor, config={**_SHORT_LIVED, "cleanup.policy": "compact,delete"}),
     ]
     admin = AdminClient(config.client("admin"))
     with answering(config):

@@ -17,6 +17,10 @@ class MemoryStore:
         self._partitions: dict[int, tuple[Meta, dict[bytes, bytes]]] = {}
         self._held: set[int] = set()
 
+    def statistics(self) -> dict[str, float]:
+        """Nothing to report."""
+        return {}
+
     def open(self, partition: int, log_epoch: int) -> "MemoryPartition":
         """See `streams.store.Store.open`."""
         if partition in self._held:

@@ -5,6 +5,8 @@ without an fsync: a killed process loses nothing, a machine that loses power los
 Kafka, from the offset that the database then has.
 """
 
+import fcntl
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +19,20 @@ import rocksdict
 from features.sequence import Definition
 from streams.errors import StateError
 from streams.state import META_KEY, Meta, fingerprints
+
+_PROPERTIES = {
+    "rocksdb_memtable_bytes": "rocksdb.cur-size-all-mem-tables",
+    "rocksdb_files_bytes": "rocksdb.total-sst-files-size",
+    "rocksdb_pending_bytes": "rocksdb.estimate-pending-compaction-bytes",
+    "rocksdb_write_stopped": "rocksdb.is-write-stopped",
+}
+_TICKERS = {
+    "rocksdb_cache_hits": ("rocksdb.block.cache.hit",),
+    "rocksdb_cache_misses": ("rocksdb.block.cache.miss",),
+    "rocksdb_written_bytes": ("rocksdb.flush.write.bytes", "rocksdb.compact.write.bytes"),
+    "rocksdb_stall_us": ("rocksdb.stall.micros",),
+}
+_TICKER = re.compile(r"^(\S+) COUNT : (\d+)$", re.MULTILINE)
 
 
 class PartitionStore(Protocol):
@@ -50,6 +66,10 @@ class Store(Protocol):
         Raises:
             StateError: it belongs to another log or another definition, or another process holds it.
         """
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Figures of all its partitions; may be called from any thread."""
         ...
 
     def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
@@ -115,6 +135,19 @@ class RocksStore:
         # Without a stall: a full budget flushes the fullest table instead of stopping writers.
         self._buffers = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, self._cache)
         self._write_buffer_bytes = write_buffer_bytes
+        self._options = self._new_options()  # one for all databases: their tickers add up in it
+        self._databases: dict[int, rocksdict.Rdict] = {}
+
+    def statistics(self) -> dict[str, float]:
+        """RocksDB's own figures over all partitions: counters since this process started, sizes as they are now. From any thread."""
+        databases = list(self._databases.values())
+        found = {name: float(sum(_property(database, key) for database in databases)) for name, key in _PROPERTIES.items()}
+        tickers = dict(_TICKER.findall(self._options.get_statistics() or ""))
+        for name, keys in _TICKERS.items():
+            found[name] = float(sum(int(tickers.get(key, 0)) for key in keys))
+        found["rocksdb_stall_s"] = found.pop("rocksdb_stall_us") / 1e6
+        found["rocksdb_cache_bytes"] = float(self._cache.get_usage())
+        return found
 
     def open(self, partition: int, log_epoch: int) -> "RocksPartition":
         """See `Store.open`."""
@@ -126,6 +159,7 @@ class RocksStore:
         except BaseException:
             database.close()
             raise
+        self._databases[partition] = database
         return RocksPartition(database, meta)
 
     def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
@@ -164,7 +198,7 @@ class RocksStore:
         deadline = time.monotonic() + self._lock_wait_s
         while True:
             try:
-                return rocksdict.Rdict(str(path), self._options())
+                return rocksdict.Rdict(str(path), self._options)
             except Exception as error:  # rocksdict raises plain Exception for everything
                 if "lock" not in str(error).lower():
                     raise StateError(f"{path}: RocksDB cannot open it: {error}") from error
@@ -172,7 +206,7 @@ class RocksStore:
                     raise StateError(f"{path}: another worker holds it: stop that one, or give this one its own state folder") from error
                 time.sleep(0.05)  # the previous owner is closing: RocksDB offers no way to wait for a lock
 
-    def _options(self) -> rocksdict.Options:
+    def _new_options(self) -> rocksdict.Options:
         options = _table_options(self._cache)
         options.create_if_missing(True)
         options.set_write_buffer_manager(self._buffers)
@@ -182,6 +216,7 @@ class RocksStore:
         options.set_keep_log_file_num(5)
         options.set_use_direct_reads(self._direct_reads)
         options.set_use_direct_io_for_flush_and_compaction(self._direct_reads)
+        options.enable_statistics()  # no cost that could be measured
         return options
 
 
@@ -209,6 +244,41 @@ def write_table(path: Path, keys: Seq[bytes], rows: Seq[bytes]) -> None:
     for key, row in zip(keys, rows, strict=True):
         writer[key] = row
     writer.finish()
+
+
+def _property(database: rocksdict.Rdict, name: str) -> int:
+    try:
+        return database.property_int_value(name) or 0
+    except rocksdict.DbClosedError:
+        return 0
+
+
+def open_for_reading(folder: str | Path, partition: int) -> "RocksPartition":
+    """A partition's database as it lies on the disk, for looking at: whatever log and definitions it belongs to, and without a write.
+
+    Raises:
+        StateError: there is none, it cannot be read, or a worker holds it: what it is writing would be missing.
+    """
+    path = Path(folder) / str(partition)
+    if not (path / "CURRENT").exists():
+        raise StateError(f"{path}: no state of partition {partition}: is this the worker's state folder?")
+    with (path / "LOCK").open("ab") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # RocksDB's own kind of lock; opening for reading would pass it by
+        except BlockingIOError:
+            raise StateError(f"{path}: a worker holds it: look at the view instead, or stop the worker") from None
+    try:
+        database = rocksdict.Rdict(str(path), rocksdict.Options(raw_mode=True), access_type=rocksdict.AccessType.read_only())
+    except Exception as error:  # rocksdict raises plain Exception for everything
+        raise StateError(f"{path}: RocksDB cannot open it: {error}") from error
+    try:
+        stored = database.get(META_KEY)
+        # Without any record nothing was written yet, not even which log it is.
+        meta = Meta.decode(stored, str(path)) if stored is not None else Meta(0, partition, -1, 0, ())
+        return RocksPartition(database, meta)
+    except BaseException:
+        database.close()
+        raise
 
 
 class RocksPartition:

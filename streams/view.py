@@ -373,6 +373,51 @@ def check_row(row: bytes, user_id: int) -> None:
         raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
 
 
+class ViewPartition:
+    """One partition's view as it is at this moment, for looking at: one transaction, whatever the domain file says. `get`, `scan` and
+    `close` are those of `streams.store.PartitionStore`."""
+
+    def __init__(self, folder: str | Path, partition: int) -> None:
+        """Opens `<folder>/<partition>/` for reading.
+
+        Raises:
+            SequenceUnavailableError: there is no view, or the worker is making it anew.
+            StateError: its meta row is damaged.
+        """
+        path = Path(folder) / str(partition)
+        if not (path / _DATA_FILE).exists():
+            raise SequenceUnavailableError(f"{path}: no view of partition {partition}: is this the worker's view folder?")
+        try:
+            self._environment = lmdb.open(str(path), map_size=MAP_BYTES, readonly=True, max_readers=_READERS_MAX)
+        except lmdb.Error as error:
+            raise SequenceUnavailableError(f"{path}: the view cannot be opened: {error}") from error
+        self._transaction = self._environment.begin()
+        encoded = self._transaction.get(META_KEY)
+        if not encoded:
+            self.close()
+            raise SequenceUnavailableError(f"{path}: the worker is making the view anew: retry")
+        try:
+            self.meta = Meta.decode(encoded, str(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def get(self, keys: Seq[bytes]) -> list[bytes | None]:
+        """The rows of some keys, None where there is none."""
+        return [self._transaction.get(key) for key in keys]
+
+    def scan(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, row), ascending."""
+        with self._transaction.cursor() as cursor:
+            if cursor.set_range(b"\x01"):  # what stands beside the rows begins with a zero byte
+                yield from cursor.iternext()
+
+    def close(self) -> None:
+        """Ends the transaction, which holds old pages of the view."""
+        self._transaction.abort()
+        self._environment.close()
+
+
 def check_owner(stored: bytes | None, token: int) -> None:
     """Raises FencedError where the token in a view is newer than a writer's own."""
     if int.from_bytes(stored or b"", "little") != token:

@@ -5,11 +5,13 @@ the actions topic.
 """
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +20,22 @@ from typing import Any
 import faust
 from google.protobuf.message import DecodeError
 from mode import Service
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from protos.v1.actions_pb2 import DeadLetter
 from streams.batch_loop import BatchLoop, WorkerConfig
+from streams.core import Applied
+from streams.dead_letters import REDRIVEN, kind_of
 from streams.errors import StreamError
-from streams.kafka import log_identity
+from streams.kafka import Topics, log_identity, new_producer
+from streams.metrics import WorkerMetrics
+from streams.rates import KEPT_S, WINDOW_S, Rate, RateReporter, Report, fold, page, summarise
 
 log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 20.0
+_RATES_PERIOD_S = 1.0
+_RATES_SHOWN_S = 600.0
 _LOGGED_MAX = 10
 
 
@@ -79,12 +88,98 @@ class DeadLetters:
         except DecodeError:
             self.counts["unreadable dead letter"] += 1
             return
-        kind = letter.reason.partition(":")[0]
+        kind = kind_of(letter.reason)
         self.counts[kind] += 1
-        if self.counts[kind] <= _LOGGED_MAX:
+        if kind != REDRIVEN and self.counts[kind] <= _LOGGED_MAX:
             place = f"{letter.source_topic}:{letter.source_partition}:{letter.source_offset}"
             more = " (more of this kind are only counted)" if self.counts[kind] == _LOGGED_MAX else ""
             log.warning("dead letter from %s: %s%s", place, letter.reason, more)
+
+
+class RateSender(Service):  # type: ignore[misc]
+    """Sends the hot path's reports to the rates topic once a second. A report that cannot be sent in time is dropped: it is a figure."""
+
+    def __init__(self, reporter: RateReporter, config: WorkerConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._reporter, self._topic = reporter, config.topics.rates
+        # Plain and short-lived: while no broker answers, nothing may pile up.
+        settings = {"enable_idempotence": False, "message_timeout_ms": 10_000, "queue_buffering_max_messages": 10_000}
+        self._producer = new_producer(config.kafka, "rates", **settings)
+
+    @Service.task  # type: ignore[untyped-decorator]
+    async def _run(self) -> None:
+        while not self.should_stop:
+            await self.sleep(_RATES_PERIOD_S)
+            self._send(self._reporter.drain())
+
+    async def on_stop(self) -> None:
+        """Sends what there is, and waits a moment for the broker to take it."""
+        self._send(self._reporter.drain(everything=True))
+        await asyncio.to_thread(self._producer.flush, _RATES_PERIOD_S)
+
+    def _send(self, reports: list[Report]) -> None:
+        for report in reports:
+            with contextlib.suppress(BufferError):
+                self._producer.produce(self._topic, report.encode(), b"%d" % report.partition, timestamp=report.second * 1000)
+        self._producer.poll(0)
+
+
+class RateWindows:
+    """The Faust table of rates: a window for each partition and ten seconds, folded from the reports of all workers.
+
+    One worker of the group has it, the one that Faust assigns the topic's only partition to. Memory holds it; its changelog brings it back.
+    """
+
+    def __init__(self, app: faust.App, topics: Topics) -> None:
+        self._app, self._topics = app, topics
+        raw = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
+        # As Faust would make it, but under a name of ours: made by ensure_topics, not by Faust.
+        changelog = app.topic(
+            topics.rates_windows,
+            key_serializer="json",
+            value_serializer="json",
+            partitions=1,
+            acks=False,
+            internal=True,
+            allow_empty=True,
+        )
+        self._windows = app.Table("rates", default=dict, partitions=1, changelog_topic=changelog).tumbling(WINDOW_S, expires=KEPT_S)
+        self._windows.table.changelog_topic = changelog  # a window resets it
+        app.agent(app.topic(topics.rates, **raw), name="rates")(self._fold)
+
+    async def _fold(self, stream: AsyncIterable[bytes]) -> None:
+        async for value in stream:
+            try:
+                report = Report.decode(value)
+            except ValueError as error:
+                log.warning("topic %s: %s", self._topics.rates, error)
+                continue
+            # The window is that of the record's timestamp, which is the report's second.
+            self._windows[report.partition] = fold(self._windows[report.partition].current(), report)
+
+    @property
+    def held(self) -> bool:
+        """Whether this worker has the table."""
+        return any(place.topic == self._topics.rates for place in self._app.consumer.assignment())
+
+    def rates(self) -> dict[int, list[Rate]]:
+        """Windows by partition, oldest first, of the time that the page shows; also partitions that had none in it.
+
+        The table has more: an hour, and what recovery brought back, which Faust never expires.
+        """
+        now_s = time.time()
+        found: dict[int, list[Rate]] = {}
+        for (partition, (start_s, _)), window in sorted(self._windows.table.items()):
+            shown = found.setdefault(partition, [])
+            if start_s > now_s - _RATES_SHOWN_S:
+                shown.append(summarise(start_s, window, now_s))
+        return found
+
+    def last_full(self) -> dict[int, Rate]:
+        """The window before the present one, by partition; nothing happened where it has no report."""
+        start_s = time.time() // WINDOW_S * WINDOW_S - WINDOW_S
+        nothing = Rate(int(start_s), 0, 0.0, 0, -1)
+        return {partition: next((rate for rate in rates if rate.start_s == start_s), nothing) for partition, rates in self.rates().items()}
 
 
 def create_app(
@@ -116,8 +211,19 @@ def create_app(
         web_in_thread=False,
         worker_redirect_stdouts=False,
     )
-    batch_loop = BatchLoop(config, at=at)
+    reporter = RateReporter()
+    metrics = WorkerMetrics(
+        lambda: batch_loop.health(), lambda: batch_loop.statistics(), lambda: windows.last_full() if windows is not None else {}
+    )
+
+    def observe(applied: Applied) -> None:
+        metrics.observe(applied)
+        if windows is not None:  # otherwise nobody takes the reports
+            reporter.observe(applied)
+
+    batch_loop = BatchLoop(config, at=at, observe=observe)
     letters = DeadLetters()
+    windows = RateWindows(app, config.topics) if _has_rates_topics(config) else None
 
     async def is_web_up() -> bool:
         try:
@@ -133,6 +239,8 @@ def create_app(
     # A dependency starts with the app; what @app.service adds would wait for the first assignment of Faust's own group, which after a crash
     # comes only when the dead member's session has ended. (A static member does not help: Faust refuses an assignment with an old address.)
     app.add_dependency(HotPath(batch_loop, is_web_up, ready))
+    if windows is not None:
+        app.add_dependency(RateSender(reporter, config))
     topic = app.topic(config.topics.dead_letters, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
 
     @app.agent(topic, name="dead-letters")  # type: ignore[untyped-decorator]
@@ -144,6 +252,25 @@ def create_app(
     async def health(web: Any, _: Any) -> Any:
         report = {**batch_loop.health(), "dead_letters": dict(letters.counts), "statistics": batch_loop.statistics()}
         return web.text(json.dumps(report, indent=1), content_type="application/json", status=200 if report["healthy"] else 503)
+
+    @app.page("/live/")  # type: ignore[untyped-decorator]
+    async def live(web: Any, _: Any) -> Any:
+        report = batch_loop.health()
+        return web.text("live\n" if report["live"] else "stuck: see /health/\n", status=200 if report["live"] else 503)
+
+    @app.page("/ready/")  # type: ignore[untyped-decorator]
+    async def ready_page(web: Any, _: Any) -> Any:
+        report = batch_loop.health()
+        return web.text("ready\n" if report["ready"] else "catching up: see /health/\n", status=200 if report["ready"] else 503)
+
+    @app.page("/metrics")  # type: ignore[untyped-decorator]
+    async def metrics_page(web: Any, _: Any) -> Any:
+        return web.bytes(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    @app.page("/rates/")  # type: ignore[untyped-decorator]
+    async def rates_page(web: Any, _: Any) -> Any:
+        shown = page(windows.rates(), held=windows.held) if windows is not None else page({}, held=False)
+        return web.text(json.dumps(shown), content_type="application/json")
 
     return app
 
@@ -178,6 +305,17 @@ def run_worker(
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0
+
+
+def _has_rates_topics(config: WorkerConfig) -> bool:
+    """Without them (topics older than this program, no right to use them) the worker does its work and shows no windows."""
+    try:
+        for topic in (config.topics.rates, config.topics.rates_windows):
+            log_identity(config.kafka, topic, timeout_s=config.answer_timeout_s)
+    except StreamError as error:
+        log.warning("no rates by window until the next start: %s", error)
+        return False
+    return True
 
 
 def _free_port(host: str) -> int:

@@ -93,7 +93,7 @@ class World:
 
 def new_world(kafka: KafkaConfig | str, folder: Path, name: str, partition_count: int = 3) -> World:
     kafka = KafkaConfig(kafka) if isinstance(kafka, str) else kafka
-    topics = Topics(*(f"{name}-{kind}" for kind in ("actions", "dead-letters", "rankings", "announcements")))
+    topics = Topics(*(f"{name}-{kind}" for kind in ("actions", "dead-letters", "rankings", "announcements", "rates")))
     identity = ensure_topics(kafka, topics, partition_count=partition_count)
     config = WorkerConfig(
         kafka, topics, DOMAIN, folder / "state", folder / "view", group=name, cache_bytes=8 << 20, write_buffer_bytes=8 << 20

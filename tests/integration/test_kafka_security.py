@@ -2,6 +2,8 @@
 
 import datetime
 import ipaddress
+import json
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from streams_world import DOMAIN, World, check_fold, new_world, random_load, worker
+from streams_world import DOMAIN, World, check_fold, eventually, new_world, random_load, worker
 
 from deploy.kafka_server import KafkaServer, Security
 from streams.errors import KafkaUnavailableError, ProduceError
@@ -33,6 +35,7 @@ RIGHTS = [
     ("worker", "actions", AclOperation.DESCRIBE_CONFIGS),
     ("worker", "dead-letters", AclOperation.WRITE),
     ("worker", "dead-letters", AclOperation.READ),
+    *(("worker", topic, what) for topic in ("rates", "rates-windows") for what in (AclOperation.READ, AclOperation.WRITE)),
 ]
 
 
@@ -123,10 +126,11 @@ def test_each_role_works_with_no_more_than_its_rights(world, secured):
     producer.flush()
     config = replace(world.config, kafka=as_user(secured, "worker"))
     with worker(config) as running:
-        running.ready()
+        rates = running.ready()["health"].replace("/health/", "/rates/")
         reader = world.reader()
         assert check_fold(world, reader) == 30
         reader.close()
+        eventually(lambda: json.loads(urllib.request.urlopen(rates, timeout=10).read())["partitions"], "the windows of rates")
     producer.close()
     rankings = RankingLog(as_user(secured, "server"), world.topics.rankings, queue_max=10)
     assert rankings.put(1, b"record")

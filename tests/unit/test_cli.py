@@ -13,7 +13,7 @@ from features.ids import string_id
 from features.ports import Position
 
 COMMANDS = ("up", "demo", "produce", "rank", "import", "check", "train", "publish", "evaluate", "replay", "erase", "bench", "worker")
-COMMANDS += ("reader", "server", "bootstrap")
+COMMANDS += ("reader", "server", "bootstrap", "dead", "inspect", "top")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
