@@ -69,9 +69,8 @@ class PartitionView:
         self._map_bytes, self._lock_wait_s = map_bytes, lock_wait_s
         self._adopted = _NOTHING
         """A later moment that the view shows already: nothing is written until the store passes it."""
-        marker = self._path / _BOOT_FILE
         try:
-            if self._path.exists() and (not marker.exists() or marker.read_text() != _boot_id()):
+            if self._is_left_over():
                 self._drop()
             try:
                 self._token = self._open()
@@ -83,6 +82,11 @@ class PartitionView:
         except (OSError, lmdb.Error) as error:
             raise ViewError(f"{self._path}: the view cannot be opened for writing: {error}") from error
 
+    # What of this class knows files, locks and LMDB stands in the next five methods and `close`: simulations put theirs in their place.
+
+    def _is_left_over(self) -> bool:
+        return self._path.exists() and not _is_of_this_boot(self._path)
+
     def _drop(self) -> None:
         # Renamed first: a reader must never combine the old data file with a new lock file.
         stale = self._path.with_name(f"{self._path.name}.stale")
@@ -90,7 +94,7 @@ class PartitionView:
         self._path.rename(stale)
         shutil.rmtree(stale)
 
-    def _open(self) -> int:
+    def _open_files(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         (self._path / _BOOT_FILE).write_text(_boot_id())
         self._lock_file = (self._path / _LOCK_FILE).open("ab")
@@ -98,17 +102,9 @@ class PartitionView:
         self._environment = lmdb.open(
             str(self._path), map_size=self._map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
         )
-        return self._take_over()
 
-    def _take_over(self) -> int:
-        with self._writing() as transaction:
-            token = int.from_bytes(transaction.get(OWNER_KEY, b""), "little") + 1
-            transaction.put(OWNER_KEY, token.to_bytes(8, "little"))
-        return token
-
-    @contextmanager
-    def _writing(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction. LMDB would wait for ever for a writer that is frozen in one; this lock of ours has a deadline.
+    def _lock(self) -> None:
+        """LMDB would wait for ever for a writer that is frozen in a transaction; this lock of ours has a deadline.
 
         Raises:
             FencedError: another writer does not end its transaction.
@@ -117,16 +113,33 @@ class PartitionView:
         while True:
             try:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
                     raise FencedError(f"{self._path}: another writer does not end its transaction") from None
                 time.sleep(0.002)  # only where two owners meet: there is no way to wait for a lock with a deadline
+            else:
+                return
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def _open(self) -> int:
+        """Opens the files and takes the view over: returns the token."""
+        self._open_files()
+        with self._writing() as transaction:
+            token = int.from_bytes(transaction.get(OWNER_KEY, b""), "little") + 1
+            transaction.put(OWNER_KEY, token.to_bytes(8, "little"))
+        return token
+
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        """A write transaction. Raises FencedError: another writer does not end its own."""
+        self._lock()
         try:
             with self._environment.begin(write=True) as transaction:
                 yield transaction
         finally:
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            self._unlock()
 
     def meta(self) -> Meta | None:
         """The moment that the view shows; None where it was never completed, or cannot be read."""
@@ -440,6 +453,12 @@ def disk_bytes(folder: str | Path) -> Mapping[int, int]:
 def _identity(path: str) -> tuple[int, int]:
     status = os.stat(path)  # noqa: PTH116 - at every read: pathlib takes three times as long
     return status.st_ino, status.st_dev
+
+
+def _is_of_this_boot(path: Path) -> bool:
+    """Whether a view was made since the machine started; what is older was not synced to disk, and may be torn."""
+    marker = path / _BOOT_FILE
+    return marker.exists() and marker.read_text("ascii") == _boot_id()
 
 
 def _boot_id() -> str:
