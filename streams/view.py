@@ -74,15 +74,17 @@ class PartitionView:
                 self._drop()
             try:
                 self._token = self._open()
-            except FencedError:
-                log.warning("%s: its writer does not answer; readers get a new view", self._path)
+            except FencedError as error:
+                is_replaced = self._is_replaced()
                 self.close()
-                self._drop()
+                if not is_replaced:
+                    log.warning("%s; readers get a new view", error)
+                    self._drop()
                 self._token = self._open()
         except (OSError, lmdb.Error) as error:
             raise ViewError(f"{self._path}: the view cannot be opened for writing: {error}") from error
 
-    # What of this class knows files, locks and LMDB stands in the next five methods and `close`: simulations put theirs in their place.
+    # What of this class knows files, locks and LMDB stands in the next six methods and `close`: simulations put theirs in their place.
 
     def _is_left_over(self) -> bool:
         return self._path.exists() and not _is_of_this_boot(self._path)
@@ -102,6 +104,13 @@ class PartitionView:
         self._environment = lmdb.open(
             str(self._path), map_size=self._map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
         )
+
+    def _is_replaced(self) -> bool:
+        """Whether readers find another file in this one's place."""
+        try:
+            return _identity(str(self._path / _LOCK_FILE)) != _identity(self._lock_file.fileno())
+        except FileNotFoundError:
+            return True
 
     def _lock(self) -> None:
         """LMDB would wait for ever for a writer that is frozen in a transaction; this lock of ours has a deadline.
@@ -133,9 +142,15 @@ class PartitionView:
 
     @contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction. Raises FencedError: another writer does not end its own."""
+        """A write transaction.
+
+        Raises:
+            FencedError: another writer does not end its own; or one gave this view up meanwhile, and no reader would see what is written.
+        """
         self._lock()
         try:
+            if self._is_replaced():
+                raise FencedError(f"{self._path}: another worker has replaced the view")
             with self._environment.begin(write=True) as transaction:
                 yield transaction
         finally:
@@ -357,6 +372,8 @@ class ViewReader:
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:
+            if not _is_of_this_boot(path):
+                raise SequenceUnavailableError(f"{path}: the view is of an earlier boot of the machine: is the worker running?")
             known = self._open.get(partition)
             if known is not None:
                 if known[0] == identity:
@@ -450,8 +467,8 @@ def disk_bytes(folder: str | Path) -> Mapping[int, int]:
     return {int(path.parent.name): path.stat().st_size for path in Path(folder).glob(f"*/{_DATA_FILE}") if path.parent.name.isdigit()}
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)  # noqa: PTH116 - at every read: pathlib takes three times as long
+def _identity(file: str | int) -> tuple[int, int]:
+    status = os.stat(file)  # noqa: PTH116 - at every read: pathlib takes three times as long
     return status.st_ino, status.st_dev
 
 

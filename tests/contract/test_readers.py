@@ -19,7 +19,7 @@ from features.ports import Position, Reading, SequenceCorruptError, SequenceUnav
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
 from protos.v1.sequence_pb2 import GetSequencesRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
-from streams.errors import StreamError, ViewError
+from streams.errors import FencedError, StreamError, ViewError
 from streams.reader_service import ReaderConfig
 from streams.remote_reader import RemoteReader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
@@ -272,6 +272,47 @@ def test_a_view_of_an_earlier_boot_is_dropped_and_readers_follow(tmp_path):
     assert after != before
     assert reader.statistics()["reopened"] == PARTITIONS
     reader.close()
+
+
+def test_a_view_of_an_earlier_boot_is_not_read(tmp_path):
+    """It was not synced to disk, so a power loss may have torn it: rows of one moment, the watermark of another."""
+    build_view(tmp_path, batches(1))
+    for partition in range(PARTITIONS):
+        (tmp_path / str(partition) / "boot").write_text("before the power went away")
+    reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
+    with pytest.raises(SequenceUnavailableError, match="earlier boot"):
+        reader.read("main", USERS)
+    assert reader.positions() == []
+    build_view(tmp_path, batches(1))
+    assert reader.read("main", USERS) == OracleReader(batches(1)).read("main", USERS)
+    reader.close()
+
+
+def test_a_writer_whose_view_was_replaced_is_fenced(tmp_path):
+    """Else it would go on writing what no reader sees: it may be the owner still, frozen for a while in a transaction."""
+    build_view(tmp_path, batches(1))
+    frozen = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    meta = frozen.meta()
+    with frozen._writing():
+        other = multiprocessing.get_context("spawn").Process(target=give_up_on_the_writer, args=(tmp_path,))
+        other.start()
+        other.join(60)
+        assert other.exitcode == 0
+    for attempt in (
+        lambda: frozen.write([], [], replace(meta, applied_offset=meta.applied_offset + 1)),
+        lambda: frozen.beat(1),
+        lambda: frozen.rebuild(iter(()), meta),
+    ):
+        with pytest.raises(FencedError, match="replaced"):
+            attempt()
+    frozen.close()
+    again = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    assert again.meta() is None
+    again.close()
+
+
+def give_up_on_the_writer(folder) -> None:
+    PartitionView(folder, 0, map_bytes=1 << 24, lock_wait_s=0.0).close()
 
 
 @pytest.mark.parametrize("damage", ["bit", "other user"])

@@ -241,5 +241,3 @@ def draw_plan(draw: random.Random) -> Plan:
     """One or two partitions of 12 to 30 records and a last one for each user."""
     which, count = draw.choices(range(len(DOMAINS)), (4, 4, 4, 1))[0], draw.choice((1, 1, 2))
     return Plan(DOMAINS[which], tuple(PartitionPlan(partition, count, which, draw) for partition in range(count)))
-
-

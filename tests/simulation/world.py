@@ -339,6 +339,9 @@ class SimView(PartitionView):
             lambda before, after: self._observer.committed(self._number, before, after),
         )
 
+    def _is_replaced(self) -> bool:
+        return self._process.machine.views.get(self._number) is not self._there
+
     def _lock(self) -> None:
         writer = self._there.writer
         if writer is not None and writer.alive and writer is not self._process:
@@ -359,9 +362,10 @@ class SimReader(ViewReader):
     def __init__(self, machine: Machine, plans: Seq[PartitionPlan], observer: Observer) -> None:
         super().__init__("views", plans[0].domain, len(plans))
         self._machine, self._observer = machine, observer
+
     def _environment(self, partition: int) -> Handle:
         found = self._machine.views.get(partition)
-        if found is None:
+        if found is None or found.boot != self._machine.boot:
             raise SequenceUnavailableError(f"no view of partition {partition} yet")
         return Handle(found, lambda where: self._observer.point(None, where), lambda before, after: None)
 
