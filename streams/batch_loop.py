@@ -20,7 +20,7 @@ from typing import Any
 
 from features.domain import Domain
 from streams.core import Applied, Held, Log, RetentionPolicy, WorkerCore
-from streams.errors import KafkaUnavailableError, ProduceError, StateError
+from streams.errors import FencedError, KafkaUnavailableError, ProduceError, StateError
 from streams.health import judge
 from streams.kafka import (
     Consumer,
@@ -266,7 +266,12 @@ class BatchLoop:
 
     def _finish_opening(self, consumer: Consumer) -> None:
         for number in [number for number, opening in self._opening.items() if opening.done()]:
-            start = self.core.hold(number, self._opening.pop(number).result())
+            try:
+                held = self._opening.pop(number).result()
+            except FencedError as error:
+                log.warning("partition %d: %s while it was opened; taken again if it still is this worker's", number, error)
+                continue
+            start = self.core.hold(number, held)
             log.info("partition %d: open, going on at offset %d", number, start)
             if number in (self._owned or ()):
                 self._fetch(consumer, number)
@@ -336,8 +341,12 @@ class BatchLoop:
                     f"partition {number}: the broker's log was truncated before offset {held.next_offset} and has grown again "
                     f"({error.str()}): it lost records that the state includes. Give the worker a new state folder to rebuild from this log"
                 )
-            self.core.reopen(number)  # raises, or goes on as the policy says
-            consumer.seek(self._place(number))
+            try:
+                self.core.reopen(number)  # raises, or goes on as the policy says
+            except FencedError as taken:
+                log.warning("partition %d: %s while it was opened; taken again if it still is this worker's", number, taken)
+            else:
+                consumer.seek(self._place(number))
         elif error.retriable() or error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT):
             log.warning("%s", unavailable(self._config.kafka, error))
         else:

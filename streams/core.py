@@ -219,17 +219,17 @@ class WorkerCore:
 
         Raises:
             StateError: the log does not continue the state, and the policy is to fail; or another process holds it.
+            FencedError: another worker has taken the view over meanwhile; prepare it again where the group still says so.
         """
         epoch = self._following.epoch
         try:
             store = self._store.open(partition, epoch)
         except SequenceCorruptError as error:
-            store = self._replace(partition, f"cannot be opened: {error}")
-        return self._prepare_from(store)
+            return self._prepare_from(self._replace(partition, f"cannot be opened: {error}"))
+        return self._prepare_from(self._continue(store))
 
     def _prepare_from(self, store: PartitionStore) -> Held:
         partition = store.meta.partition
-        store = self._continue(store)
         try:
             view = self._open_view(partition)
         except BaseException:
@@ -271,7 +271,10 @@ class WorkerCore:
         ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
         if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
             store.close()
-            return self._store.restore(meta.partition, meta.log_epoch)
+            restored = self._restored(meta.partition, first, skip=0)
+            if restored is not None:
+                return restored
+            store = self._store.open(meta.partition, meta.log_epoch)
         try:
             check_base(meta, self._following.base, f"partition {meta.partition}")
         except StateError:
@@ -292,6 +295,14 @@ class WorkerCore:
         with self._lock:
             self._counters["records_missed"] += start - wanted
         return self._store.start_over(meta.partition, meta.log_epoch, start)
+
+    def _restored(self, partition: int, first: int, *, skip: int) -> PartitionStore | None:
+        """A snapshot that a log from `first` on continues; None: none could be restored, and what was there still is."""
+        try:
+            return self._store.restore(partition, self._following.epoch, first=first, skip=skip)
+        except StateError:
+            log.exception("partition %d: no snapshot could be restored", partition)
+            return None
 
     def close(self, partitions: Seq[int] | None = None) -> None:
         """Closes some partitions, or all; those that are not open are passed over."""
@@ -325,11 +336,12 @@ class WorkerCore:
         if not len(records):
             return held.next_offset
         try:
-            self._fold(partition, held, records)
-        except SequenceForeignError as error:
-            raise StateError(f"partition {partition}: {error}") from error
-        except SequenceCorruptError as error:
-            return self._repair(partition, str(error))
+            try:
+                self._fold(partition, held, records)
+            except SequenceForeignError as error:
+                raise StateError(f"partition {partition}: {error}") from error
+            except SequenceCorruptError as error:
+                return self._repair(partition, str(error))
         except FencedError as error:
             self._fenced(partition, error)
             return None
@@ -499,11 +511,10 @@ class WorkerCore:
         with self._lock:
             self._counters["repairs"] += 1
         if snapshot is not None and snapshot + 1 >= first:
-            try:
-                return self._store.restore(partition, epoch, skip=skip)
-            except StateError:
-                log.exception("partition %d: no snapshot could be restored", partition)
-        if self._following.base and self._policy == "fail":
+            restored = self._restored(partition, first, skip=skip)
+            if restored is not None:
+                return restored
+        if self._following.base and (self._policy == "fail" or not first):
             raise StateError(
                 f"partition {partition}: the state is damaged ({reason}) and there is no snapshot to restore. Move its folder away and "
                 f"run `freshrank bootstrap` with the history of base {self._following.base}"

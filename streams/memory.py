@@ -36,8 +36,9 @@ class MemoryStore:
         del partition, log_epoch
         return None
 
-    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> "MemoryPartition":
+    def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> "MemoryPartition":
         """See `streams.store.Store.restore`."""
+        del first
         raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "MemoryPartition":

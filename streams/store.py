@@ -76,11 +76,13 @@ class Store(Protocol):
         """Offset of the newest snapshot of a partition that could be restored; None: there is none."""
         ...
 
-    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> PartitionStore:
+    def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> PartitionStore:
         """Sets aside what is there and opens the newest good snapshot, passing over the `skip` newest ones. The partition must be closed.
 
+        `first`: the log's first record; a snapshot that waits for an earlier one is of no use.
+
         Raises:
-            StateError: no snapshot could be restored.
+            StateError: no snapshot could be restored: what was there still is.
         """
         ...
 
@@ -167,8 +169,9 @@ class RocksStore:
         del partition, log_epoch
         return None
 
-    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> "RocksPartition":
+    def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> "RocksPartition":
         """See `Store.restore`."""
+        del first
         raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "RocksPartition":
