@@ -23,7 +23,7 @@ MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 _START_MS = 100 * DAY_MS
 _LEADER_EPOCH = 3
 
-# Sequences of 4 to 8 events, so that few records are enough to cut them. One sequence in most domains: a fold costs as much as all the rest.
+# Sequences of 4 to 8 events, so that few records are enough to cut them; one in most domains, for a fold costs as much as all the rest.
 _SEQUENCES = (
     "[sequence.short]\nid = 1\nlength = 4\n",
     "[sequence.capped]\nid = 2\nlength = 6\ncaps = { view = 2 }\n",

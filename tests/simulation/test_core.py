@@ -64,7 +64,7 @@ def test_snapshots_with_damaged_rows_do_not_stand_in_the_way_of_the_log():
 
 def test_a_snapshot_that_cannot_be_restored_does_not_stand_in_the_way_of_the_log():
     world = World()
-    world.snapshots[0] = {5: Snapshot({}, damaged=True)}
+    world.snapshots[0] = {5: Snapshot({}, is_incomplete=True)}
     assert world.core.open(0) == 0
 
 

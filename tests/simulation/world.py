@@ -1,7 +1,7 @@
-"""The simulated machine under the worker core: disks that lose unsynced writes, views shared by processes, snapshots, a log, a group.
+"""The simulated machines under the worker core: disks that lose unsynced writes, views that processes share, snapshots, a log.
 
-Everything that can be delayed or die tells `Observer.point` where it is; there a process may be killed, its machine may lose power, or it may
-freeze while others go on.
+Everything that can be delayed or die tells `Observer.point` where it is; there a process may be killed, its machine may lose power, or
+it may freeze while others go on.
 """
 
 import errno
@@ -81,6 +81,8 @@ class Disk:
     unsynced: list[Content] = field(default_factory=list)
     bad_blocks: set[bytes] = field(default_factory=set)
     """Keys whose block cannot be read."""
+    is_damaged: bool = False
+    """A row is not what it was."""
     refuses_opening: bool = False
     holder: Process | None = None
 
@@ -110,11 +112,12 @@ class Disk:
 
 @dataclass
 class Snapshot:
-    """A checkpoint in the snapshot store. `damaged`: a file of it is not what its manifest says."""
+    """A checkpoint in the snapshot store, with whatever damage the disk had. `is_incomplete`: a file is not what its manifest says."""
 
     content: Content
     bad_blocks: frozenset[bytes] = frozenset()
-    damaged: bool = False
+    is_damaged: bool = False
+    is_incomplete: bool = False
 
 
 class SimStore:
@@ -161,9 +164,11 @@ class SimStore:
         """See `Store.restore`."""
         for offset in sorted(self.snapshots[partition], reverse=True)[skip:]:
             snapshot = self.snapshots[partition][offset]
-            if not snapshot.damaged and offset + 1 >= first:
+            if not snapshot.is_incomplete and offset + 1 >= first:
                 self.observer.point(self.process, "restore")
-                self._replace(partition, Disk(snapshot.content, snapshot.content, bad_blocks=set(snapshot.bad_blocks)))
+                self._replace(
+                    partition, Disk(snapshot.content, snapshot.content, bad_blocks=set(snapshot.bad_blocks), is_damaged=snapshot.is_damaged)
+                )
                 self.restored += 1
                 return self.open(partition, log_epoch)
         raise StateError(f"partition {partition}: no snapshot could be restored")
@@ -284,7 +289,7 @@ class Transaction:
     """As `lmdb.Transaction`, and its own cursor."""
 
     def __init__(self, environment: Environment, pause: Callable[[str], None]) -> None:
-        self.data, self._full, self._pause = environment.data, environment.full, pause
+        self._environment, self.data, self._pause = environment, environment.data, pause
 
     def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
         """As `lmdb.Transaction.get`."""
@@ -308,7 +313,7 @@ class Transaction:
     def putmulti(self, items: list[tuple[bytes, bytes]], *, append: bool) -> None:
         """As `lmdb.Cursor.putmulti`."""
         self._pause("putmulti")
-        if self._full:
+        if self._environment.full:
             raise lmdb.MapFullError("the disk is full")
         if append:
             keys = [max(self.data, default=b""), *(key for key, _ in items)]
@@ -367,7 +372,7 @@ class SimReader(ViewReader):
         found = self._machine.views.get(partition)
         if found is None or found.boot != self._machine.boot:
             raise SequenceUnavailableError(f"no view of partition {partition} yet")
-        return Handle(found, lambda where: self._observer.point(None, where), lambda before, after: None)
+        return Handle(found, lambda where: self._observer.point(None, where), lambda *_: None)
 
     def meta_read(self, partition: int) -> Meta:
         """Meta of the last read of a partition."""
