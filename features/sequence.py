@@ -24,7 +24,8 @@ Events = npt.NDArray[np.void]
 FORMAT_VERSION = 1
 SCHEMA_VERSION = 2
 NEVER_ERASED = -1
-_MAGIC = int.from_bytes(b"FRSQ", "little")
+_MAGIC_BYTES = b"FRSQ"
+_MAGIC = int.from_bytes(_MAGIC_BYTES, "little")
 
 HEADER_DTYPE = np.dtype(
     [
@@ -262,6 +263,11 @@ def decode_row(row: bytes, user_id: int | None = None) -> Row:
             events[name] = older[name]
     names = ("user_id", "fingerprint", "log_epoch", "partition", "offset", "erased_before_ms")
     return Row(**{name: int(head[name]) for name in names}, events=events)
+
+
+def is_whole(row: bytes) -> bool:
+    """Whether a row that is passed on undecoded is undamaged: magic and checksum cover every bit. `decode_row` says what is wrong."""
+    return row[:4] == _MAGIC_BYTES and row[4:8] == zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little")
 
 
 def encode_row(row: Row) -> bytes:

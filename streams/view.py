@@ -16,7 +16,6 @@ import os
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ import numpy as np
 from features.domain import Domain
 from features.ids import partition_of, partitions_of, user_key
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
-from features.sequence import HEADER_DTYPE, decode_row
+from features.sequence import HEADER_DTYPE, decode_row, is_whole
 from streams.errors import FencedError, StateError, ViewError
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 
@@ -393,12 +392,12 @@ class ViewReader:
 
 
 def check_row(row: bytes, user_id: int) -> None:
-    """The header's own checks in two comparisons; an empty row is none.
+    """The header's own checks in few comparisons; an empty row is none.
 
     Raises:
         SequenceCorruptError: the row is damaged or of another user; the message of `decode_row` says what is wrong.
     """
-    if row and (row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little") or row[16:24] != user_id.to_bytes(8, "little")):
+    if row and not (is_whole(row) and row[16:24] == user_id.to_bytes(8, "little")):
         decode_row(row, user_id)
         raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
 
@@ -455,9 +454,9 @@ def check_owner(stored: bytes | None, token: int) -> None:
 
 
 def _checked(items: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """The rows of a store; raises SequenceCorruptError at one whose checksum differs, so that no damage is copied."""
+    """The rows of a store; raises SequenceCorruptError at one that is damaged, so that no damage is copied."""
     for key, row in items:
-        if row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little"):
+        if not is_whole(row):
             decode_row(row)
         yield key, row
 

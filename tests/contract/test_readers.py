@@ -315,22 +315,37 @@ def give_up_on_the_writer(folder) -> None:
     PartitionView(folder, 0, map_bytes=1 << 24, lock_wait_s=0.0).close()
 
 
-@pytest.mark.parametrize("damage", ["bit", "other user"])
-def test_a_row_that_cannot_be_trusted_is_data_loss(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "says"), [("last bit", "checksum differs"), ("first bit", "not a sequence row"), ("other user", "another user")]
+)
+def test_a_row_that_cannot_be_trusted_is_data_loss(tmp_path, damage, says):
     build_view(tmp_path, batches(1))
     user, other = [user for user in USERS if partition_for(user) == 0][:2]
     with lmdb.open(str(tmp_path / "0"), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
         row = bytearray(transaction.get(row_key(1, user)))
-        if damage == "bit":
+        if damage == "last bit":
             row[-1] ^= 1
+        elif damage == "first bit":
+            row[0] ^= 1
         else:
             row = bytearray(transaction.get(row_key(1, other)))
         transaction.put(row_key(1, user), bytes(row))
     reader = ViewReader(tmp_path, DOMAIN, PARTITIONS)
-    with pytest.raises(SequenceCorruptError, match="checksum differs" if damage == "bit" else "another user"):
+    with pytest.raises(SequenceCorruptError, match=says):
         reader.read("main", [user])
     assert reader.statistics()["corrupt"] == 1
     reader.close()
+
+
+@pytest.mark.parametrize("at", [0, 4, 64])
+def test_a_damaged_row_is_not_copied_into_a_view(tmp_path, at):
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    key, row = one_row(7, 5)
+    damaged = row[:at] + bytes((row[at] ^ 1,)) + row[at + 1 :]
+    with pytest.raises(SequenceCorruptError):
+        view.sync(Meta(EPOCH, 0, 5, 50, fingerprints(definitions(DOMAIN))), lambda: iter([(key, damaged)]), 100)
+    assert view.meta() is None
+    view.close()
 
 
 def test_a_view_of_other_definitions_is_not_read(tmp_path):
