@@ -290,11 +290,17 @@ class WorkerCore:
                 f"{gap}. Restore a newer snapshot, or start over from what the log still has (offset_below_retention = earliest) or from "
                 "its end (latest)"
             )
-        start = first if self._policy == "earliest" else following
-        log.error("%s; STARTING OVER at offset %d (%s): earlier actions and erasures are not in the state", gap, start, self._policy)
+        return self._start_over(meta.partition, wanted, gap)
+
+    def _start_over(self, partition: int, wanted: int, why: str) -> PartitionStore:
+        """An empty state that waits for the first record that the log still has, or, as the policy says, for the next one."""
+        first, following = self._following.first_and_next(partition)
+        start = following if first and self._policy == "latest" else first
+        if start:
+            log.error("%s; STARTING OVER at offset %d (%s): earlier actions and erasures are not in the state", why, start, self._policy)
         with self._lock:
             self._counters["records_missed"] += start - wanted
-        return self._store.start_over(meta.partition, meta.log_epoch, start)
+        return self._store.start_over(partition, self._following.epoch, start)
 
     def _restored(self, partition: int, first: int, *, skip: int) -> PartitionStore | None:
         """A snapshot that a log from `first` on continues; None: none could be restored, and what was there still is."""
@@ -510,7 +516,7 @@ class WorkerCore:
         self._replaced[partition] = skip + 1
         with self._lock:
             self._counters["repairs"] += 1
-        if snapshot is not None and snapshot + 1 >= first:
+        if snapshot is not None and first <= snapshot + 1 <= following:
             restored = self._restored(partition, first, skip=skip)
             if restored is not None:
                 return restored
@@ -524,4 +530,4 @@ class WorkerCore:
                 f"partition {partition}: the state is damaged ({reason}), there is no snapshot to restore, and the log starts at {first}. "
                 "Restore the folder from a backup, or start over with offset_below_retention = earliest or latest"
             )
-        return self._store.start_over(partition, epoch, following if first and self._policy == "latest" else first)
+        return self._start_over(partition, 0, f"partition {partition}: the damaged state cannot be restored")

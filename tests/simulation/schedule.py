@@ -114,7 +114,10 @@ class SimWorker(Process):
         partition = self.sim.draw.choice(sorted(behind))
         log, position = self.sim.logs[partition], self.positions[partition]
         if position < log.first_and_next()[0]:  # out of range: the broker no longer has it
-            self.positions[partition] = self.start(partition, self.core.reopen(partition))
+            try:
+                self.positions[partition] = self.start(partition, self.core.reopen(partition))
+            except FencedError:
+                self.sim.happened["fences"] += 1
             return
         begin = bisect_left(log.plan.offsets, position)
         if again and begin > log.first:

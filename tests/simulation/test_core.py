@@ -8,7 +8,7 @@ from simulation.plan import EPOCH, TOPIC, draw_plan
 from simulation.world import Disk, Machine, Process, SimStore, SimView, Snapshot
 
 from streams.batch_loop import BatchLoop, WorkerConfig
-from streams.core import Log, WorkerCore
+from streams.core import Log, RetentionPolicy, WorkerCore
 from streams.errors import FencedError
 from streams.kafka import KafkaConfig, Topics
 from streams.memory import MemoryStore
@@ -28,14 +28,15 @@ class Nothing:
 class World:
     """One worker over a log of one partition that is there as a whole."""
 
-    def __init__(self, seed: int = 3) -> None:
+    def __init__(self, seed: int = 3, policy: RetentionPolicy = "fail") -> None:
+        self.first = 0
         self.plan = next(plan for i in range(seed, 100) if len(plan := draw_plan(random.Random(i)).partitions) == 1)[0]
         self.process = Process(Machine("here"), "worker")
         self.disks: dict[int, Disk] = {}
         self.snapshots: dict[int, dict[int, Snapshot]] = {0: {}}
         self.store = SimStore(self.disks, self.snapshots, self.plan.kept, self.process, Nothing())
-        self.core = WorkerCore(self.plan.domain, self.store, self.open_view, lambda _: None)
-        self.core.follow(Log(TOPIC, EPOCH, 1, lambda _: (0, self.plan.offsets[-1] + 1)))
+        self.core = WorkerCore(self.plan.domain, self.store, self.open_view, lambda _: None, offset_below_retention=policy)
+        self.core.follow(Log(TOPIC, EPOCH, 1, lambda _: (self.first, self.plan.offsets[-1] + 1)))
 
     def open_view(self, partition: int) -> SimView:
         return SimView(self.process, partition, Nothing())
@@ -66,6 +67,16 @@ def test_a_snapshot_that_cannot_be_restored_does_not_stand_in_the_way_of_the_log
     world = World()
     world.snapshots[0] = {5: Snapshot({}, is_incomplete=True)}
     assert world.core.open(0) == 0
+
+
+def test_a_repair_that_leaves_out_what_retention_removed_counts_it():
+    world = World(policy="earliest")
+    world.core.open(0)
+    world.core.apply(0, world.plan.records(0, 5))
+    world.disks[0].content = world.damaged_content()
+    world.first = world.plan.offsets[4]
+    assert world.apply_all() == world.first
+    assert world.core.statistics()["records_missed"] == world.first
 
 
 @pytest.fixture
