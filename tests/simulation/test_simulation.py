@@ -4,7 +4,7 @@ import os
 
 import pytest
 from simulation.mutations import MUTATIONS
-from simulation.run import Outcome, play_in_processes, replay_alone
+from simulation.run import Outcome, main, play_in_processes, replay_alone
 from simulation.schedule import Simulation
 
 SEEDS = 5_000
@@ -29,7 +29,8 @@ def test_a_fault_in_the_code_is_found(mutation, monkeypatch):
     for seed in range(MUTATION_SEEDS_MAX):  # all of which hold without it: see above
         try:
             Simulation(seed).run()
-        except Exception:
+        except Exception as error:
+            assert not isinstance(error, (TypeError, AttributeError, LookupError)), f"a fault of the mutation itself: {error!r}"  # noqa: PT017
             return
     pytest.fail(f"{MUTATION_SEEDS_MAX} seeds did not notice: {mutation}")
 
@@ -39,5 +40,15 @@ def test_a_seed_repeats_itself():
         assert Simulation(seed).run() == Simulation(seed).run()
 
 
-def test_a_run_in_which_something_never_happened_says_so():
-    assert "disk_full" in Outcome(1, Simulation(0).run()).never()
+def test_a_run_in_which_something_never_happened_fails(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "--seeds", "1"])
+    assert main() == 1
+    assert ": never: such a run proves too little" in capsys.readouterr().out
+
+
+def test_a_failing_seed_is_named_and_the_run_fails(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "--seeds", "3", "--first", "7"])
+    monkeypatch.setattr(Simulation, "_check_end", lambda _: 1 / 0)
+    assert main() == 1
+    assert "seed 9: ZeroDivisionError" in (shown := capsys.readouterr().out)
+    assert "replay alone: python -m tests.simulation.run --seed 9" in shown
