@@ -70,6 +70,7 @@ BENCHES = {
     "replay": "deploy.bench:replay",
     "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
     "growth": "deploy.bench_growth:bench_growth",
+    "peers": "deploy.bench_peers:bench_peers",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

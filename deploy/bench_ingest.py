@@ -80,7 +80,7 @@ def bench_ingest(
             config = WorkerConfig(
                 kafka, topics, domain, place / "state", place / "view", group=f"bench-{run}", instance=f"bench-{run}", log_level="WARNING"
             )
-            results.append(_run_once(config, identity.partition_count, event_count))
+            results.append(fold_once(config, identity.partition_count, event_count))
             _check(config, identity.partition_count, users, events, sampled_users, seed)
     figures: dict[str, Any] = {"produce_events_per_s": round(event_count / produced_s)}
     for name in results[0]:
@@ -111,7 +111,8 @@ def make_load(event_count: int, user_count: int, seed: int) -> tuple[npt.NDArray
     return users, events
 
 
-def _run_once(config: WorkerConfig, partition_count: int, event_count: int) -> dict[str, float]:
+def fold_once(config: WorkerConfig, partition_count: int, event_count: int) -> dict[str, float]:
+    """Starts a worker on a topic of `event_count` records and measures it: events_per_s, cpu_us_per_event, resident_mb. Its view stays."""
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(config,))
     process.start()
     assert process.pid is not None

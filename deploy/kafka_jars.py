@@ -33,13 +33,13 @@ def kafka_version() -> str:
     return next(name for name in locked_jars() if name.startswith("kafka_2")).removesuffix(".jar").rpartition("-")[2]
 
 
-def check_jars(folder: Path, *, bytes_too: bool = False) -> None:
-    """Compare a folder with the lock: every jar is there and, with `bytes_too`, has the locked sha256.
+def check_jars(folder: Path, *, specification: Path = SPECIFICATION, bytes_too: bool = False) -> None:
+    """Compare a folder with the specification's lock: every jar is there and, with `bytes_too`, has the locked sha256.
 
     Raises:
         JarsMissingError: naming the first jars that are missing or differ.
     """
-    locked = locked_jars()
+    locked = locked_jars(specification / "jgo.lock.toml")
     missing = [name for name in locked if not (folder / name).is_file()]
     if missing:
         raise JarsMissingError(
@@ -53,7 +53,7 @@ def check_jars(folder: Path, *, bytes_too: bool = False) -> None:
             )
 
 
-def fetch_jars(folder: Path) -> None:
+def fetch_jars(folder: Path, *, specification: Path = SPECIFICATION) -> None:
     """Fetch the jars through Maven coordinates with jgo's own resolver (neither Java nor Maven needed) and check each against the lock.
 
     The folder appears whole or not at all, so that a fetch that was cut off is simply done again.
@@ -64,7 +64,7 @@ def fetch_jars(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="kafka-fetch-") as name:
         work = Path(name)
-        shutil.copy(SPECIFICATION / "jgo.toml", work)
+        shutil.copy(specification / "jgo.toml", work)
         jgo = Path(sys.executable).parent / "jgo"
         done = subprocess.run([jgo, "--resolver", "python", "--links", "copy", "--timeout", "60", "sync"], cwd=work, check=False)
         if done.returncode:
@@ -75,8 +75,8 @@ def fetch_jars(folder: Path) -> None:
         flat.mkdir()
         for jar in sorted((work / ".jgo").rglob("*.jar")):
             shutil.move(jar, flat / jar.name)
-        check_jars(flat, bytes_too=True)
-        unlocked = {jar.name for jar in flat.iterdir()} - locked_jars().keys()
+        check_jars(flat, specification=specification, bytes_too=True)
+        unlocked = {jar.name for jar in flat.iterdir()} - locked_jars(specification / "jgo.lock.toml").keys()
         if unlocked:
             raise JarsMissingError(f"jgo fetched jars that the lock does not name: {', '.join(sorted(unlocked))}")
         shutil.rmtree(folder, ignore_errors=True)
