@@ -23,6 +23,7 @@ from rich.console import Console
 
 from deploy.bench_ingest import DOMAIN, BenchError, make_load
 from deploy.kafka_server import KafkaServer
+from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS, set_slice
 from features.actions import encode_events
 from features.domain import Domain, parse_domain
 from features.ids import user_key
@@ -150,7 +151,7 @@ def live(folder: Path, console: Console, **given: Any) -> Iterator[Live]:
         reader = start(_serve, ReaderConfig(domain, config.view_folder, PARTITIONS, log_level="WARNING"), ready)
         stack.callback(stop, reader)
         address = _get(ready, reader)
-        pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=quiet_process))
+        pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_measure))
         yield Live(kafka, topics, config, address, pool)
 
 
@@ -207,11 +208,19 @@ def _get(queue: "Queue[Any]", process: BaseProcess) -> Any:
 
 
 def _work(config: WorkerConfig) -> None:
+    set_slice(WORKER_SLICE_MS)
     raise SystemExit(run_worker(config))
 
 
 def _serve(config: ReaderConfig, ready: "Queue[str]") -> None:
+    set_slice(SERVING_SLICE_MS)
     raise SystemExit(run_reader(config, lambda details: ready.put(details["address"])))
+
+
+def _measure() -> None:
+    """A process that reads as the ranking server does."""
+    quiet_process()
+    set_slice(SERVING_SLICE_MS)
 
 
 def _produce(kafka: KafkaConfig, topic: str, load: Load, ready: "Queue[float]") -> None:

@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 
+from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
 from features.domain import Domain, load_domain
@@ -43,6 +44,7 @@ def topics(settings: Settings) -> Topics:
 
 def worker(settings: Settings) -> int:
     """Keeps sequences up to date until SIGTERM; returns the exit code."""
+    set_slice(settings.worker_slice_ms)
     config = WorkerConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),
@@ -64,6 +66,7 @@ def worker(settings: Settings) -> int:
 
 def reader(settings: Settings) -> int:
     """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
+    set_slice(settings.serving_slice_ms)
     config = ReaderConfig(
         domain=_domain(settings),
         view_folder=settings.home / "view",
@@ -81,6 +84,7 @@ def reader(settings: Settings) -> int:
 
 def server(settings: Settings) -> int:
     """Ranks over gRPC until SIGTERM; returns the exit code."""
+    set_slice(settings.serving_slice_ms)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_serve(settings))
     return 0

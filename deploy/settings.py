@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS
+
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
 OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS"}
@@ -109,6 +111,12 @@ class Settings(BaseSettings):
         "fail", description="Where retention removed records that the state waits for: stop, or start over at the log's start or end."
     )
     worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
+    worker_slice_ms: float = Field(
+        WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
+    )
+    serving_slice_ms: float = Field(
+        SERVING_SLICE_MS, ge=0, le=100, description="CPU time slice of the reader and the ranking server: short; 0: the kernel's own."
+    )
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_direct_reads: bool = Field(
         False, description="RocksDB reads and writes its files beside the page cache: its memory is the block cache alone."
