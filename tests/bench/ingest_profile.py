@@ -36,7 +36,13 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--batch", type=int, default=20_000)
     parser.add_argument("--runs-of", type=int, default=0, help="records of one partition that come in a row; 0: evenly mixed")
+    parser.add_argument("--gc", choices=("on", "freeze", "off"), default="on")
     options = parser.parse_args()
+    if options.gc != "on":
+        gc.collect()
+        gc.freeze()
+    if options.gc == "off":
+        gc.disable()
     with tempfile.TemporaryDirectory(prefix="freshrank-profile-") as folder:
         profile(Path(folder), options.events, options.users, options.batch, options.runs_of)
 
