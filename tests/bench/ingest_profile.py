@@ -12,17 +12,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
 
 from deploy.bench_ingest import DOMAIN, make_load
-from features.actions import append_time_ms, decode_batch, encode_events
+from features.actions import decode_batch, encode_events
 from features.domain import parse_domain
 from features.ids import partitions_of, user_keys
 from features.sequence import apply_batch, clock_after, touched_users
-from streams.state import Meta, definitions, row_keys
+from streams.kafka import records_of
+from streams.state import definitions, row_keys
 from streams.store import RocksStore
 from streams.view import PartitionView
 
@@ -92,22 +94,16 @@ def profile(folder: Path, event_count: int, user_count: int, batch_events: int, 
                     raise AssertionError
                 by_partition.setdefault(message.partition(), []).append(message)
         for p, own in by_partition.items():
-            with step("accessors"):
-                n = len(own)
-                own_offsets = np.fromiter(map(Message.offset, own), np.int64, n)
-                stamps = np.fromiter((stamp for _, stamp in map(Message.timestamp, own)), np.int64, n)
-                for i, headers in enumerate(map(Message.headers, own)):
-                    if headers is not None:
-                        stamps[i] = append_time_ms(int(stamps[i]), headers)
-                own_keys, own_values = list(map(Message.key, own)), list(map(Message.value, own))
+            with step("columns"):
+                records = records_of(own)
             with step("decode"):
                 batch = decode_batch(
                     log_epoch=EPOCH,
                     partition=p,
-                    offsets=own_offsets,
-                    keys=own_keys,
-                    values=own_values,
-                    append_times_ms=stamps,
+                    offsets=records.offsets,
+                    keys=records.keys,
+                    values=records.values,
+                    append_times_ms=records.broker_times_ms,
                     partition_count=PARTITIONS,
                     future_tolerance_ms=domain.future_tolerance_ms,
                 )
@@ -123,7 +119,9 @@ def profile(folder: Path, event_count: int, user_count: int, batch_events: int, 
                 with step("apply"):
                     keys += row_names
                     rows += apply_batch(what, batch, old, store.meta.log_clock_ms)
-            meta = Meta(EPOCH, p, int(batch.offsets[-1]), clock_after(batch, store.meta.log_clock_ms), store.meta.fingerprints)
+            with step("clock"):
+                clock_ms = clock_after(batch, store.meta.log_clock_ms)
+            meta = replace(store.meta, applied_offset=int(batch.offsets[-1]), log_clock_ms=clock_ms)
             with step("store.write"):
                 store.write(keys, rows, meta)
             with step("view.write"):
@@ -132,7 +130,7 @@ def profile(folder: Path, event_count: int, user_count: int, batch_events: int, 
             counts["rows"] += len(rows)
             counts["bytes"] += sum(map(len, rows))
         with step("free messages"):
-            del messages, by_partition, own, own_keys, own_values, message
+            del messages, by_partition, own, records, message
     wall_s = time.perf_counter() - begin_s
     background_s = (time.process_time() - process_s) - (time.thread_time() - thread_s)
     used = resource.getrusage(resource.RUSAGE_THREAD)
