@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     offset_below_retention: Literal["fail", "earliest", "latest"] = Field(
         "fail", description="Where retention removed records that the state waits for: stop, or start over at the log's start or end."
     )
-    worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
+    worker_batch_events_max: PositiveInt = Field(80_000, description="Most records that the worker takes at once when it is behind.")
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_direct_reads: bool = Field(
         False, description="RocksDB reads and writes its files beside the page cache: its memory is the block cache alone."

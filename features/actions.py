@@ -4,6 +4,7 @@ A record of the actions topic becomes one row of `EVENT_DTYPE`, or an erasure, o
 record (key, value, append time) and on the domain's future tolerance alone, never on a clock or on state, so that a replay repeats it.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,8 @@ _NOT_CANONICAL = bytes(CANONICAL_BYTES)
 _REQUIRED = ("user_id", "entity_id", "event_time_ms", "event_id", "entity_kind", "action")
 TIME_MS_MAX = 2**62
 """No event time is this or later."""
+_HIGHEST = {"entity_kind": 255, "action": 255, "surface": 65535, "event_time_ms": TIME_MS_MAX - 1}
+_OPTIONAL = (("request_id", 0), ("surface", 0), ("value", float("nan")))
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 REJECTED, ACTION, ERASE = 0, 1, 2
@@ -77,6 +80,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def parts(self, users_max: int) -> Iterator["Batch"]:
+        """The batch cut into stretches of the log with at most `users_max` users each; as a rule it is one, itself."""
+        if len(self) < 2 or len(self.by_user.users) <= users_max:
+            yield self
+            return
+        middle = len(self) // 2
+        for part in (slice(0, middle), slice(middle, len(self))):
+            columns = (self.offsets[part], self.append_time_ms[part], self.verdict[part], self.users[part], self.events[part])
+            reasons = {i - part.start: reason for i, reason in self.reasons.items() if part.start <= i < part.stop}
+            yield from Batch(self.log_epoch, self.partition, *columns, reasons).parts(users_max)
 
     @cached_property
     def by_user(self) -> "ByUser":
@@ -185,17 +199,11 @@ def decode_batch(
         wire = np.frombuffer(b"".join(wire_values), _WIRE)
     else:
         wire = np.frombuffer(b"".join(values), _WIRE)  # type: ignore[arg-type]
-    canonical = _canonical(wire)
-    users = wire["user_id"].astype("<u8")
-    events = np.empty(n, EVENT_DTYPE)
-    for name in EVENT_DTYPE.names or ():
-        events[name] = wire[name]
-    verdict = np.full(n, ACTION, np.uint8)
-    if not canonical.all():
-        other = np.flatnonzero(~canonical)
+    users, events, verdict = wire["user_id"].astype("<u8"), _events_of(wire), np.full(n, ACTION, np.uint8)
+    other = np.flatnonzero(~_canonical(wire))
+    if len(other):
         verdict[other], users[other], events[other] = REJECTED, 0, np.zeros((), EVENT_DTYPE)
-        for i in other.tolist():
-            _decode_slow(i, values[i], users, events, verdict, reasons)
+        _decode_other(other, values, users, events, verdict, reasons)
     _judge(keys, users, events, verdict, append_times_ms, future_tolerance_ms, reasons)
     misplaced = np.flatnonzero((partitions_of(users, partition_count) != partition) & (verdict != REJECTED))
     for i in misplaced.tolist():  # a reader would look for this user elsewhere, and an erasure would miss
@@ -213,54 +221,68 @@ def decode_batch(
 def _canonical(wire: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
     """Which records have the canonical layout and fit EVENT_DTYPE."""
     octets = wire.view(np.uint8).reshape(-1, CANONICAL_BYTES)
-    fine: npt.NDArray[np.bool_] = wire["event_time_ms"] < TIME_MS_MAX
+    fine = np.ones(len(wire), bool)
     for at, tag in _TAG_PLACES:
         fine &= octets[:, at] == tag
-    for name, limit in (("entity_kind", 256), ("action", 256), ("surface", 65536)):
-        fine &= wire[name] < limit
+    for name, high in _HIGHEST.items():
+        fine &= wire[name] <= high
     return fine
 
 
-def _decode_slow(
-    i: int,
-    value: bytes | None,
+def _events_of(wire: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    events = np.empty(len(wire), EVENT_DTYPE)
+    for name in EVENT_DTYPE.names or ():
+        events[name] = wire[name]
+    return events
+
+
+def _decode_other(
+    other: npt.NDArray[np.int64],
+    values: Seq[bytes | None],
     users: npt.NDArray[np.uint64],
     events: npt.NDArray[np.void],
     verdict: npt.NDArray[np.uint8],
     reasons: dict[int, str],
 ) -> None:
+    """Decodes the records `other` by the generated class, which writes actions anew in canonical bytes."""
+    where, recoded = [], []
+    for i in other.tolist():
+        found = _recode(values[i])
+        if isinstance(found, str):
+            reasons[i] = found
+        elif isinstance(found, bytes):
+            where.append(i)
+            recoded.append(found)
+        else:
+            users[i], verdict[i] = found, ERASE
+    wire = np.frombuffer(b"".join(recoded), _WIRE)
+    index, fits = np.array(where, np.int64), _canonical(wire)
+    for i, record in zip(index[~fits].tolist(), wire[~fits], strict=True):
+        reasons[i] = next(f"{name}: {record[name]} is above {high}" for name, high in _HIGHEST.items() if record[name] > high)
+    index, wire = index[fits], wire[fits]
+    users[index], events[index], verdict[index] = wire["user_id"], _events_of(wire), ACTION
+
+
+def _recode(value: bytes | None) -> bytes | int | str:
+    """Canonical bytes of an action in any valid encoding; the user whom it erases; or why it is neither."""
     if value is None:
-        reasons[i] = "value: empty (a tombstone); erase a user with an erase record"
-        return
+        return "value: empty (a tombstone); erase a user with an erase record"
     try:
         message = Action.FromString(value)
     except DecodeError:
-        reasons[i] = "value: not a freshrank.v1.Action"
-        return
-    if message.HasField("erase"):
-        if not message.HasField("user_id"):
-            reasons[i] = "user_id: missing"
-        users[i], verdict[i] = message.user_id, ERASE
-        return
-    missing = [name for name in _REQUIRED if not message.HasField(name)]
-    if missing:
-        reasons[i] = f"{missing[0]}: missing"
-        return
-    for name, number, high in (
-        ("entity_kind", message.entity_kind, 255),
-        ("action", message.action, 255),
-        ("surface", message.surface, 65535),
-        ("event_time_ms", message.event_time_ms, TIME_MS_MAX - 1),
-    ):
-        if number > high:
-            reasons[i] = f"{name}: {number} is above {high}"
-            return
-    users[i], verdict[i] = message.user_id, ACTION
-    row = events[i]
-    for name in EVENT_DTYPE.names or ():
-        row[name] = getattr(message, name)
-    if not message.HasField("value"):
-        row["value"] = np.nan
+        return "value: not a freshrank.v1.Action"
+    has = message.HasField
+    if has("erase"):
+        return int(message.user_id) if has("user_id") else "user_id: missing"
+    for name in _REQUIRED:
+        if not has(name):
+            return f"{name}: missing"
+    for name, default in _OPTIONAL:
+        if not has(name):
+            setattr(message, name, default)
+    message.ClearField("attributes")
+    message.DiscardUnknownFields()
+    return bytes(message.SerializeToString())
 
 
 def _judge(

@@ -23,7 +23,7 @@ from features.actions import decode_batch, encode_events
 from features.domain import parse_domain
 from features.ids import partitions_of, user_keys
 from features.sequence import apply_batch, clock_after, touched_users
-from streams.kafka import records_of
+from streams.kafka import by_partition, records_of
 from streams.state import definitions, row_keys
 from streams.store import RocksStore
 from streams.view import PartitionView
@@ -80,20 +80,16 @@ def profile(folder: Path, event_count: int, user_count: int, batch_events: int, 
             measured = event_count - start
             usage = resource.getrusage(resource.RUSAGE_THREAD)
             process_s, thread_s, begin_s = time.process_time(), time.thread_time(), time.perf_counter()
-        took = order[start : start + batch_events]
-        values = encode_events(users[took], events[took])
-        keys = [key.tobytes() for key in user_keys(users[took])]
+        chosen = order[start : start + batch_events]
+        values = encode_events(users[chosen], events[chosen])
+        keys = [key.tobytes() for key in user_keys(users[chosen])]
         messages = [
             Message("t", p, o, key, value, None, None, (TIMESTAMP_LOG_APPEND_TIME, now_ms))
-            for p, o, key, value in zip(partition[took].tolist(), offsets[took].tolist(), keys, values, strict=True)
+            for p, o, key, value in zip(partition[chosen].tolist(), offsets[chosen].tolist(), keys, values, strict=True)
         ]
         with step("sort out"):
-            by_partition: dict[int, list[Message]] = {}
-            for message in messages:
-                if message.error() is not None:
-                    raise AssertionError
-                by_partition.setdefault(message.partition(), []).append(message)
-        for p, own in by_partition.items():
+            taken, _ = by_partition(messages)
+        for p, own in taken.items():
             with step("columns"):
                 records = records_of(own)
             with step("decode"):
@@ -130,11 +126,13 @@ def profile(folder: Path, event_count: int, user_count: int, batch_events: int, 
             counts["rows"] += len(rows)
             counts["bytes"] += sum(map(len, rows))
         with step("free messages"):
-            del messages, by_partition, own, records, message
+            del messages, taken, own, records
     wall_s = time.perf_counter() - begin_s
     background_s = (time.process_time() - process_s) - (time.thread_time() - thread_s)
     used = resource.getrusage(resource.RUSAGE_THREAD)
-    print(f'faults {(used.ru_minflt - usage.ru_minflt) / measured:.3f}/event, system {(used.ru_stime - usage.ru_stime) / measured * 1e6:.3f}')
+    print(
+        f"faults {(used.ru_minflt - usage.ru_minflt) / measured:.3f}/event, system {(used.ru_stime - usage.ru_stime) / measured * 1e6:.3f}"
+    )
     for name, seconds in cpu_s.items():
         print(f"{name:14} {seconds / measured * 1e6:7.3f} us/event")
     print(f"{'own thread':14} {sum(cpu_s.values()) / measured * 1e6:7.3f}")
