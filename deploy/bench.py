@@ -64,6 +64,7 @@ _UNITS = (
 
 BENCHES = {
     "ingest": "deploy.bench:ingest",
+    "decode": "deploy.bench_decode:bench_decode",
     "freshness": "deploy.bench_freshness:bench_freshness",
     "read": "deploy.bench_read:bench_read",
     "rank": "deploy.bench:rank",

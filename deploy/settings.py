@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     offset_below_retention: Literal["fail", "earliest", "latest"] = Field(
         "fail", description="Where retention removed records that the state waits for: stop, or start over at the log's start or end."
     )
-    worker_batch_events_max: PositiveInt = Field(20_000, description="Most records in one write of the worker.")
+    worker_batch_events_max: PositiveInt = Field(80_000, description="Most records that the worker takes at once when it is behind.")
     worker_slice_ms: float = Field(
         WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
     )

@@ -4,8 +4,10 @@ A record of the actions topic becomes one row of `EVENT_DTYPE`, or an erasure, o
 record (key, value, append time) and on the domain's future tolerance alone, never on a clock or on state, so that a replay repeats it.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +47,15 @@ _WIRE = np.dtype(
 )
 CANONICAL_BYTES = _WIRE.itemsize
 _TAGS = {f"t{n}": (n << 3) | (1 if n <= 5 else 5) for n in range(1, 10)}
+_TAG_PLACES = tuple((_WIRE.fields[name][1], tag) for name, tag in _TAGS.items()) if _WIRE.fields else ()
+_KEY_BYTES = 16
+_NO_KEY = bytes(_KEY_BYTES)
+_NOT_CANONICAL = bytes(CANONICAL_BYTES)
 _REQUIRED = ("user_id", "entity_id", "event_time_ms", "event_id", "entity_kind", "action")
 TIME_MS_MAX = 2**62
 """No event time is this or later."""
+_HIGHEST = {"entity_kind": 255, "action": 255, "surface": 65535, "event_time_ms": TIME_MS_MAX - 1}
+_OPTIONAL = (("request_id", 0), ("surface", 0), ("value", float("nan")))
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 REJECTED, ACTION, ERASE = 0, 1, 2
@@ -72,6 +80,39 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def parts(self, users_max: int) -> Iterator["Batch"]:
+        """The batch cut into stretches of the log with at most `users_max` users each; as a rule it is one, itself."""
+        if len(self) < 2 or len(self.by_user.users) <= users_max:
+            yield self
+            return
+        middle = len(self) // 2
+        for part in (slice(0, middle), slice(middle, len(self))):
+            columns = (self.offsets[part], self.append_time_ms[part], self.verdict[part], self.users[part], self.events[part])
+            reasons = {i - part.start: reason for i, reason in self.reasons.items() if part.start <= i < part.stop}
+            yield from Batch(self.log_epoch, self.partition, *columns, reasons).parts(users_max)
+
+    @cached_property
+    def by_user(self) -> "ByUser":
+        """The records that were not rejected, user by user."""
+        live = np.flatnonzero(self.verdict != REJECTED)
+        users = self.users[live]
+        order = np.argsort(users, kind="stable")
+        users = users[order]
+        is_first = np.ones(len(users), bool)
+        np.not_equal(users[1:], users[:-1], out=is_first[1:])
+        starts = np.flatnonzero(is_first)
+        return ByUser(users[starts], live[order], starts, np.append(starts, len(users))[1:])
+
+
+@dataclass(frozen=True)
+class ByUser:
+    """Records grouped by user: those of users[i] (uint64, ascending) are order[starts[i]:ends[i]], indices of the batch in offset order."""
+
+    users: npt.NDArray[np.uint64]
+    order: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
 
 
 def encode_action(
@@ -151,81 +192,97 @@ def decode_batch(
     Canonical bytes are read by NumPy from the joined values; any other valid encoding takes the generated class and gives the same events.
     """
     n = len(values)
-    events = np.zeros(n, EVENT_DTYPE)
-    users = np.zeros(n, np.uint64)
-    verdict = np.zeros(n, np.uint8)
     reasons: dict[int, str] = {}
-    fast = np.fromiter((value is not None and len(value) == CANONICAL_BYTES for value in values), bool, n)
-    if fast.any():
-        index = np.flatnonzero(fast)
-        wire = np.frombuffer(b"".join(value for value, is_fast in zip(values, fast, strict=True) if is_fast and value is not None), _WIRE)
-        canonical = np.ones(len(wire), bool)
-        for tag, expected in _TAGS.items():
-            canonical &= wire[tag] == expected
-        narrow = canonical & (wire["entity_kind"] < 256) & (wire["action"] < 256) & (wire["surface"] < 65536)
-        narrow &= wire["event_time_ms"] < TIME_MS_MAX
-        index, wire = index[narrow], wire[narrow]
-        users[index] = wire["user_id"]
-        for name in EVENT_DTYPE.names or ():
-            events[name][index] = wire[name]
-        verdict[index] = ACTION
-        fast[:] = False
-        fast[index] = True
-    for i in np.flatnonzero(~fast).tolist():
-        _decode_slow(i, values[i], users, events, verdict, reasons)
+    # Where a value cannot be canonical, bytes of zeros stand in for it: then no step below needs an index.
+    if None in values or set(map(len, values)) - {CANONICAL_BYTES}:  # type: ignore[arg-type]
+        wire_values = [value if value is not None and len(value) == CANONICAL_BYTES else _NOT_CANONICAL for value in values]
+        wire = np.frombuffer(b"".join(wire_values), _WIRE)
+    else:
+        wire = np.frombuffer(b"".join(values), _WIRE)  # type: ignore[arg-type]
+    users, events, verdict = wire["user_id"].astype("<u8"), _events_of(wire), np.full(n, ACTION, np.uint8)
+    other = np.flatnonzero(~_canonical(wire))
+    if len(other):
+        verdict[other], users[other], events[other] = REJECTED, 0, np.zeros((), EVENT_DTYPE)
+        _decode_other(other, values, users, events, verdict, reasons)
     _judge(keys, users, events, verdict, append_times_ms, future_tolerance_ms, reasons)
-    accepted = np.flatnonzero(verdict != REJECTED)
-    misplaced = partitions_of(users[accepted], partition_count) != partition
-    for i in accepted[misplaced].tolist():  # a reader would look for this user elsewhere, and an erasure would miss
+    misplaced = np.flatnonzero((partitions_of(users, partition_count) != partition) & (verdict != REJECTED))
+    for i in misplaced.tolist():  # a reader would look for this user elsewhere, and an erasure would miss
         reasons.setdefault(i, f"partition: murmur2 of the key says another one than {partition}; set partitioner=murmur2_random")
-    rejected = np.fromiter(reasons, np.int64, len(reasons))
-    verdict[rejected], users[rejected] = REJECTED, 0
-    events[verdict != ACTION] = np.zeros((), EVENT_DTYPE)
+    if reasons:
+        rejected = np.fromiter(reasons, np.int64, len(reasons))
+        verdict[rejected], users[rejected], events[rejected] = REJECTED, 0, np.zeros((), EVENT_DTYPE)
     value = events["value"]
-    value[np.isnan(value)] = np.float32(np.nan)
+    none = np.isnan(value)
+    if none.any():
+        value[none] = np.float32(np.nan)
     return Batch(log_epoch, partition, offsets, append_times_ms, verdict, users, events, reasons)
 
 
-def _decode_slow(
-    i: int,
-    value: bytes | None,
+def _canonical(wire: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    """Which records have the canonical layout and fit EVENT_DTYPE."""
+    octets = wire.view(np.uint8).reshape(-1, CANONICAL_BYTES)
+    fine = np.ones(len(wire), bool)
+    for at, tag in _TAG_PLACES:
+        fine &= octets[:, at] == tag
+    for name, high in _HIGHEST.items():
+        fine &= wire[name] <= high
+    return fine
+
+
+def _events_of(wire: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    events = np.empty(len(wire), EVENT_DTYPE)
+    for name in EVENT_DTYPE.names or ():
+        events[name] = wire[name]
+    return events
+
+
+def _decode_other(
+    other: npt.NDArray[np.int64],
+    values: Seq[bytes | None],
     users: npt.NDArray[np.uint64],
     events: npt.NDArray[np.void],
     verdict: npt.NDArray[np.uint8],
     reasons: dict[int, str],
 ) -> None:
+    """Decodes the records `other` by the generated class, which writes actions anew in canonical bytes."""
+    where, recoded = [], []
+    for i in other.tolist():
+        found = _recode(values[i])
+        if isinstance(found, str):
+            reasons[i] = found
+        elif isinstance(found, bytes):
+            where.append(i)
+            recoded.append(found)
+        else:
+            users[i], verdict[i] = found, ERASE
+    wire = np.frombuffer(b"".join(recoded), _WIRE)
+    index, fits = np.array(where, np.int64), _canonical(wire)
+    for i, record in zip(index[~fits].tolist(), wire[~fits], strict=True):
+        reasons[i] = next(f"{name}: {record[name]} is above {high}" for name, high in _HIGHEST.items() if record[name] > high)
+    index, wire = index[fits], wire[fits]
+    users[index], events[index], verdict[index] = wire["user_id"], _events_of(wire), ACTION
+
+
+def _recode(value: bytes | None) -> bytes | int | str:
+    """Canonical bytes of an action in any valid encoding; the user whom it erases; or why it is neither."""
     if value is None:
-        reasons[i] = "value: empty (a tombstone); erase a user with an erase record"
-        return
+        return "value: empty (a tombstone); erase a user with an erase record"
     try:
         message = Action.FromString(value)
     except DecodeError:
-        reasons[i] = "value: not a freshrank.v1.Action"
-        return
-    if message.HasField("erase"):
-        if not message.HasField("user_id"):
-            reasons[i] = "user_id: missing"
-        users[i], verdict[i] = message.user_id, ERASE
-        return
-    missing = [name for name in _REQUIRED if not message.HasField(name)]
-    if missing:
-        reasons[i] = f"{missing[0]}: missing"
-        return
-    for name, number, high in (
-        ("entity_kind", message.entity_kind, 255),
-        ("action", message.action, 255),
-        ("surface", message.surface, 65535),
-        ("event_time_ms", message.event_time_ms, TIME_MS_MAX - 1),
-    ):
-        if number > high:
-            reasons[i] = f"{name}: {number} is above {high}"
-            return
-    users[i], verdict[i] = message.user_id, ACTION
-    row = events[i]
-    for name in EVENT_DTYPE.names or ():
-        row[name] = getattr(message, name)
-    if not message.HasField("value"):
-        row["value"] = np.nan
+        return "value: not a freshrank.v1.Action"
+    has = message.HasField
+    if has("erase"):
+        return int(message.user_id) if has("user_id") else "user_id: missing"
+    for name in _REQUIRED:
+        if not has(name):
+            return f"{name}: missing"
+    for name, default in _OPTIONAL:
+        if not has(name):
+            setattr(message, name, default)
+    message.ClearField("attributes")
+    message.DiscardUnknownFields()
+    return bytes(message.SerializeToString())
 
 
 def _judge(
@@ -256,9 +313,9 @@ def _judge(
 
 
 def _keys_agree(keys: Seq[bytes | None], users: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    right_length = np.fromiter((key is not None and len(key) == 16 for key in keys), bool, len(keys))
-    found = np.zeros((len(keys), 16), np.uint8)
-    joined = b"".join(key for key, right in zip(keys, right_length, strict=True) if right and key is not None)
-    found[right_length] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
-    agree: npt.NDArray[np.bool_] = right_length & (found == user_keys(users)).all(axis=1)
+    if None in keys or set(map(len, keys)) - {_KEY_BYTES}:  # type: ignore[arg-type]
+        keys = [key if key is not None and len(key) == _KEY_BYTES else _NO_KEY for key in keys]
+    found = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)  # type: ignore[arg-type]
+    expected = user_keys(users).view("<u8")
+    agree: npt.NDArray[np.bool_] = (found[:, 0] == expected[:, 0]) & (found[:, 1] == expected[:, 1])
     return agree

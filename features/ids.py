@@ -12,7 +12,8 @@ import xxhash
 
 U64 = npt.NDArray[np.uint64]
 ID_MAX = 2**64 - 1
-_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
+_HEX = np.frombuffer(b"".join(b"%04x" % number for number in range(1 << 16)), "<u4")
+"""The four digits of each 16-bit number."""
 
 
 def string_id(text: str) -> int:
@@ -53,17 +54,19 @@ def partition_of(key: bytes, partition_count: int) -> int:
 
 def user_keys(users: U64) -> npt.NDArray[np.uint8]:
     """`user_key` of many users: uint8 [n, 16]."""
-    octets = users.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys = np.empty((len(users), 16), np.uint8)
-    keys[:, 0::2], keys[:, 1::2] = _HEX[octets >> 4], _HEX[octets & 15]
-    return keys
+    return _key_words(users).view(np.uint8)
+
+
+def _key_words(users: U64) -> npt.NDArray[np.uint32]:
+    """`user_key` of many users as little-endian words: uint32 [n, 4]."""
+    return _HEX.take(users.astype(">u8").view(">u2").reshape(-1, 4))
 
 
 def partitions_of(users: U64, partition_count: int) -> npt.NDArray[np.int32]:
     """`partition_of(user_key(user))` of many users: int32 [n]."""
     m = np.uint32(0x5BD1E995)
     h = np.full(len(users), 0x9747B28C ^ 16, np.uint32)
-    for k in user_keys(users).view("<u4").T * m:
+    for k in np.ascontiguousarray(_key_words(users).T) * m:
         h = (h * m) ^ ((k ^ k >> np.uint32(24)) * m)
     h = (h ^ h >> np.uint32(13)) * m
     h ^= h >> np.uint32(15)

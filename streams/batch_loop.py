@@ -32,6 +32,7 @@ from streams.kafka import (
     TopicPartition,
     Topics,
     answering,
+    by_partition,
     check_actions_topic,
     log_identity,
     log_range,
@@ -72,7 +73,7 @@ class WorkerConfig:
     offset_below_retention: RetentionPolicy = "fail"
     session_timeout_ms: int = 10_000
     """A worker that is silent for this long loses its partitions to the others."""
-    batch_events_max: int = 20_000
+    batch_events_max: int = 80_000
     linger_ms: int = 10
     """How long a batch that is not full waits for more records."""
     cache_bytes: int = 256 << 20
@@ -314,14 +315,11 @@ class BatchLoop:
         more = consumer.consume(self._config.batch_events_max - 1, self._config.linger_ms / 1000)
         # A partition that was assigned anew meanwhile starts behind its state: its first message comes again, in `more`.
         messages = [message for message in messages if message.partition() not in self._just_opened] + more
-        by_partition: dict[int, list[Message]] = {}
-        for message in messages:
-            if message.error() is not None:
-                self._handle(consumer, message)
-            else:
-                by_partition.setdefault(message.partition(), []).append(message)
+        taken, errors = by_partition(messages)
+        for message in errors:
+            self._handle(consumer, message)
         done = []
-        for partition, own in by_partition.items():
+        for partition, own in taken.items():
             next_offset = self.core.apply(partition, records_of(own))
             if next_offset is None:
                 continue

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from features.actions import Batch, append_time_ms, decode_batch
 from features.domain import Domain
 from features.ports import SequenceCorruptError, SequenceForeignError
-from features.sequence import Definition, apply_batch, clock_after, touched_users
+from features.sequence import Definition, apply_batch, clock_after, row_bytes_max, touched_users
 from protos.v1.actions_pb2 import DeadLetter
 from streams.errors import FencedError, StateError
 from streams.health import lag_s
@@ -40,6 +40,8 @@ Headers = Seq[tuple[str, bytes | None]]
 RetentionPolicy = Literal["fail", "earliest", "latest"]
 _RESTORE_AHEAD_RECORDS = 1_000_000
 """How far a snapshot must be ahead of a state to be worth its download."""
+_WRITE_BYTES_MAX = 16 << 20
+"""Most bytes of rows in one write: what a batch is when users repeat in it, and several writes where each record has its own user."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class WorkerCore:
         """
         self._future_tolerance_ms = domain.future_tolerance_ms
         self._kept = definitions(domain)
+        self._users_max = max(1, _WRITE_BYTES_MAX // sum(row_bytes_max(what.length) for what in self._kept.values()))
         self._store, self._open_view, self._bury = store, open_view, bury
         self._policy: RetentionPolicy = offset_below_retention
         self._at, self._observe = at, observe
@@ -419,14 +422,21 @@ class WorkerCore:
         return self._log
 
     def _fold(self, partition: int, held: Held, records: Records) -> None:
-        expected = held.next_offset
         started_s = time.perf_counter()
         batch = self._decode(partition, records)
         if batch.reasons:
             self._bury_rejected(batch, records)
         self._at("decoded")
+        for part in batch.parts(self._users_max):
+            # The leader epoch is that of the last record; in between none is known, and an older one would look like a truncated log.
+            is_last = part.offsets[-1] == batch.offsets[-1]
+            self._fold_part(partition, held, part, records.leader_epoch if is_last else -1, started_s)
+            started_s = time.perf_counter()
+
+    def _fold_part(self, partition: int, held: Held, batch: Batch, leader_epoch: int, started_s: float) -> None:
+        expected = held.next_offset
         decoded_s = time.perf_counter()
-        keys, rows, meta = fold_batch(self._kept, held.store, batch, records.leader_epoch)
+        keys, rows, meta = fold_batch(self._kept, held.store, batch, leader_epoch)
         folded_s = time.perf_counter()
         held.store.write(keys, rows, meta)
         self._at("stored")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from features.actions import ACTION, EVENT_DTYPE, decode_batch, encode_action, encode_erase
 from features.ids import user_key
 from features.oracle import NaiveUser, naive_fold
-from features.sequence import Definition, apply_batch, clock_after, decode_row, law, merge_rows, touched_users
+from features.sequence import Definition, _sorted_distinct, apply_batch, clock_after, decode_row, law, merge_rows, touched_users
 
 HOUR_MS = 3_600_000
 DEFINITIONS = st.builds(
@@ -24,10 +24,11 @@ DEFINITIONS = st.builds(
 
 @st.composite
 def records(draw, size=40):
-    """Few users, times and ids, so that ties, duplicates, late and future events are the rule."""
-    rows = []
+    """Few users, times and ids, so that ties, duplicates, late and future events are the rule; or times that mostly rise with the log."""
+    rows, late_of_10 = [], draw(st.sampled_from([0, 1, 10]))
     for offset in range(draw(st.integers(1, size))):
         user, append_ms = draw(st.integers(1, 3)), draw(st.integers(50, 90))
+        is_late = draw(st.integers(1, 10)) <= late_of_10
         if draw(st.integers(0, 9)) == 0:
             rows.append((user, append_ms, encode_erase(user_id=user, event_id=offset, reason="test")))
             continue
@@ -36,7 +37,7 @@ def records(draw, size=40):
             entity_kind=1,
             entity_id=draw(st.sampled_from([1, 255, 256, 2**64 - 1])),
             action=draw(st.integers(1, 4)),
-            event_time_ms=draw(st.integers(40, 99)),
+            event_time_ms=draw(st.integers(40, 99)) if is_late else 40 + offset // 2,
             event_id=draw(st.integers(0, 2)),
             surface=draw(st.sampled_from([0, 1, 256])),
             value=draw(st.sampled_from([float("nan"), 0.0, -0.0, 1.5])),
@@ -81,6 +82,25 @@ def test_fold_is_the_law_whatever_the_batches(what, log, cuts):
         assert decoded.events.tobytes() == expected[user].sequence(what).tobytes()
         assert (decoded.fingerprint, decoded.log_epoch) == (7, 9)
     assert fold(what, [to_batch(log)]) == rows, "how the log is cut into batches must not show in a single byte"
+    parts = list(to_batch(log).parts(2))
+    assert fold(what, parts) == rows
+    assert all(len(touched_users(part)) <= 2 for part in parts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(log=records(), spread=st.sampled_from([1, 2**40, 2**56]))
+def test_the_law_holds_for_times_far_apart(log, spread):
+    """Whether group and time fit into one sort key or not."""
+    batch = to_batch(log)
+    is_action = batch.verdict == ACTION
+    events = batch.events[is_action].copy()
+    events["event_time_ms"] *= spread
+    _, group = np.unique(batch.users[is_action], return_inverse=True)
+    found, found_group = _sorted_distinct(events, group)
+    expected = sorted({(int(g), int(e["event_time_ms"]), int(e["event_id"]), e.tobytes()[16:]) for g, e in zip(group, events, strict=True)})
+    assert [(g, e.tobytes()) for g, e in zip(found_group.tolist(), found, strict=True)] == [
+        (g, time_ms.to_bytes(8, "little") + event_id.to_bytes(8, "little") + tail) for g, time_ms, event_id, tail in expected
+    ]
 
 
 @settings(max_examples=200, deadline=None)

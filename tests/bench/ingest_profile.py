@@ -1,0 +1,152 @@
+"""What each step of the hot path costs, without Kafka: `python tests/bench/ingest_profile.py`.
+
+The load of `freshrank bench ingest` goes through the worker's own functions in batches of 20,000 records, as they come from a consumer.
+Times are CPU of the worker's thread; what RocksDB's threads take stands apart, and is the process's CPU less all of ours.
+"""
+
+import argparse
+import gc
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
+
+from deploy.bench_ingest import DOMAIN, make_load
+from features.actions import decode_batch, encode_events
+from features.domain import parse_domain
+from features.ids import partitions_of, user_keys
+from features.sequence import apply_batch, clock_after, touched_users
+from streams.kafka import by_partition, records_of
+from streams.state import definitions, row_keys
+from streams.store import RocksStore
+from streams.view import PartitionView
+
+PARTITIONS = 4
+EPOCH = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=3_000_000)
+    parser.add_argument("--users", type=int, default=50_000)
+    parser.add_argument("--batch", type=int, default=20_000)
+    parser.add_argument("--runs-of", type=int, default=0, help="records of one partition that come in a row; 0: evenly mixed")
+    parser.add_argument("--gc", choices=("on", "freeze", "off"), default="on")
+    options = parser.parse_args()
+    if options.gc != "on":
+        gc.collect()
+        gc.freeze()
+    if options.gc == "off":
+        gc.disable()
+    with tempfile.TemporaryDirectory(prefix="freshrank-profile-") as folder:
+        profile(Path(folder), options.events, options.users, options.batch, options.runs_of)
+
+
+def profile(folder: Path, event_count: int, user_count: int, batch_events: int, runs_of: int) -> None:
+    domain = parse_domain(DOMAIN, source="profile")
+    kept = definitions(domain)
+    users, events = make_load(event_count, user_count, 1)
+    partition = partitions_of(users, PARTITIONS)
+    offsets = np.empty(event_count, np.int64)
+    for p in range(PARTITIONS):
+        offsets[partition == p] = np.arange(int((partition == p).sum()))
+    order = np.arange(event_count) if not runs_of else np.lexsort((partition, offsets // runs_of))
+    now_ms = time.time_ns() // 1_000_000
+    rocks = RocksStore(folder / "state", kept)
+    stores = [rocks.open(p, EPOCH) for p in range(PARTITIONS)]
+    views = [PartitionView(folder / "view", p) for p in range(PARTITIONS)]
+
+    cpu_s: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        begin_s = time.thread_time()
+        yield
+        cpu_s[name] += time.thread_time() - begin_s
+
+    measured = 0
+    for start in range(0, event_count, batch_events):
+        if start <= event_count // 3 < start + batch_events:
+            cpu_s.clear()
+            counts.clear()
+            measured = event_count - start
+            usage = resource.getrusage(resource.RUSAGE_THREAD)
+            process_s, thread_s, begin_s = time.process_time(), time.thread_time(), time.perf_counter()
+        chosen = order[start : start + batch_events]
+        values = encode_events(users[chosen], events[chosen])
+        keys = [key.tobytes() for key in user_keys(users[chosen])]
+        messages = [
+            Message("t", p, o, key, value, None, None, (TIMESTAMP_LOG_APPEND_TIME, now_ms))
+            for p, o, key, value in zip(partition[chosen].tolist(), offsets[chosen].tolist(), keys, values, strict=True)
+        ]
+        with step("sort out"):
+            taken, _ = by_partition(messages)
+        for p, own in taken.items():
+            with step("columns"):
+                records = records_of(own)
+            with step("decode"):
+                batch = decode_batch(
+                    log_epoch=EPOCH,
+                    partition=p,
+                    offsets=records.offsets,
+                    keys=records.keys,
+                    values=records.values,
+                    append_times_ms=records.broker_times_ms,
+                    partition_count=PARTITIONS,
+                    future_tolerance_ms=domain.future_tolerance_ms,
+                )
+            store = stores[p]
+            with step("touched"):
+                touched = touched_users(batch)
+            keys, rows = [], []
+            for sequence_id, what in kept.items():
+                with step("row keys"):
+                    row_names = row_keys(sequence_id, touched)
+                with step("get"):
+                    old = store.get(row_names)
+                with step("apply"):
+                    keys += row_names
+                    rows += apply_batch(what, batch, old, store.meta.log_clock_ms)
+            with step("clock"):
+                clock_ms = clock_after(batch, store.meta.log_clock_ms)
+            meta = replace(store.meta, applied_offset=int(batch.offsets[-1]), log_clock_ms=clock_ms)
+            with step("store.write"):
+                store.write(keys, rows, meta)
+            with step("view.write"):
+                views[p].write(keys, rows, meta)
+            counts["batches"] += 1
+            counts["rows"] += len(rows)
+            counts["bytes"] += sum(map(len, rows))
+        with step("free messages"):
+            del messages, taken, own, records
+    wall_s = time.perf_counter() - begin_s
+    background_s = (time.process_time() - process_s) - (time.thread_time() - thread_s)
+    used = resource.getrusage(resource.RUSAGE_THREAD)
+    print(
+        f"faults {(used.ru_minflt - usage.ru_minflt) / measured:.3f}/event, system {(used.ru_stime - usage.ru_stime) / measured * 1e6:.3f}"
+    )
+    for name, seconds in cpu_s.items():
+        print(f"{name:14} {seconds / measured * 1e6:7.3f} us/event")
+    print(f"{'own thread':14} {sum(cpu_s.values()) / measured * 1e6:7.3f}")
+    print(f"{'RocksDB':14} {background_s / measured * 1e6:7.3f}")
+    print(f"{'all':14} {(sum(cpu_s.values()) + background_s) / measured * 1e6:7.3f}    ({wall_s:.1f} s, {gc.get_count()})")
+    print(
+        f"{measured} events, {counts['batches']} batches, {counts['rows'] / measured:.3f} rows an event, "
+        f"{counts['bytes'] / counts['rows']:.0f} bytes a row, {counts['bytes'] / measured:.0f} bytes an event"
+    )
+    for store in stores:
+        store.close()
+    for view in views:
+        view.close()
+
+
+if __name__ == "__main__":
+    main()
