@@ -201,51 +201,53 @@ def _measure_worker(config: WorkerConfig, identity: LogIdentity, events: int, se
         assert process.pid is not None
         pid = process.pid
         first = _wait(config, identity, process, events // 4, seconds_max)
-        started_s, cpu_s, io, written = time.monotonic(), _cpu_s(pid), _io(pid), _table_bytes(config.state_folder)
+        before = _counters(pid, config.state_folder)
         last = _wait(config, identity, process, events, seconds_max)
-        wall_s, count = time.monotonic() - started_s, last - first
+        counted = {name: value - before[name] for name, value in _counters(pid, config.state_folder).items()}
+        count = last - first
         if count <= 0:
             raise BenchError(f"the worker made no progress behind record {first} within {seconds_max:.0f} s")
-        after = _io(pid)
+        rest = counted["write_bytes"] - counted["table_bytes"] - counted["log_bytes"]
         return {
-            "events_per_s": count / wall_s,
-            "cpu_us_per_event": (_cpu_s(pid) - cpu_s) / count * 1e6,
-            "bytes_written_per_event": (after["write_bytes"] - io["write_bytes"]) / count,
-            "bytes_read_per_event": (after["read_bytes"] - io["read_bytes"]) / count,
-            "table_bytes_written_per_event": (_table_bytes(config.state_folder) - written) / count,
+            "events_per_s": count / counted["wall_s"],
+            "cpu_us_per_event": counted["cpu_s"] / count * 1e6,
+            "bytes_written_per_event": counted["write_bytes"] / count,
+            "bytes_read_per_event": counted["read_bytes"] / count,
+            "table_bytes_written_per_event": counted["table_bytes"] / count,
+            "log_bytes_written_per_event": counted["log_bytes"] / count,
+            "view_bytes_written_per_event": max(rest, 0) / count,
             "resident_mb": _memory_mb(pid, "RssAnon"),
             "mapped_mb": _memory_mb(pid, "RssFile"),
             "finished": float(last >= events),
         }
 
 
-def _cpu_s(pid: int) -> float:
-    """User and system seconds of all threads of a process."""
+def _counters(pid: int, state: Path) -> dict[str, float]:
+    """What is counted over the measurement: seconds, CPU seconds of all threads, and bytes.
+
+    write_bytes, read_bytes: what the process made the disk write and read: direct ones, and pages that it was the first to make dirty.
+    table_bytes: what RocksDB's flushes and compactions say they wrote; log_bytes: what it flushed, which went through its log before.
+    """
     fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
-
-
-def _io(pid: int) -> dict[str, int]:
-    """Bytes that a process made the disk read and write: direct ones, and pages that it was the first to make dirty."""
+    found = {"wall_s": time.monotonic(), "cpu_s": (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS}
     lines = Path(f"/proc/{pid}/io").read_text("ascii").splitlines()
-    return {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
+    found |= {name: float(value) for name, _, value in (line.partition(":") for line in lines) if name in ("read_bytes", "write_bytes")}
+    found |= {"table_bytes": 0.0, "log_bytes": 0.0}
+    for path in state.glob("*/LOG"):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            _, mark, text = line.partition("EVENT_LOG_v1 ")
+            event = json.loads(text) if mark else {}
+            if event.get("event") == "table_file_creation":
+                found["table_bytes"] += event["file_size"]
+            elif event.get("event") == "flush_started":
+                found["log_bytes"] += event["total_data_size"]
+    return found
 
 
 def _memory_mb(pid: int, name: str) -> float:
     """RssAnon: its own memory; RssFile: pages of mapped files, the view's, which it shares with readers."""
     lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
-def _table_bytes(state: Path) -> int:
-    """Bytes of all tables that RocksDB's flushes and compactions say they wrote, from its logs."""
-    total = 0
-    for path in state.glob("*/LOG"):
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            _, mark, event = line.partition("EVENT_LOG_v1 ")
-            if mark and '"table_file_creation"' in event:
-                total += int(json.loads(event)["file_size"])
-    return total
 
 
 def _size_mb(folder: Path) -> float:

@@ -6,6 +6,7 @@ On RocksDB alone, with the product's options, direct reads and writes, and a blo
 user has a full sequence of 100 events, batches of Zipf 1.05 events are folded in. The layouts:
 
 - one: a row of header and 100 events; a batch reads and rewrites the rows of its users;
+- one, blobs: the same, with rows of 1 kB and more in RocksDB's blob files, which compactions do not rewrite;
 - recent K: a row of header and at most K events beside a body of 100; a batch reads and rewrites the recent rows, and where one is full it
   also reads and rewrites the body. A read gets both and puts them together.
 
@@ -47,11 +48,15 @@ def sealed(header: bytes, events: bytes) -> bytes:
 class Layout:
     """How rows of users lie in a database. `recent`: most events of a recent row; 0: there is none."""
 
-    def __init__(self, folder: Path, users: np.ndarray, recent: int, cache_bytes: int) -> None:
+    def __init__(self, folder: Path, users: np.ndarray, recent: int, blobs: bool, cache_bytes: int) -> None:
         self.users, self.recent = users, recent
         store = RocksStore(folder, {}, cache_bytes=cache_bytes, write_buffer_bytes=128 << 20, direct_reads=True)
         options = store._options()
         options.enable_statistics()
+        if blobs:
+            options.set_enable_blob_files(True)
+            options.set_min_blob_size(1 << 10)
+            options.set_enable_blob_gc(True)
         self.options, self.database = options, rocksdict.Rdict(str(folder / "database"), options)
         self._load(folder)
 
@@ -129,9 +134,9 @@ def io_bytes(name: str) -> int:
     return next(int(line.partition(":")[2]) for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(folder: Path, ids: np.ndarray, users: np.ndarray, recent: int, batch: int) -> dict[str, float]:
+def measure(folder: Path, ids: np.ndarray, users: np.ndarray, recent: int, blobs: bool, batch: int) -> dict[str, float]:
     """Figures of one layout."""
-    layout = Layout(folder, ids, recent, CACHE_BYTES_PER_USER * len(ids))
+    layout = Layout(folder, ids, recent, blobs, CACHE_BYTES_PER_USER * len(ids))
     random = np.random.default_rng(3)
     tickers = ("rocksdb.flush.write.bytes", "rocksdb.compact.write.bytes", "rocksdb.wal.bytes", "rocksdb.compact.read.bytes")
     steady = len(users) // 4 // batch * batch
@@ -175,7 +180,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=200_000)
     parser.add_argument("--events", type=int, default=400_000)
     parser.add_argument("--batch", type=int, default=20_000)
-    parser.add_argument("--recent", default="0,16", help="most events of a recent row; 0: one row a user")
+    parser.add_argument("--recent", default="0,blobs,8,16", help="most events of a recent row; 0 and blobs: one row a user")
     parser.add_argument("--json")
     options = parser.parse_args()
     ids = np.unique(np.random.default_rng(1).integers(0, 2**64, options.users, np.uint64))
@@ -183,10 +188,12 @@ def main() -> None:
     ranks = np.searchsorted(weights / weights[-1], np.random.default_rng(4).random(options.events)).clip(max=len(ids) - 1)
     users = np.random.default_rng(5).permutation(ids)[ranks]
     results = {}
-    for recent in map(int, options.recent.split(",")):
+    for layout in options.recent.split(","):
+        recent, blobs = 0 if layout == "blobs" else int(layout), layout == "blobs"
         folder = Path(tempfile.mkdtemp(prefix="freshrank-layout-"))
         try:
-            results["one" if not recent else f"recent {recent}"] = measure(folder, ids, users, recent, options.batch)
+            name = "one, blobs" if blobs else f"recent {recent}" if recent else "one"
+            results[name] = measure(folder, ids, users, recent, blobs, options.batch)
         finally:
             shutil.rmtree(folder)
     table = Table(

@@ -131,6 +131,8 @@ def test_the_same_base_again_builds_what_is_missing_and_another_is_refused(tmp_p
     (state / "1").rename(tmp_path / "lost")
     (state / "2").rename(tmp_path / "also lost")
     RocksStore(state, definitions(DOMAIN), cache_bytes=1 << 20, write_buffer_bytes=1 << 20).open(2, epoch).close()  # a worker looked
+    (state / ".bootstrap" / "spill").mkdir(parents=True)  # of a run that was killed
+    (state / ".bootstrap" / "spill" / "3-1").write_bytes(bytes(48))
     kept_inode = (state / "0").stat().st_ino
     assert build() == base
     assert rows_of(state, PARTITIONS, epoch) == rows
