@@ -337,7 +337,8 @@ class BatchLoop:
             if first <= held.next_offset <= following:
                 raise StateError(
                     f"partition {number}: the broker's log was truncated before offset {held.next_offset} and has grown again "
-                    f"({error.str()}): it lost records that the state includes. Give the worker a new state folder to rebuild from this log"
+                    f"({error.str()}): it lost records that the state includes. Give the worker new folders for state and view to "
+                    "rebuild from this log"
                 )
             try:
                 self.core.reopen(number)  # raises, or goes on as the policy says

@@ -268,7 +268,7 @@ class WorkerCore:
             store.close()
             raise StateError(
                 f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
-                "records (or is another one). Give the worker a new state folder to rebuild from this log"
+                "records (or is another one). Give the worker new folders for state and view to rebuild from this log"
             )
         snapshot = self._store.newest_snapshot(meta.partition, meta.log_epoch)
         ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
