@@ -63,8 +63,6 @@ class _User:
     """What a user's accepted records say, in offset order."""
 
     offsets: list[int] = field(default_factory=list)
-    clocks_ms: list[int] = field(default_factory=list)
-    """The partition's log clock at each, of a state from the beginning."""
     said: list[tuple[int, bytes, int]] = field(default_factory=list)
     """(verdict, event, append time) of each."""
 
