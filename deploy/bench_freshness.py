@@ -66,7 +66,9 @@ def follow(view_folder: Path, domain: Domain, load: Load) -> list[float]:
                 found_ms.append(late_s * 1e3)
                 del waiting[i]
             elif late_s > _TIMEOUT_S:
-                raise BenchError(f"an event is not visible {_TIMEOUT_S:.0f} s after it was produced")
+                raise BenchError(
+                    f"an event is not visible after {_TIMEOUT_S:.0f} s: the worker cannot keep up with {load.events_per_s} events/s here"
+                )
         if waiting or started < len(followed):
             sleep_until(time.monotonic() + _POLL_S if waiting else load.due_s(followed[started]))
     reader.close()
