@@ -148,6 +148,7 @@ public final class KafkaStreamsPeer {
         var fields = new long[10];
         int seen = value.length == WIRE_BYTES ? decodeCanonical(value, fields) : 0;
         if (seen == 0) {
+            Arrays.fill(fields, 0);
             seen = decodeAny(value, fields);
         }
         final int required = 0b1101_1110; // fields 1, 2, 3, 4, 6 and 7
@@ -200,7 +201,10 @@ public final class KafkaStreamsPeer {
                 switch ((int) tag & 7) {
                     case 0 -> varint(wire);
                     case 1 -> found = wire.getLong();
-                    case 2 -> wire.position(wire.position() + Math.toIntExact(varint(wire)));
+                    case 2 -> {
+                        int size = Math.toIntExact(varint(wire));
+                        wire.position(wire.position() + size);
+                    }
                     case 5 -> found = wire.getInt() & 0xFFFF_FFFFL;
                     default -> {
                         return 0;
