@@ -29,7 +29,7 @@ import numpy as np
 from features.domain import Domain
 from features.ids import partition_of, partitions_of, user_key
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
-from features.sequence import HEADER_DTYPE, decode_row
+from features.sequence import HEADER_DTYPE, as_read, decode_row
 from streams.errors import FencedError, StateError, ViewError
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 
@@ -230,7 +230,8 @@ class ViewReader:
         self._partition_count = partition_count
         self._files = [str(self._folder / str(partition) / _DATA_FILE) for partition in range(partition_count)]
         self._sequence_ids = {name: sequence.id for name, sequence in domain.sequence.items()}
-        self._fingerprints = fingerprints(definitions(domain))
+        self._definitions = definitions(domain)
+        self._fingerprints = fingerprints(self._definitions)
         self._open: dict[int, tuple[tuple[int, int], lmdb.Environment]] = {}
         self._metas: dict[int, tuple[bytes, Meta]] = {}
         self._opening = threading.Lock()
@@ -253,6 +254,7 @@ class ViewReader:
                 watermark = Position(meta.log_epoch, partition, meta.applied_offset)
                 for i, row in zip(indices, rows, strict=True):
                     check_row(row, user_ids[i])
+                    row = as_read(self._definitions[sequence_id], row, meta.log_clock_ms)
                     readings[i] = Reading(user_ids[i], row, watermark, meta.log_clock_ms, age_ms)
         except SequenceUnavailableError:
             self._counters["unavailable"] += 1
