@@ -17,7 +17,7 @@ DAY_MS = 24 * 3600 * 1000
 LAW_VERSION = 1
 """Changes when the same records and definition would give another state."""
 EVICTION_VERSION = 2
-"""The same for sequences that evict. 2: a row whose events are all evicted by the partition's clock is read as none (`sequence.as_read`)."""
+"""The same for sequences that evict. 2: a row whose events are all evicted by the log's clock is read as none (`sequence.as_read`)."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Number8 = Annotated[int, Field(ge=1, le=255)]

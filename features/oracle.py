@@ -39,7 +39,6 @@ class NaiveUser:
                 kept.append(event)
         return np.frombuffer(b"".join(reversed(kept[: what.length])), EVENT_DTYPE)
 
-
     def reading(self, what: Definition, log_clock_ms: int) -> Events | None:
         """What a reading at the partition's clock gives: None is no row."""
         events = self.sequence(what)

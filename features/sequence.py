@@ -157,9 +157,9 @@ def apply_batch(what: Definition, batch: Batch, rows: Seq[bytes | None], clock_b
 def as_read(what: Definition, row: bytes, log_clock_ms: int) -> bytes:
     """The row as a reading at a partition's clock gives it: the stored one, unless all of its events are evicted by that clock.
 
-    Then it is b"", as of a user without a row, or for an erased user the row without events: what was erased stays known for ever, for a
-    table made before the erasure may be looked up at any time. No later record can tell the two apart: its own clock evicts the same events.
-    So a store may keep such a row or put this one in its place, whenever it likes, and every reading and replay at the position agrees.
+    Then it is b"", as of a user without a row, or for an erased user the row without events: that the user was erased stays known for
+    ever, for a table made before the erasure may be looked up at any time. No later record can tell the two apart: its own clock evicts
+    the same events. So a store may keep such a row or put this one in its place, whenever it likes, and all readings and replays agree.
 
     Raises:
         SequenceCorruptError: an erased user's row is damaged.
