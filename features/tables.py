@@ -162,6 +162,10 @@ def drop_users(root: str | Path, space: str, generation: str, erased: Erased) ->
     Raises:
         TableError: there is no such generation, or it is not what its meta.json says.
     """
+    for left_over in (Path(root) / space).glob(f".dropping-*/{generation}"):  # a process was killed while it exchanged the folders
+        if not (Path(root) / space / generation).exists():
+            left_over.rename(Path(root) / space / generation)
+        shutil.rmtree(left_over.parent)
     held = open_generation(root, space, generation, verify=True)
     gone = erased_before_ms(erased, held.ids(USER)) >= held.created_ms
     if not gone.any():
