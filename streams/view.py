@@ -434,7 +434,13 @@ class ViewReader:
         if known is not None and known[0] == identity:
             return known[1]
         with self._opening:
-            return self._reopen(partition, self._folder / str(partition), identity)
+            path = self._folder / str(partition)
+            try:
+                return self._reopen(partition, path, identity)
+            except SequenceUnavailableError:  # replaced just now (`PartitionView.scrub`): the new one can be opened
+                with suppress(OSError):
+                    return self._reopen(partition, path, _settled_identity(self._files[partition]))
+                raise
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:
