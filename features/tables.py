@@ -166,11 +166,11 @@ def drop_users(root: str | Path, space: str, generation: str, erased: Erased) ->
         if not (Path(root) / space / generation).exists():
             left_over.rename(Path(root) / space / generation)
         shutil.rmtree(left_over.parent)
-    held = open_generation(root, space, generation, verify=True)
+    held = open_generation(root, space, generation)
     gone = erased_before_ms(erased, held.ids(USER)) >= held.created_ms
     if not gone.any():
         return 0
-    folder = held.folder
+    folder = open_generation(root, space, generation, verify=True).folder
     meta = _read_meta(folder)
     fresh, aside = (Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) for prefix in (".writing-", ".dropping-"))
     try:

@@ -180,20 +180,35 @@ def check_retention(
     return warnings
 
 
-def holds_records_until(config: KafkaConfig, topic: str, time_ms: int, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
-    """Whether a topic still has records with a timestamp up to `time_ms`, milliseconds. Raises KafkaUnavailableError, TopicError."""
-    partition_count = log_identity(config, topic, timeout_s=timeout_s).partition_count
-    consumer = new_reader(config, "erasure")
+def oldest_record_ms(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> int | None:
+    """Timestamp of the oldest record that a topic still has, milliseconds; None: it has none.
+
+    Raises:
+        KafkaUnavailableError: no broker answered.
+        TopicError: there is no such topic.
+    """
+    waiting = set(range(log_identity(config, topic, timeout_s=timeout_s).partition_count))
+    consumer = new_reader(config, "oldest", enable_partition_eof=True, queued_min_messages=1)
+    found_ms = []
     try:
         with answering(config):
-            asked = [TopicPartition(topic, partition, time_ms + 1) for partition in range(partition_count)]
-            for found in consumer.offsets_for_times(asked, timeout=timeout_s):
-                low, high = log_range(consumer, topic, found.partition, timeout_s=timeout_s)
-                if low < (found.offset if found.offset >= 0 else high):
-                    return True
+            consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in sorted(waiting)])
+            deadline_s = time.monotonic() + timeout_s
+            while waiting:
+                message = consumer.poll(max(0.0, deadline_s - time.monotonic()))
+                if message is None:
+                    raise KafkaUnavailableError(f"Kafka at {config.bootstrap}: no record of {topic} came within {timeout_s:g} s")
+                error = message.error()
+                if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                    raise KafkaException(error)
+                if message.partition() in waiting:
+                    waiting.discard(message.partition())
+                    consumer.incremental_unassign([TopicPartition(topic, message.partition())])
+                    if error is None:
+                        found_ms.append(message.timestamp()[1])
     finally:
         consumer.close()
-    return False
+    return min(found_ms, default=None)
 
 
 def log_identity(config: KafkaConfig, topic: str, base: str = "", *, timeout_s: float = _ANSWER_TIMEOUT_S) -> LogIdentity:
