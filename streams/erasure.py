@@ -6,7 +6,9 @@ in archives, canonical logs and tables, which this job rewrites; in the files of
 scheduler on every machine that has a home folder, more often than the actions topic's retention.
 """
 
+import fcntl
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,8 +33,13 @@ from streams.purge import PURGED_FILE, read_purged
 CURSOR = Path("audit", "cursor.json")
 """Below the home folder: how far the logs have been searched for erasures."""
 
+SNAPSHOT_MARGIN_MS = DAY_MS // 12
+"""A snapshot that was created this long after the purge was seen, or later, was taken after it."""
+
 LEFT_OVER_MS = DAY_MS
 """A file that was being written when a process was killed, and a state that was set aside as damaged, go after this time."""
+
+_ASIDE = re.compile(r"\d+\.(damaged|aside-\d+)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class ErasureJob:
     """What one run works on. `deadline_ms`: the promise, from an erasure's append time on.
 
     kafka: None where no broker is to be asked: then the topics' places stay as they were. archives: folders of archives outside of `home`;
-    those below it are found. snapshot_keep_ms: how long snapshots stay; None: none are taken.
+    those below it are found. expire_snapshots: removes the snapshots created before a time (milliseconds), the last one included; None:
+    none are taken.
     """
 
     home: Path
@@ -49,7 +57,7 @@ class ErasureJob:
     kafka: KafkaConfig | None = None
     topics: Topics = field(default_factory=Topics)
     archives: tuple[Path, ...] = ()
-    snapshot_keep_ms: int | None = None
+    expire_snapshots: Callable[[int], object] | None = None
 
 
 @dataclass
@@ -183,7 +191,7 @@ class _Run:
     def _sweep(self) -> None:
         """Removes what killed processes left half written, and old states that were set aside."""
         home, before_s = self.job.home, (self.now_ms - LEFT_OVER_MS) / 1000
-        left_over = [*home.glob("logs/*/.*.part"), *home.glob("tables/*/.writing-*"), *home.glob("state/**/*.damaged")]
+        left_over = [*home.glob("logs/*/.*.part"), *home.glob("tables/*/.writing-*"), *_set_aside(home)]
         left_over += [path for folder in self.archives for path in folder.glob(".*.part")]
         for path in left_over:
             if path.stat().st_mtime < before_s:
@@ -203,24 +211,52 @@ class _Run:
     def _judge(self, entry: Entry, oldest_ms: dict[str, tuple[str, int | None]]) -> None:
         home, last = self.job.home, entry.last
         folders = [path.parent for path in home.glob("state/**/CURRENT") if path.parent.name == str(last.partition)]
-        damaged = list(home.glob(f"state/**/{last.partition}.damaged"))
-        waiting = [str(folder.relative_to(home)) for folder in folders if not _purged(folder, last)]
-        waiting += [str(folder.relative_to(home)) for folder in damaged]
+        unpurged = self._remove_idle(entry, [folder for folder in folders if not _purged(folder, last)])
+        unpurged += [path for path in _set_aside(home) if path.name.partition(".")[0] == str(last.partition)]  # `_sweep` removes them
+        waiting = [str(folder.relative_to(home)) for folder in unpurged]
         purged: Status = "due" if waiting else "done" if folders else "absent"
         self._set(entry, "state", purged, f"the worker purges {', '.join(waiting)}" if waiting else "")
         view_there = (home / "view" / str(last.partition)).exists()
         self._set(entry, "view", purged if view_there else "absent", "with the state" if view_there and waiting else "")
         self._set(entry, "standby", "absent", "a standby's own home has its own job and audit")
         self._set(entry, "training arrays", "absent", "packed in memory by each training, without the erased past, and never stored")
-        if self.job.snapshot_keep_ms is None:
-            self._set(entry, "snapshots", "absent")
-        else:
-            state = entry.places["state"]
-            done = state.status != "due" and self.now_ms >= state.at_ms + self.job.snapshot_keep_ms
-            self._set(entry, "snapshots", "done" if done else "due", "" if done else "those from before the purge expire")
+        self._judge_snapshots(entry)
         for place, (topic, first_ms) in oldest_ms.items():
             held = first_ms is not None and first_ms <= last.append_time_ms
             self._set(entry, place, "due" if held else "done", f"{topic} has records from before it, until its retention" if held else "")
+
+    def _judge_snapshots(self, entry: Entry) -> None:
+        expire, state = self.job.expire_snapshots, entry.places["state"]
+        purged_ms = state.at_ms + SNAPSHOT_MARGIN_MS
+        if expire is None:
+            self._set(entry, "snapshots", "absent")
+        elif state.status == "due" or self.now_ms < purged_ms + SNAPSHOT_MARGIN_MS:
+            self._set(entry, "snapshots", "due", "older ones are removed when there are some from after the purge")
+        elif entry.places["snapshots"].status != "done":
+            self.progress("removing snapshots from before the purge")
+            expire(purged_ms)
+            self._set(entry, "snapshots", "done")
+
+    def _remove_idle(self, entry: Entry, folders: list[Path]) -> list[Path]:
+        """Removes state folders that nobody has opened since half of the time was over: they can be rebuilt. Returns those that stay.
+
+        A partition that has moved to another worker leaves its state behind, which no erasure reaches; RocksDB's lock tells who uses one.
+        """
+        if self.now_ms < (entry.first.append_time_ms + entry.deadline_ms) // 2:
+            return folders
+        left = []
+        for folder in folders:
+            with (folder / "LOCK").open("ab") as lock:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    left.append(folder)
+                    continue
+                self.progress(f"removing {folder}: no worker uses it, and the erasure of a user is due there")
+                shutil.rmtree(folder)
+        if not list(self.job.home.glob(f"state/**/{entry.last.partition}/CURRENT")):
+            shutil.rmtree(self.job.home / "view" / str(entry.last.partition), ignore_errors=True)  # nobody writes it any more
+        return left
 
     def _set(self, entry: Entry, place: str, status: Status, detail: str = "") -> None:
         self.audit.set(entry, place, status, detail, self.now_ms)
@@ -337,6 +373,11 @@ def _last_offsets(erasures: list[Erasure], log_epoch: int) -> dict[int, int]:
 
 def _name(erasure: Erasure) -> str:
     return f"{erasure.log_epoch:016x}:{erasure.partition}:{erasure.offset}"
+
+
+def _set_aside(home: Path) -> list[Path]:
+    """State folders that a worker has replaced."""
+    return [path for path in home.glob("state/**/*") if path.is_dir() and _ASIDE.fullmatch(path.name)]
 
 
 def _is_rankings(log: ParquetLog, topics: Topics) -> bool:
