@@ -240,7 +240,8 @@ class _Run:
     def _remove_idle(self, entry: Entry, folders: list[Path]) -> list[Path]:
         """Removes state folders that nobody has opened since half of the time was over: they can be rebuilt. Returns those that stay.
 
-        A partition that has moved to another worker leaves its state behind, which no erasure reaches; RocksDB's lock tells who uses one.
+        A partition that has moved to another worker leaves its state behind, which no erasure reaches. RocksDB's lock tells whether another
+        process uses one; so the job never runs in a worker's own process.
         """
         if self.now_ms < (entry.first.append_time_ms + entry.deadline_ms) // 2:
             return folders
