@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_replay import DOMAIN, EPOCH, ERASED, PARTITIONS, START_MS, MemoryLog, make_world, random_actions
+import xxhash
+from test_replay import DOMAIN, EPOCH, ERASED, IDLE, PARTITIONS, START_MS, MemoryLog, make_world, random_actions
 
 from deploy.replay import ACTIONS, RANKINGS, ReplayOptions, replay
 from features.actions import APPEND_TIME_HEADER, CANONICAL_BYTES, ERASE, decode_batch, encode_action, encode_erase
@@ -429,6 +430,19 @@ def test_generations_keep_their_name_and_everybody_else(home):
     assert after.vectors(USER, np.array([ERASED], np.uint64)).tobytes() == vectors[:1].tobytes(), "as an unknown user"
     assert generation_names(root, "two_tower") == [older, newer]
     assert not list(root.glob("*/.*"))
+
+
+def test_an_idle_user_s_row_is_replayed_as_none_once_the_log_s_clock_has_passed_it(tmp_path):
+    world = make_world(tmp_path, random_actions())
+    digests = [record.row_digest for record in world.records() if record.request.user_id == IDLE]
+    none = xxhash.xxh3_64_intdigest(b"")
+    assert digests[-1] == none
+    assert any(digest != none for digest in digests)
+    assert world.replay(tmp_path).ok
+    for record in world.records():
+        if record.request.user_id == IDLE and record.row_digest == none:
+            record.row_digest = next(digest for digest in digests if digest != none)
+    assert world.replay(tmp_path).rows_different == digests.count(none)
 
 
 @pytest.mark.servers

@@ -300,18 +300,6 @@ def test_what_was_served_is_rebuilt_byte_for_byte(world, tmp_path):
     assert json.loads(report.to_json())["events_missing_share"] == report.events_missing / report.events_visible
 
 
-def test_an_idle_user_s_row_is_replayed_as_none_once_the_log_s_clock_has_passed_it(world, tmp_path):
-    digests = [record.row_digest for record in world.records() if record.request.user_id == IDLE]
-    none = xxhash.xxh3_64_intdigest(b"")
-    assert digests[-1] == none
-    assert any(digest != none for digest in digests)
-    assert world.replay(tmp_path).ok
-    for record in world.records():
-        if record.request.user_id == IDLE and record.row_digest == none:
-            record.row_digest = next(digest for digest in digests if digest != none)
-    assert world.replay(tmp_path).rows_different == digests.count(none)
-
-
 def test_a_share_of_users_is_replayed_whole(world, tmp_path):
     whole, part = world.replay(tmp_path), world.replay(tmp_path, users_share=0.5)
     assert part.ok
