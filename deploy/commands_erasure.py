@@ -43,7 +43,7 @@ def erase(
 
     settings = running(settings_for(home, domain), needs="kafka")
     identity = event_id or secrets.randbits(64) or 1
-    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions)
+    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions, base=settings.log_base)
     try:
         for attempt in range(1, _ATTEMPTS + 1):
             try:

@@ -86,7 +86,7 @@ def erasure_service_config(settings: Settings) -> ErasureServiceConfig:
     """The erasure service's part of the settings."""
     return ErasureServiceConfig(
         kafka=kafka_config(settings),
-        topic=settings.topic_actions,
+        topics=topics(settings),
         domain=_domain(settings),
         audit=settings.home / AUDIT,
         deadline_ms=erasure_deadline_ms(settings),

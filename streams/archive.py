@@ -229,7 +229,7 @@ def write_archive(log: RecordLog, folder: Path, *, base: str = "") -> Path:
         with pq.ParquetWriter(folder / _file_name(partition), _SCHEMA, compression="zstd") as writer:
             for records in log.read(partition):
                 writer.write_table(_table(records))
-    _write_manifest(folder, log, [])
+    _write_manifest(folder, log, base, [])
     return folder
 
 
@@ -242,7 +242,7 @@ def rewrite_archive(log: ParquetLog, change: Callable[[int, Records], Records | 
     Raises:
         ArchiveError: a file cannot be read.
     """
-    _write_manifest(log.folder, log, sorted(log.erasures))  # of the newest version, before a file has what older programs misread
+    _write_manifest(log.folder, log, log.base, sorted(log.erasures))  # of the newest version, before a file has what older programs misread
     replaced = 0
     for partition in sorted(log.partitions):
         path = log.folder / _file_name(partition)
@@ -261,7 +261,7 @@ def rewrite_archive(log: ParquetLog, change: Callable[[int, Records], Records | 
             replaced += 1
         else:
             partial.unlink()
-    _write_manifest(log.folder, log, sorted(log.erasures.union(erasures)))
+    _write_manifest(log.folder, log, log.base, sorted(log.erasures.union(erasures)))
     return replaced
 
 
@@ -271,7 +271,7 @@ def _table(records: Records) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _write_manifest(folder: Path, log: RecordLog, erasures: list[str]) -> None:
+def _write_manifest(folder: Path, log: RecordLog, base: str, erasures: list[str]) -> None:
     manifest = {
         "archive_version": ARCHIVE_VERSION,
         "topic": log.topic,

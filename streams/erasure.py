@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from features.actions import ACTION, ERASE, REJECTED, Batch, decode_batch, encode_action
+from features.base import Base
 from features.domain import DAY_MS, Domain
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
@@ -27,11 +28,15 @@ from protos.v1.actions_pb2 import Action
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
+from streams.history import History
 from streams.kafka import KafkaConfig, Topics, oldest_record_ms
 from streams.purge import PURGED_FILE, read_purged
 
 CURSOR = Path("audit", "cursor.json")
 """Below the home folder: how far the logs have been searched for erasures."""
+
+BASE_FILE = "base.json"
+"""Below the home folder: the base that its state stands on, and where its history is."""
 
 SNAPSHOT_MARGIN_MS = DAY_MS // 12
 """A snapshot that was created this long after the purge was seen, or later, was taken after it."""
@@ -76,6 +81,7 @@ def run_job(job: ErasureJob, now_ms: int, progress: Callable[[str], None] = lamb
 
     Raises:
         LedgerError: ledger or audit cannot be read: restore it from a backup, since erasures must not be forgotten.
+        BaseError: a base's manifest or history cannot be read.
         StreamError, ArchiveError, LogError, TableError: what could not be read; everything before it is done and noted.
     """
     return _Run(job, now_ms, progress).run()
@@ -87,6 +93,7 @@ class _Run:
         self.summary = Summary()
         self.ledger = read_ledger(job.home / LEDGER)
         self.audit = Audit(job.home / AUDIT)
+        self.bases = [Base.from_json(path.read_text("utf-8"), str(path)) for path in job.home.glob(BASE_FILE)]
         self.archives = sorted({path.parent for folder in (job.home, *job.archives) for path in folder.rglob(MANIFEST)})
 
     def run(self) -> Summary:
@@ -107,8 +114,11 @@ class _Run:
                     self._set(entry, place, "absent" if found is None else "done")
         watched = [entry for entry in self.audit.entries.values() if entry.open or self.now_ms <= entry.deadline_ms]
         oldest_ms = self._oldest_records() if watched else {}
+        in_history = self._past_in_history() if watched else set()
         for entry in watched:
             self._judge(entry, oldest_ms)
+            detail = "bootstrap again from a history without the user" if entry.last.user_id in in_history else ""
+            self._set(entry, "base history", "due" if detail else "done" if self.bases else "absent", detail)
         for entry in self.audit.entries.values():
             self.summary.due += entry.open
             self.summary.overdue += [f"user {entry.last.user_id:016x}: {place}" for place in entry.overdue(self.now_ms)]
@@ -141,7 +151,7 @@ class _Run:
             if not _is_rankings(log, self.job.topics):
                 yield log
         if self.job.kafka is not None:
-            yield KafkaLog(self.job.kafka, self.job.topics.actions)
+            yield KafkaLog(self.job.kafka, self.job.topics.actions, self.job.topics.base)
 
     def _search(self, log: RecordLog, partition: int, span: Span) -> list[Erasure]:
         known = {(erasure.log_epoch, erasure.partition, erasure.offset) for erasure in self.ledger}
@@ -174,10 +184,26 @@ class _Run:
         return len(self.archives) or None
 
     def _rewrite_logs(self, erased: Erased) -> int | None:
-        folders = sorted(path.parent for path in (self.job.home / "logs").glob(f"*/{ACTIONS}"))
+        """A log that is a base's history stays: the base names its files by their content, and nothing could be rebuilt without."""
+        held = [Path(source).absolute() for _, source in self.bases]
+        folders = sorted(path.parent.absolute() for path in (self.job.home / "logs").glob(f"*/{ACTIONS}"))
+        folders = [folder for folder in folders if not any(source in (folder, folder / ACTIONS, *folder.parents) for source in held)]
         for folder in folders:
             self.progress(f"searching {folder}")
         return sum(drop_past(folder, erased) for folder in folders) if folders else None
+
+    def _past_in_history(self) -> set[int]:
+        """Erased users whose past stands in the history of a base."""
+        erased, found = erased_users(self.ledger), set[int]()
+        for base, source in self.bases:
+            self.progress(f"searching {source}, the history of base {base.id}")
+            with History(source) as history:
+                for group in history.row_groups():
+                    for records in history.read(group):
+                        first_ms = np.minimum(records.append_time_ms, records.events["event_time_ms"])
+                        past = ~records.erase & (first_ms <= erased_before_ms(erased, records.users))
+                        found |= set(records.users[past].tolist())
+        return found
 
     def _rewrite_tables(self, erased: Erased) -> int | None:
         root, found = self.job.home / "tables", None

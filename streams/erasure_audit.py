@@ -26,6 +26,7 @@ PLACES = (
     "actions topic",
     "archives",
     "canonical logs",
+    "base history",
     "embeddings",
     "training arrays",
 )

@@ -15,7 +15,7 @@ from protos.v1 import erasure_pb2, erasure_pb2_grpc
 from protos.v1.actions_pb2 import Position
 from streams.erasure_audit import Audit, Entry
 from streams.errors import StreamError
-from streams.kafka import KafkaConfig
+from streams.kafka import KafkaConfig, Topics
 from streams.producer import ActionProducer
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class ErasureServiceConfig:
     """What the service needs. `audit`: the audit's file, which the job writes. With `token`, every call must carry it as bearer token."""
 
     kafka: KafkaConfig
-    topic: str
+    topics: Topics
     domain: Domain
     audit: Path
     deadline_ms: int
@@ -89,8 +89,9 @@ class ErasureServicer(erasure_pb2_grpc.ErasureServicer):  # type: ignore[misc]
 
     def _erase(self, request: erasure_pb2.EraseRequest) -> Erasure:
         with self._connecting:
+            topics = self._config.topics
             if self._producer is None:
-                self._producer = ActionProducer(self._config.kafka, self._config.domain, self._config.topic)
+                self._producer = ActionProducer(self._config.kafka, self._config.domain, topics.actions, base=topics.base)
         return self._producer.erase_user(request.user_id, request.reason, request.event_id).result()
 
 

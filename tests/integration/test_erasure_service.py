@@ -21,7 +21,7 @@ from protos.v1.erasure_pb2_grpc import ErasureStub
 from streams.erasure import ErasureJob, run_job
 from streams.erasure_audit import AUDIT, PLACES, Audit
 from streams.erasure_service import ErasureServiceConfig
-from streams.kafka import KafkaConfig
+from streams.kafka import KafkaConfig, Topics
 from streams.reader_service import ReaderConfig, serve_reader
 
 DEADLINE_MS = 30 * DAY_MS
@@ -49,8 +49,8 @@ def serving(folder, erasure):
         loop.close()
 
 
-def config(folder, kafka, topic, **options):
-    return ErasureServiceConfig(kafka, topic, DOMAIN, folder / AUDIT, DEADLINE_MS, **options)
+def config(folder, kafka, topics, **options):
+    return ErasureServiceConfig(kafka, topics, DOMAIN, folder / AUDIT, DEADLINE_MS, **options)
 
 
 def refused(call, *arguments, **options):
@@ -61,7 +61,7 @@ def refused(call, *arguments, **options):
 
 def test_what_cannot_be_served_is_said_with_the_field_and_what_to_do(tmp_path):
     nobody = KafkaConfig("127.0.0.1:1", {"socket.connection.setup.timeout.ms": "1000"})
-    with serving(tmp_path, config(tmp_path, nobody, "actions", token="secret")) as channel:
+    with serving(tmp_path, config(tmp_path, nobody, Topics(), token="secret")) as channel:
         erase, status = ErasureStub(channel).Erase, ErasureStub(channel).Status
         token = [("authorization", "Bearer secret")]
         for metadata in (None, [("authorization", "Bearer other")]):
@@ -88,7 +88,7 @@ def test_the_service_is_off_unless_it_is_enabled(tmp_path):
 def test_an_erasure_that_is_asked_for_again_is_one(kafka, tmp_path, monkeypatch):
     world = new_world(kafka.bootstrap, tmp_path, "erasure-service")
     partition = partition_of(user_key(42), 3)
-    with serving(tmp_path, config(tmp_path, world.kafka, world.topics.actions)) as channel:
+    with serving(tmp_path, config(tmp_path, world.kafka, world.topics)) as channel:
         stub, request = ErasureStub(channel), EraseRequest(user_id=42, reason="ticket 17", event_id=99)
         answers = [stub.Erase(request, timeout=30) for _ in range(2)]
         assert [(answer.position.partition, answer.position.offset, answer.event_id) for answer in answers] == [

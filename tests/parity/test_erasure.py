@@ -17,8 +17,10 @@ import pytest
 import xxhash
 from test_replay import DOMAIN, EPOCH, ERASED, IDLE, PARTITIONS, START_MS, MemoryLog, make_world, random_actions
 
+from deploy.base_file import write_base_file
 from deploy.replay import ACTIONS, RANKINGS, ReplayOptions, replay
 from features.actions import APPEND_TIME_HEADER, CANONICAL_BYTES, ERASE, decode_batch, encode_action, encode_erase
+from features.base import Base
 from features.domain import DAY_MS, parse_domain
 from features.erasures import LEDGER, Erasure, LedgerError, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import partition_of, user_key
@@ -30,6 +32,7 @@ from streams.core import fold_batch
 from streams.erasure import ErasureJob, Summary, run_job
 from streams.erasure_audit import AUDIT, PLACES, Audit, key_of
 from streams.errors import TopicError
+from streams.history import History
 from streams.kafka import KafkaConfig, Topics, check_retention, end_offsets, ensure_topics, new_producer, oldest_record_ms
 from streams.purge import ErasurePass
 from streams.state import definitions
@@ -415,6 +418,26 @@ def test_canonical_logs_keep_other_users_and_what_the_user_did_since(home):
     left = [time for user, time in zip(times["user_id"], times["request_time_ms"], strict=True) if user == ERASED]
     assert min(left) > home.erased_ms
     assert times["user_id"].count(ERASED) > 5
+
+
+def test_a_log_that_is_a_base_s_history_stays_and_is_said_to_be_due(home):
+    """The base names its files by their content: rewritten, no state could be rebuilt from it. So a person has to bootstrap again."""
+    folder = home.path / "logs" / SHOP.name
+    history = History(str(folder))
+    base = Base(tuple(map(history.describe, history.files)), 1, 0, 0, 1, SHOP.future_tolerance_ms, ())
+    write_base_file(home.path, base, str(folder))
+    run_job(home.job, NOW_MS)
+    home.purge()
+    summary = run_job(home.job, NOW_MS + 1)
+    assert home.found() == {"logs"}
+    (entry,) = Audit(home.path / AUDIT).of_user(ERASED)
+    assert (entry.places["base history"].status, entry.places["canonical logs"].status) == ("due", "absent")
+    assert summary.due == 1
+    (home.path / "base.json").unlink()
+    run_job(home.job, NOW_MS + 2)
+    assert home.found() == set()
+    (entry,) = Audit(home.path / AUDIT).of_user(ERASED)
+    assert (entry.places["base history"].status, entry.places["canonical logs"].status) == ("absent", "done")
 
 
 def test_generations_keep_their_name_and_everybody_else(home):
