@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from protos.v1.actions_pb2 import Action
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
+from streams.errors import StreamError
 from streams.history import History
 from streams.kafka import KafkaConfig, Topics, oldest_record_ms
 from streams.purge import PURGED_FILE, read_purged
@@ -84,13 +86,22 @@ def run_job(job: ErasureJob, now_ms: int, progress: Callable[[str], None] = lamb
         BaseError: a base's manifest or history cannot be read.
         StreamError, ArchiveError, LogError, TableError: what could not be read; everything before it is done and noted.
     """
-    return _Run(job, now_ms, progress).run()
+    lock_path = job.home / AUDIT.parent / "lock"
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StreamError(f"{job.home}: another run of the erasure job is under way") from None
+        return _Run(job, now_ms, progress).run()
 
 
 class _Run:
     def __init__(self, job: ErasureJob, now_ms: int, progress: Callable[[str], None]) -> None:
         self.job, self.now_ms, self.progress = job, now_ms, progress
         self.summary = Summary()
+        self.first_offsets: dict[tuple[int, int], int] = {}
+        """First offset that the actions topic still has, by log epoch and partition."""
         self.ledger = read_ledger(job.home / LEDGER)
         self.audit = Audit(job.home / AUDIT)
         self.bases = [Base.from_json(path.read_text("utf-8"), str(path)) for path in job.home.glob(BASE_FILE)]
@@ -112,13 +123,13 @@ class _Run:
                     self.summary.removed[place] = found
                 for entry in self.audit.entries.values():
                     self._set(entry, place, "absent" if found is None else "done")
+                self.audit.write()
         watched = [entry for entry in self.audit.entries.values() if entry.open or self.now_ms <= entry.deadline_ms]
-        oldest_ms = self._oldest_records() if watched else {}
-        in_history = self._past_in_history() if watched else set()
+        if watched:
+            self._look_around()
         for entry in watched:
-            self._judge(entry, oldest_ms)
-            detail = "bootstrap again from a history without the user" if entry.last.user_id in in_history else ""
-            self._set(entry, "base history", "due" if detail else "done" if self.bases else "absent", detail)
+            self._judge(entry)
+        self.audit.write()
         for entry in self.audit.entries.values():
             self.summary.due += entry.open
             self.summary.overdue += [f"user {entry.last.user_id:016x}: {place}" for place in entry.overdue(self.now_ms)]
@@ -129,21 +140,28 @@ class _Run:
     def _collect(self) -> None:
         cursor = _read_cursor(self.job.home / CURSOR)
         for log in self._logs():
-            spans = dict(log.partitions)
-            for partition, span in sorted(spans.items()):
-                name = f"{log.log_epoch:016x}:{partition}" if isinstance(log, KafkaLog) else f"{_place(log)}:{partition}:{span.end}"
-                start = max(cursor.get(name, 0), span.start)
-                if 0 < cursor.get(name, 0) < span.start:
-                    gone = f"{log.topic} partition {partition}: offsets {cursor[name]} to {span.start - 1} were gone before they were read"
-                    self.summary.warnings.append(f"{gone}: erasures there are in no ledger; run this job more often than the retention")
-                if start < span.end:
-                    self.progress(f"searching {log.topic} partition {partition} from offset {start}")
-                    found = self._search(log, partition, Span(start, span.end))
-                    append_lines(self.job.home / LEDGER, (erasure.to_json() for erasure in found))
-                    self.ledger += found
-                    cursor[name] = span.end
-                    _write_cursor(self.job.home / CURSOR, cursor)
-            log.close()
+            with closing(log):
+                self._collect_from(log, cursor)
+
+    def _collect_from(self, log: RecordLog, cursor: dict[str, int]) -> None:
+        for partition, span in sorted(log.partitions.items()):
+            if isinstance(log, ParquetLog):
+                name = f"{log.folder.absolute()}:{partition}:{span.end}"
+            else:
+                name = f"{log.log_epoch:016x}:{partition}"
+                self.first_offsets[log.log_epoch, partition] = span.start
+            reached = cursor.get(name, 0)
+            if 0 < reached < span.start:
+                gone = f"{log.topic} partition {partition}: offsets {reached} to {span.start - 1} were gone before they were read"
+                self.summary.warnings.append(f"{gone}: erasures there are in no ledger; run this job more often than the retention")
+            start = max(reached, span.start)
+            if start < span.end:
+                self.progress(f"searching {log.topic} partition {partition} from offset {start}")
+                found = self._search(log, partition, Span(start, span.end))
+                append_lines(self.job.home / LEDGER, (erasure.to_json() for erasure in found))
+                self.ledger += found
+                cursor[name] = span.end
+                _write_cursor(self.job.home / CURSOR, cursor)
 
     def _logs(self) -> Iterator[RecordLog]:
         for folder in self.archives:
@@ -226,19 +244,20 @@ class _Run:
 
     # What others do, judged.
 
-    def _oldest_records(self) -> dict[str, tuple[str, int | None]]:
-        """Topic and time of its oldest record, by place; nothing where no broker is to be asked."""
+    def _look_around(self) -> None:
+        """What all entries are judged by: state folders, what was set aside, the topics' oldest records, the history of a base."""
         topics, kafka = self.job.topics, self.job.kafka
-        if kafka is None:
-            return {}
-        names = {"actions topic": topics.actions, "dead letters": topics.dead_letters, "ranking log": topics.rankings}
-        return {place: (topic, oldest_record_ms(kafka, topic)) for place, topic in names.items()}
+        self.states = [path.parent for path in self.job.home.glob("state/**/CURRENT") if path.parent.name.isdigit()]
+        self.aside = _set_aside(self.job.home)
+        names = {"dead letters": topics.dead_letters, "ranking log": topics.rankings}
+        self.oldest_ms = {} if kafka is None else {place: oldest_record_ms(kafka, topic) for place, topic in names.items()}
+        self.in_history = self._past_in_history()
 
-    def _judge(self, entry: Entry, oldest_ms: dict[str, tuple[str, int | None]]) -> None:
+    def _judge(self, entry: Entry) -> None:
         home, last = self.job.home, entry.last
-        folders = [path.parent for path in home.glob("state/**/CURRENT") if path.parent.name == str(last.partition)]
+        folders = [folder for folder in self.states if folder.name == str(last.partition)]
         unpurged = self._remove_idle(entry, [folder for folder in folders if not _purged(folder, last)])
-        unpurged += [path for path in _set_aside(home) if path.name.partition(".")[0] == str(last.partition)]  # `_sweep` removes them
+        unpurged += [path for path in self.aside if path.name.partition(".")[0] == str(last.partition)]  # `_sweep` removes them
         waiting = [str(folder.relative_to(home)) for folder in unpurged]
         purged: Status = "due" if waiting else "done" if folders else "absent"
         self._set(entry, "state", purged, f"the worker purges {', '.join(waiting)}" if waiting else "")
@@ -247,9 +266,14 @@ class _Run:
         self._set(entry, "standby", "absent", "a standby's own home has its own job and audit")
         self._set(entry, "training arrays", "absent", "packed in memory by each training, without the erased past, and never stored")
         self._judge_snapshots(entry)
-        for place, (topic, first_ms) in oldest_ms.items():
-            held = first_ms is not None and first_ms <= last.append_time_ms
-            self._set(entry, place, "due" if held else "done", f"{topic} has records from before it, until its retention" if held else "")
+        held = {place: first_ms is not None and first_ms <= last.append_time_ms for place, first_ms in self.oldest_ms.items()}
+        if self.job.kafka is not None:  # a log that is not the topic's any more is in no topic
+            first = self.first_offsets.get((last.log_epoch, last.partition))
+            held["actions topic"] = first is not None and first <= last.offset
+        for place, still in held.items():
+            self._set(entry, place, "due" if still else "done", "records from before it are there until the retention" if still else "")
+        detail = "bootstrap again from a history without the user" if last.user_id in self.in_history else ""
+        self._set(entry, "base history", "due" if detail else "done" if self.bases else "absent", detail)
 
     def _judge_snapshots(self, entry: Entry) -> None:
         expire, state = self.job.expire_snapshots, entry.places["state"]
@@ -281,7 +305,8 @@ class _Run:
                     continue
                 self.progress(f"removing {folder}: no worker uses it, and the erasure of a user is due there")
                 shutil.rmtree(folder)
-        if not list(self.job.home.glob(f"state/**/{entry.last.partition}/CURRENT")):
+                self.states.remove(folder)
+        if not any(folder.name == str(entry.last.partition) for folder in self.states):
             shutil.rmtree(self.job.home / "view" / str(entry.last.partition), ignore_errors=True)  # nobody writes it any more
         return left
 
@@ -409,10 +434,6 @@ def _set_aside(home: Path) -> list[Path]:
 
 def _is_rankings(log: ParquetLog, topics: Topics) -> bool:
     return log.topic == topics.rankings or (log.topic != topics.actions and log.folder.name == "rankings")
-
-
-def _place(log: RecordLog) -> str:
-    return str(log.folder.absolute()) if isinstance(log, ParquetLog) else log.topic
 
 
 def _purged(folder: Path, erasure: Erasure) -> bool:

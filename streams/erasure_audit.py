@@ -80,6 +80,7 @@ class Audit:
         self._path = path
         self.entries: dict[Key, Entry] = {}
         self._records: set[tuple[int, int, int]] = set()
+        self._unwritten: list[dict[str, Any]] = []
         for said in read_lines(path):
             self._take(said)
 
@@ -95,14 +96,19 @@ class Audit:
         return len(lines)
 
     def set(self, entry: Entry, name: str, status: Status, detail: str, now_ms: int) -> None:
-        """Notes how a place stands, where that is news."""
+        """Notes how a place stands, where that is news; `write` puts it into the file."""
         place = entry.places[name]
         if place.at_ms and (place.status, place.detail) == (status, detail):
             return
         user, event, _ = key_of(entry.last)
         said = {"kind": "place", "at_ms": now_ms, "user_id": f"{user:016x}", "event_id": f"{event:016x}", "offset": entry.first.offset}
-        append_lines(self._path, [{**said, "place": name, "status": status, "detail": detail}])
+        self._unwritten.append({**said, "place": name, "status": status, "detail": detail})
         entry.places[name] = Place(status, now_ms, detail)
+
+    def write(self) -> None:
+        """Appends what `set` noted. Where a crash comes before, the next run finds the same and notes it then."""
+        append_lines(self._path, self._unwritten)
+        self._unwritten.clear()
 
     def of_user(self, user_id: int | None) -> list[Entry]:
         """The erasures of a user, or all, in the order in which they were asked for."""

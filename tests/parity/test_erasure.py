@@ -31,7 +31,7 @@ from streams.archive import ArchiveError, ParquetLog, write_archive
 from streams.core import fold_batch
 from streams.erasure import ErasureJob, Summary, run_job
 from streams.erasure_audit import AUDIT, PLACES, Audit, key_of
-from streams.errors import TopicError
+from streams.errors import StreamError, TopicError
 from streams.history import History
 from streams.kafka import KafkaConfig, Topics, check_retention, end_offsets, ensure_topics, new_producer, oldest_record_ms
 from streams.purge import ErasurePass
@@ -369,6 +369,7 @@ def test_a_retried_erasure_is_one_for_the_audit(tmp_path):
     assert audit.asked([once, other], 100, 50) == 2
     for place in PLACES:
         audit.set(audit.entries[key_of(once)], place, "done", "", 60)
+    audit.write()
     assert audit.asked([once, again, other], 100, 70) == 1
     for found in (audit, Audit(path)):
         entry = found.entries[key_of(once)]
@@ -507,6 +508,14 @@ def test_topics_are_judged_by_what_they_still_hold(home, kafka):
     assert (last.places["actions topic"].status, last.places["dead letters"].status) == ("due", "done")
     assert run_job(job, NOW_MS).new == 0
     assert isinstance(run_job(replace(job, kafka=None), NOW_MS), Summary)
+
+
+def test_one_run_at_a_time(tmp_path):
+    job = ErasureJob(home=tmp_path, domain=SHOP, deadline_ms=DEADLINE_MS)
+    write_archive(MemoryLog("actions", EPOCH, {0: [(1, user_key(1), b"garbage")]}), tmp_path / "archive")
+    with pytest.raises(StreamError, match="another run"):
+        run_job(job, NOW_MS, lambda _: run_job(job, NOW_MS))
+    assert run_job(job, NOW_MS) == Summary()
 
 
 def test_an_empty_home_has_nothing_to_do(tmp_path):

@@ -86,6 +86,7 @@ def test_an_erasure_that_is_overdue_is_red_and_the_exit_code_says_it(tmp_path, m
     (entry,) = audit.of_user(42)
     for place in PLACES:
         audit.set(entry, place, "done", "", 1_700_000_000_001)
+    audit.write()
     home = ("--home", str(tmp_path))
     code, output = run(monkeypatch, capsys, "erase-job", "status", "--user", "42", *home)
     assert (code, output.out.count("done")) == (0, len(PLACES))
