@@ -162,10 +162,6 @@ def drop_users(root: str | Path, space: str, generation: str, erased: Erased) ->
     Raises:
         TableError: there is no such generation, or it is not what its meta.json says.
     """
-    for left_over in (Path(root) / space).glob(f".dropping-*/{generation}"):  # a process was killed while it exchanged the folders
-        if not (Path(root) / space / generation).exists():
-            left_over.rename(Path(root) / space / generation)
-        shutil.rmtree(left_over.parent)
     held = open_generation(root, space, generation)
     gone = erased_before_ms(erased, held.ids(USER)) >= held.created_ms
     if not gone.any():
@@ -195,6 +191,15 @@ def drop_users(root: str | Path, space: str, generation: str, erased: Erased) ->
             (aside / folder.name).rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_drops(root: str | Path, space: str) -> None:
+    """Puts back what a process had aside that was killed in `drop_users`; none may be under way."""
+    for aside in (Path(root) / space).glob(".dropping-*"):
+        for folder in aside.iterdir():
+            if not (target := Path(root) / space / folder.name).exists():
+                folder.rename(target)
+        shutil.rmtree(aside)
 
 
 def _without(member: Member, gone: npt.NDArray[np.bool_]) -> Member:

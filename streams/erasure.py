@@ -24,7 +24,7 @@ from features.domain import DAY_MS, Domain
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
 from features.logs import ACTIONS, drop_past
-from features.tables import USER, drop_users, generation_names, open_generation
+from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.actions_pb2 import Action
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
@@ -226,6 +226,7 @@ class _Run:
     def _rewrite_tables(self, erased: Erased) -> int | None:
         root, found = self.job.home / "tables", None
         for space in sorted(path.name for path in root.glob("*") if path.is_dir()):
+            recover_drops(root, space)
             for generation in generation_names(root, space):
                 if USER in open_generation(root, space, generation).members:
                     self.progress(f"searching {root / space / generation}")

@@ -96,4 +96,4 @@ class EvictionPass:
         number = after[0]
         while (what := self._kept.get(number)) is not None and what.evict_age_ms is None:
             number += 1
-        return after if number == after[0] else bytes((number,))
+        return after if number == after[0] else bytes((number,)) if number < 256 else b"\xff" * 9

@@ -105,9 +105,11 @@ class ErasurePass:
 
     def note(self, partition: int, batch: Batch) -> None:
         """Remembers a batch's erasures, durably: call it before the store's write, so that none can be applied and forgotten."""
+        erased = np.flatnonzero(batch.verdict == ERASE)
+        if not len(erased):
+            return
         held = self._held[partition]
         known = set(held.purged.pending)
-        erased = np.flatnonzero(batch.verdict == ERASE)
         found = list(zip(batch.users[erased].tolist(), batch.offsets[erased].tolist(), strict=True))
         new = [place for place in found if place[1] > held.purged.purged_offset and place not in known]
         if not new:

@@ -210,13 +210,14 @@ class PartitionView:
 
         A view that shows a later moment may hold a later row, which stays. Raises as `write`.
         """
-        with self._writing() as transaction:
-            check_owner(transaction.get(OWNER_KEY), self._token)
-            held = [place for place in zip(keys, before, after, strict=True) if transaction.get(place[0]) == place[1]]
-            _replace(transaction, held)
-        if self._fresh is not None:
-            with self._fresh.environment.begin(write=True) as transaction:
-                _replace(transaction, [place for place in held if place[0] <= self._fresh.copied])
+        with self._reporting():
+            with self._writing() as transaction:
+                check_owner(transaction.get(OWNER_KEY), self._token)
+                held = [place for place in zip(keys, before, after, strict=True) if transaction.get(place[0]) == place[1]]
+                _replace(transaction, held)
+            if self._fresh is not None:
+                with self._fresh.environment.begin(write=True) as transaction:
+                    _replace(transaction, [place for place in held if place[0] <= self._fresh.copied])
 
     def scrub(self, rows_max: int) -> bool:
         """Copies up to `rows_max` more rows into a fresh file, and lets that take the view's place once it has all; True then.

@@ -454,6 +454,12 @@ def test_generations_keep_their_name_and_everybody_else(home):
     assert after.vectors(USER, np.array([ERASED], np.uint64)).tobytes() == vectors[:1].tobytes(), "as an unknown user"
     assert generation_names(root, "two_tower") == [older, newer]
     assert not list(root.glob("*/.*"))
+    (root / "two_tower" / ".dropping-x").mkdir()
+    (root / "two_tower" / older).rename(root / "two_tower" / ".dropping-x" / older)
+    assert generation_names(root, "two_tower") == [newer], "killed between the two renames"
+    run_job(home.job, NOW_MS)
+    assert generation_names(root, "two_tower") == [older, newer]
+    assert not list(root.glob("*/.*"))
 
 
 def test_an_idle_user_s_row_is_replayed_as_none_once_the_log_s_clock_has_passed_it(tmp_path):
