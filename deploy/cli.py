@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import commands_bootstrap, commands_chaos, commands_dead, commands_inspect, commands_move, commands_top
+from deploy import commands_bootstrap, commands_chaos, commands_dead, commands_erasure, commands_inspect, commands_move, commands_top
 from deploy.options import (
     DomainFile,
     Home,
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for _commands in (commands_bootstrap, commands_chaos, commands_dead, commands_inspect, commands_move, commands_top):
+for _commands in (commands_bootstrap, commands_chaos, commands_dead, commands_erasure, commands_inspect, commands_move, commands_top):
     _commands.register(app)
 
 
@@ -113,30 +113,6 @@ def produce(
             event_time_ms=event_time_ms,
         ).result()
         print(position_text(position))
-    finally:
-        producer.close()
-
-
-@app.command()
-def erase(
-    user: Annotated[str, typer.Option(help="User id: a number, or text that is hashed.")],
-    reason: Annotated[str, typer.Option(help="For the audit.")] = "asked by the user",
-    home: Home = None,
-    domain: DomainFile = None,
-) -> None:
-    """Erase a user: the next ranking knows nothing of their past, nor does any later replay.
-
-    Example: `freshrank erase --user 42 --reason "ticket 17"`
-    """
-    from deploy.processes import kafka_config
-    from deploy.stack import running
-    from features.domain import load_domain
-    from streams.producer import ActionProducer
-
-    settings = running(settings_for(home, domain), needs="kafka")
-    producer = ActionProducer(kafka_config(settings), load_domain(settings.domain), settings.topic_actions, base=settings.log_base)
-    try:
-        print(position_text(producer.erase(parse_id(user), reason).result()))
     finally:
         producer.close()
 

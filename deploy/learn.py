@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from features.domain import Domain, load_domain
+from features.erasures import LEDGER, erased_users, read_ledger
 from inference.dataset import split_times
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
@@ -36,6 +37,11 @@ class Workspace:
     def log(self) -> Path:
         """The canonical log."""
         return self.home / "logs" / self.domain.name
+
+    @property
+    def erased(self) -> dict[int, int]:
+        """Users erased up to now, by the home folder's ledger: nothing that is built here knows their past."""
+        return erased_users(read_ledger(self.home / LEDGER))
 
     @property
     def tables(self) -> Path:
@@ -65,9 +71,10 @@ def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume:
     """
     domain = work.domain
     validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
-    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed)
+    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=work.erased)
     out = work.training(ranker) if out is None else out
-    return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=newest_generations(folders))
+    generations = newest_generations(folders)
+    return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=work.erased)
 
 
 def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) -> TrainResult:
@@ -75,14 +82,14 @@ def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) 
     _, about = load_trained(work.domain, ranker, work.training(ranker))
     out = work.training(f"{ranker}-without-sequence")
     options = replace(options, use_sequence=False)
-    return train(work.domain, ranker, work.log, work.tables, out, options, generations=about["generations"])
+    return train(work.domain, ranker, work.log, work.tables, out, options, generations=about["generations"], erased=work.erased)
 
 
 def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict[str, Any]:
     """Trains the ranker with and without its realtime sequence; what both reach on the temporal test part (`inference.evaluate`)."""
     out = work.home / "evaluation" / ranker
     trained = train_ranker(work, ranker, options, out=out / "with_sequence")
-    return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options)
+    return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options, erased=work.erased)
 
 
 def release(work: Workspace, ranker: str) -> Release:

@@ -8,12 +8,14 @@ import time
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
-from features.domain import Domain, load_domain
+from features.domain import DAY_MS, Domain, load_domain
 from features.lineage import Predecessor
 from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.batch_loop import WorkerConfig
 from streams.broadcast import Announcements, announce
+from streams.erasure_audit import AUDIT
+from streams.erasure_service import ErasureServiceConfig
 from streams.kafka import KafkaConfig, Topics, log_identity
 from streams.ranking_log import RankingLog
 from streams.reader_service import ReaderConfig, run_reader
@@ -78,8 +80,26 @@ def reader(settings: Settings) -> int:
         token=settings.server_token.get_secret_value() if settings.server_token else None,
         calls_max=settings.reader_calls_max,
         reflection=settings.reflection,
+        erasure=erasure_service_config(settings) if settings.erasure_service else None,
     )
     return run_reader(config, lambda details: report_ready(details["address"]))
+
+
+def erasure_service_config(settings: Settings) -> ErasureServiceConfig:
+    """The erasure service's part of the settings."""
+    return ErasureServiceConfig(
+        kafka=kafka_config(settings),
+        topics=topics(settings),
+        domain=_domain(settings),
+        audit=settings.home / AUDIT,
+        deadline_ms=erasure_deadline_ms(settings),
+        token=settings.server_token.get_secret_value() if settings.server_token else None,
+    )
+
+
+def erasure_deadline_ms(settings: Settings) -> int:
+    """The erasure promise, milliseconds."""
+    return int(settings.erasure_deadline_days * DAY_MS)
 
 
 def server(settings: Settings) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from deploy.base_file import write_base_file
-from features.actions import EVENT_DTYPE, REJECTED, decode_batch
+from features.actions import EVENT_DTYPE, FORGOTTEN, REJECTED, decode_batch
 from features.base import Base, BaseError, BaseRecords
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packer
@@ -158,7 +158,12 @@ class _Replay:
         wanted: dict[int, dict[int, list[RankingRecord]]] = {}
         for partition in sorted(self.rankings.partitions):
             for records in self.rankings.read(partition):
-                for offset, value in zip(records.offsets.tolist(), records.values, strict=True):
+                forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten
+                if self.options.users_share == 1.0:  # of a share it cannot be told any more whose they were
+                    self.report.rankings_read += int(forgotten.sum())
+                    for _ in range(int(forgotten.sum())):
+                        self.tally.exclude("erased_since", "taken out of the archive")
+                for offset, value in ((int(records.offsets[i]), records.values[i]) for i in np.flatnonzero(~forgotten)):
                     try:
                         record = RankingRecord.FromString(value or b"")
                     except DecodeError as error:
@@ -265,6 +270,8 @@ class _Replay:
                     future_tolerance_ms=tolerance_ms,
                     partition_count=len(self.actions.partitions),
                 )
+                if records.forgotten is not None:
+                    batch.verdict[records.forgotten] = FORGOTTEN
                 log.add(batch)
             found += len(records)
             self.report.events_read += len(records)

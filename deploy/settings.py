@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS
@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     partitions: PositiveInt = Field(4, description="Partitions of the actions and rankings topics when they are created.")
     replication_factor: PositiveInt = Field(1, description="Replicas of topics when they are created; 3 on a production cluster.")
     retention_ms: int = Field(-1, ge=-1, description="How long created topics keep actions and rankings; -1: for ever.")
+
+    erasure_deadline_days: PositiveFloat = Field(30.0, description="The promise: nothing of an erased user is anywhere after this time.")
+    erasure_strict: bool = Field(False, description="A worker does not start while a topic keeps records longer than the promise.")
+    erasure_service: bool = Field(False, description="The reader also serves freshrank.v1.Erasure; set server_token with it.")
+    erasure_archives: list[str] = Field([], description="Archives outside of the home folder that the erasure job rewrites; JSON.")
 
     triton_url: Address = Field("", description="host:port of an outside Triton's gRPC service; empty: the local stack starts one.")
     torch_threads: PositiveInt = Field(1, description="CPU threads of each model instance and of training.")

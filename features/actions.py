@@ -59,6 +59,8 @@ _OPTIONAL = (("request_id", 0), ("surface", 0), ("value", float("nan")))
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 REJECTED, ACTION, ERASE = 0, 1, 2
+FORGOTTEN = 3
+"""Only in archives, where a user was erased since: the record was accepted and moves the clock, and touches nobody any more."""
 
 
 @dataclass(frozen=True)

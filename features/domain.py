@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 DAY_MS = 24 * 3600 * 1000
 LAW_VERSION = 1
 """Changes when the same records and definition would give another state."""
+EVICTION_VERSION = 2
+"""The same for sequences that evict. 2: a row whose events are all evicted by the log's clock is read as none (`sequence.as_read`)."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Number8 = Annotated[int, Field(ge=1, le=255)]
@@ -320,16 +322,17 @@ class Domain(_Part):
         """Identity of what the store keeps (length, caps, eviction, tolerance): part of the state and of every row. Never 0."""
         sequence = self.sequence[name]
         caps = {self.actions[action].id: cap for action, cap in sorted(sequence.caps.items())}
-        return _fingerprint(
-            {
-                "id": sequence.id,
-                "length": sequence.length,
-                "caps": caps,
-                "evict_age_ms": sequence.evict_age_ms,
-                "future_tolerance_ms": self.future_tolerance_ms,
-                "law": LAW_VERSION,
-            }
-        )
+        parts = {
+            "id": sequence.id,
+            "length": sequence.length,
+            "caps": caps,
+            "evict_age_ms": sequence.evict_age_ms,
+            "future_tolerance_ms": self.future_tolerance_ms,
+            "law": LAW_VERSION,
+        }
+        if sequence.evict_age_ms is not None:
+            parts["eviction"] = EVICTION_VERSION
+        return _fingerprint(parts)
 
     def action_names(self) -> dict[int, str]:
         """Name of each action id."""

@@ -6,6 +6,7 @@ Files are written under another name and renamed when whole, so a reader never s
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
+from features.erasures import Erased, erased_before_ms
 
 LOG_VERSION = "1"
 ACTIONS, IMPRESSIONS, SUMMARY = "actions.parquet", "impressions.parquet", "summary.json"
@@ -327,6 +329,43 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[npt.NDArray[Any], npt.NDAr
     column = batch.column(name)
     offsets = column.offsets.to_numpy()
     return column.values.to_numpy()[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32)
+
+
+def drop_past(folder: str | Path, erased: Erased) -> int:
+    """Takes the past of erased users out of a log folder's files: rows up to their erasure; returns how many. Erasures stay.
+
+    A file without such rows is left as it is; another is replaced when the new one is whole.
+    """
+    gone = 0
+    for name in (ACTIONS, IMPRESSIONS):
+        path = Path(folder) / name
+        if path.exists():
+            gone += _drop_past(path, erased)
+    return gone
+
+
+def _drop_past(path: Path, erased: Erased) -> int:
+    times = ["append_time_ms", "event_time_ms", "erase"] if path.name == ACTIONS else ["request_time_ms"]
+
+    def past(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+        first_ms = np.minimum.reduce([_array(batch, time) for time in times if time != "erase"])
+        found: npt.NDArray[np.bool_] = first_ms <= erased_before_ms(erased, _array(batch, "user_id"))
+        return found & ~_array(batch, "erase") if "erase" in times else found
+
+    with pq.ParquetFile(path) as file:
+        gone = sum(int(past(batch).sum()) for batch in file.iter_batches(columns=["user_id", *times]))
+        if not gone:
+            return 0
+        partial = path.with_name(f".{path.name}.part")
+        with partial.open("wb") as out:
+            with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
+                for group in range(file.num_row_groups):
+                    kept = [batch.filter(pa.array(~past(batch))) for batch in file.iter_batches(row_groups=[group])]
+                    writer.write_table(pa.Table.from_batches(kept, file.schema_arrow))
+            out.flush()
+            os.fsync(out.fileno())
+    partial.replace(path)
+    return gone
 
 
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:

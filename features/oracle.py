@@ -39,6 +39,13 @@ class NaiveUser:
                 kept.append(event)
         return np.frombuffer(b"".join(reversed(kept[: what.length])), EVENT_DTYPE)
 
+    def reading(self, what: Definition, log_clock_ms: int) -> Events | None:
+        """What a reading at the partition's clock gives: None is no row."""
+        events = self.sequence(what)
+        if what.evict_age_ms is None or any(_time_ms(event.tobytes()) >= log_clock_ms - what.evict_age_ms for event in events):
+            return events
+        return events[:0] if self.erasures else None
+
 
 def naive_fold(batches: Iterable[Batch], base_clock_ms: int = 0) -> dict[int, NaiveUser]:
     """What each user's records say, record by record. `base_clock_ms`: clock of the base, whose records come as `history_batch`."""

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from features.actions import ERASE, EVENT_DTYPE, REJECTED, Batch
+from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
 from features.pack import Packed, Packer, RankInputs
 from features.ports import SequenceCorruptError
-from features.sequence import Definition, Events, apply_batch, clock_after, decode_row, law
+from features.sequence import Definition, Events, apply_batch, as_read, clock_after, decode_row, law
 from protos.v1.ranking_pb2 import RankingRecord, Tier
 
 EXCLUSIONS = {
@@ -62,19 +62,33 @@ class PartitionLog:
         self._kept: list[tuple[Batch, _Times]] = []
         self._slices: dict[int, slice] | None = None
         self._clock_ms = base_clock_ms
+        self._clock_steps: list[tuple[_Times, _Times]] = [(np.array([-1]), np.array([base_clock_ms]))]
 
     def add(self, batch: Batch) -> None:
         """Keeps the wanted users' records of a batch."""
         counted = np.where(batch.verdict == REJECTED, 0, batch.append_time_ms)
         clock_ms = np.maximum(np.maximum.accumulate(counted), self._clock_ms)
+        steps = np.flatnonzero(np.diff(clock_ms, prepend=self._clock_ms))
+        self._clock_steps.append((batch.offsets[steps], clock_ms[steps]))
         self._clock_ms = clock_after(batch, self._clock_ms)
-        keep = np.flatnonzero((batch.verdict != REJECTED) & np.isin(batch.users, self._wanted))
+        keep = np.flatnonzero(((batch.verdict == ACTION) | (batch.verdict == ERASE)) & np.isin(batch.users, self._wanted))
         if len(keep):
             self._kept.append((_take([batch], keep), clock_ms[keep]))
             self._slices = None
 
+    def clock_at(self, offset: int) -> int:
+        """The partition's clock at an offset (-1: of the base), milliseconds; 0: nothing was accepted up to there."""
+        if len(self._clock_steps) > 1:
+            offsets, clocks = zip(*self._clock_steps, strict=True)
+            self._clock_steps = [(np.concatenate(offsets), np.concatenate(clocks))]
+        offsets_of_steps, clock_ms = self._clock_steps[0]
+        place = int(offsets_of_steps.searchsorted(offset, side="right"))
+        return int(clock_ms[place - 1]) if place else 0
+
     def rows_at(self, what: Definition, user_id: int, offsets: Iterable[int]) -> list[bytes]:
-        """The user's row at each offset (ascending): the fold of the base and the records up to and including it. b"": there is no row."""
+        """The user's row at each offset (ascending), as a reading there gives it: the fold of the base and the records up to and including
+        the offset, `as_read` at the partition's clock. b"": there is no row.
+        """
         log, clock_ms = self._records(user_id)
         row = self._base_row(what, user_id)
         rows, start = [], 0
@@ -83,7 +97,7 @@ class PartitionLog:
             if end > start:  # the clock at the last of these records: it is at least each of their append times
                 row = apply_batch(what, _take([log], slice(start, end)), [row], int(clock_ms[end - 1]))[0]
                 start = end
-            rows.append(row or b"")
+            rows.append(as_read(what, row or b"", self.clock_at(offset)))
         return rows
 
     def last_erasure(self, user_id: int) -> int:

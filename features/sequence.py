@@ -9,7 +9,7 @@ sequence's definition alone: not on how they were cut into batches, nor on any c
 import zlib
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -323,6 +323,26 @@ def _with_checksums(pieces: list[memoryview], counts: npt.NDArray[np.int64]) -> 
     words = np.frombuffer(joined, "<u4")
     words[np.array(starts) // 4 + 1] = crc32
     return [data[start:stop].tobytes() for start, stop in zip(starts, stops, strict=True)]
+
+
+def as_read(what: Definition, row: bytes, log_clock_ms: int) -> bytes:
+    """The row as a reading at a partition's clock gives it: the stored one, unless all of its events are evicted by that clock.
+
+    Then it is b"", as of a user without a row, or for an erased user the row without events: that the user was erased stays known for
+    ever, for a table made before the erasure may be looked up at any time. No later record can tell the two apart: its own clock evicts
+    the same events. So a store may keep such a row or put this one in its place, whenever it likes, and all readings and replays agree.
+
+    Raises:
+        SequenceCorruptError: an erased user's row is damaged.
+    """
+    if what.evict_age_ms is None or not row:
+        return row
+    width, count = int.from_bytes(row[12:14], "little"), int.from_bytes(row[14:16], "little")
+    if count and int.from_bytes(row[-width : len(row) - width + 8], "little") >= log_clock_ms - what.evict_age_ms:
+        return row
+    if int.from_bytes(row[48:56], "little", signed=True) == NEVER_ERASED:
+        return b""
+    return encode_row(replace(decode_row(row), events=np.zeros(0, EVENT_DTYPE))) if count else row
 
 
 def merge_rows(what: Definition, rows: Seq[bytes]) -> Events:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from features.domain import Domain, Feature
+from features.erasures import NOBODY, Erased, erased_before_ms
 from features.ids import U64
 
 FORMAT_VERSION = 1
@@ -83,6 +84,15 @@ class _Meta(BaseModel):
     rows: dict[str, int]
     """Ids of each member, the row of unknown ids not counted."""
     files: dict[str, _File]
+    users_dropped: int = 0
+    """Users erased since it was written, whose rows were taken out (`drop_users`)."""
+    files_written: dict[str, str] = {}
+    """Where users were dropped: checksum of each file as it was first written, from which the generation's name comes."""
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """What the name says: the checksum of each file as it was first written."""
+        return self.files_written or {name: file.sha256 for name, file in self.files.items()}
 
 
 def item_member(kind_name: str) -> str:
@@ -90,13 +100,16 @@ def item_member(kind_name: str) -> str:
     return f"item.{kind_name}"
 
 
-def write_generation(root: str | Path, space: str, created_ms: int, members: Mapping[str, Member], *, lineage: str = "") -> Path:
+def write_generation(
+    root: str | Path, space: str, created_ms: int, members: Mapping[str, Member], *, lineage: str = "", erased: Erased = NOBODY
+) -> Path:
     """Writes a generation and returns its folder, `<root>/<space>/YYYYMMDDTHHMMSSmmmZ-<8 hex digits of its content>`.
 
     `created_ms` (milliseconds since 1970-01-01 UTC) makes the name, so that the newest generation has the greatest one. It is the time of
     the data, when the log was read, not of its writing: a user erased at or after it is not looked up. Writing the same content with the
     same time and lineage again gives the same folder. `lineage` (up to 64 letters, digits and `._-`) names the training whose vectors are
-    comparable with these; generations without one are of the lineage "".
+    comparable with these; generations without one are of the lineage "". Users of `erased` whose erasure came at `created_ms` or later are
+    left out: what is written may know their erased past.
 
     Raises:
         TableError: naming the member and column that cannot be written.
@@ -108,6 +121,8 @@ def write_generation(root: str | Path, space: str, created_ms: int, members: Map
     dimensions = {m.vectors.shape[-1] for m in members.values() if m.vectors is not None}
     if len(dimensions) > 1:
         raise TableError(f"space {space}: its members have vectors of several dimensions: {sorted(dimensions)}")
+    if USER in members:
+        members = {**members, USER: _without(members[USER], erased_before_ms(erased, members[USER].ids) >= created_ms)}
     parent = Path(root) / space
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
@@ -115,7 +130,7 @@ def write_generation(root: str | Path, space: str, created_ms: int, members: Map
         files: dict[str, _File] = {}
         for name, member in sorted(members.items()):
             files |= _write_member(folder, name, member)
-        generation = f"{_moment(created_ms)}-{_content(files, lineage)}"
+        generation = f"{_moment(created_ms)}-{_content({name: file.sha256 for name, file in files.items()}, lineage)}"
         target = parent / generation
         if target.exists():
             return target
@@ -129,15 +144,78 @@ def write_generation(root: str | Path, space: str, created_ms: int, members: Map
             rows={name: len(member.ids) for name, member in sorted(members.items())},
             files=files,
         )
-        (folder / "meta.json").write_text(meta.model_dump_json(indent=1) + "\n", "utf-8")
-        folder.chmod(0o755)  # mkdtemp's folder is private; the server may be another user
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
+        _seal(folder, meta)
         folder.rename(target)
         _sync(parent)
         return target
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone after a rename
+
+
+def drop_users(root: str | Path, space: str, generation: str, erased: Erased) -> int:
+    """Takes erased users out of a generation that may know their past; returns how many rows went.
+
+    The generation keeps its name, for rankings were logged with it and other users' rows are what they were: replay goes on. No lookup
+    changes either, since `TableSet.find_user` does not look such a user up. Who has it mapped keeps the old files until they open it again;
+    who opens it just while the folders are exchanged gets TableError once.
+
+    Raises:
+        TableError: there is no such generation, or it is not what its meta.json says.
+    """
+    held = open_generation(root, space, generation)
+    gone = erased_before_ms(erased, held.ids(USER)) >= held.created_ms
+    if not gone.any():
+        return 0
+    folder = open_generation(root, space, generation, verify=True).folder
+    meta = _read_meta(folder)
+    fresh, aside = (Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) for prefix in (".writing-", ".dropping-"))
+    try:
+        files = dict(meta.files)
+        for name in meta.files:
+            member, _, column = name.removesuffix(".npy").rpartition(".")
+            if member != USER:
+                shutil.copy2(folder / name, fresh / name)
+                continue
+            values = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            np.save(fresh / name, values[~gone] if column == "ids" else values[np.concatenate(([True], ~gone))])
+            files[name] = _describe(fresh / name)
+        left = {**meta.rows, USER: meta.rows[USER] - int(gone.sum())}
+        dropped = meta.users_dropped + int(gone.sum())
+        _seal(fresh, meta.model_copy(update={"rows": left, "files": files, "users_dropped": dropped, "files_written": meta.checksums}))
+        folder.rename(aside / folder.name)
+        fresh.rename(folder)
+        _sync(folder.parent)
+        return int(gone.sum())
+    finally:
+        if not folder.exists():
+            (aside / folder.name).rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_drops(root: str | Path, space: str) -> None:
+    """Puts back what a process had aside that was killed in `drop_users`; none may be under way."""
+    for aside in (Path(root) / space).glob(".dropping-*"):
+        for folder in aside.iterdir():
+            if not (target := Path(root) / space / folder.name).exists():
+                folder.rename(target)
+        shutil.rmtree(aside)
+
+
+def _without(member: Member, gone: npt.NDArray[np.bool_]) -> Member:
+    if not gone.any():
+        return member
+    vectors = None if member.vectors is None else member.vectors[~gone]
+    features = {name: values[~gone] for name, values in member.features.items()}
+    return Member(member.ids[~gone], vectors, member.missing_vector, features)
+
+
+def _seal(folder: Path, meta: _Meta) -> None:
+    """Writes meta.json, and all of the folder to disk."""
+    (folder / "meta.json").write_text(meta.model_dump_json(indent=1) + "\n", "utf-8")
+    folder.chmod(0o755)  # mkdtemp's folder is private; the server may be another user
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def _moment(time_ms: int) -> str:
@@ -147,9 +225,9 @@ def _moment(time_ms: int) -> str:
     return re.sub(r"[-:.]", "", str(text)) + "Z"
 
 
-def _content(files: Mapping[str, _File], lineage: str) -> str:
+def _content(checksums: Mapping[str, str], lineage: str) -> str:
     """8 hexadecimal digits of the checksums of all files and the lineage."""
-    lines = "".join(f"{name}:{file.sha256}\n" for name, file in sorted(files.items()))
+    lines = "".join(f"{name}:{sha256}\n" for name, sha256 in sorted(checksums.items()))
     if lineage:
         lines += f"lineage:{lineage}\n"
     return hashlib.sha256(lines.encode()).hexdigest()[:8]
@@ -284,7 +362,7 @@ def _read_meta(folder: Path) -> _Meta:
         ("format_version", meta.format_version, FORMAT_VERSION),
         ("space", meta.space, folder.parent.name),
         ("generation", meta.generation, folder.name),
-        ("content", _content(meta.files, meta.lineage), folder.name[-8:]),
+        ("content", _content(meta.checksums, meta.lineage), folder.name[-8:]),
     ):
         if said != wanted:
             raise TableError(f"{folder}/meta.json: {key} is {said!r}, expected {wanted!r}")

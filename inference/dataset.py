@@ -19,6 +19,7 @@ from torch import Tensor
 
 from features.actions import EVENT_DTYPE
 from features.domain import Domain, Head
+from features.erasures import NOBODY, Erased, erased_before_ms
 from features.logs import FeatureColumn, LoggedRequests, read_actions, read_requests
 from features.pack import Column, Packer, RankInputs
 from features.sequence import NEVER_ERASED, Definition, Events, definition, law
@@ -146,10 +147,12 @@ def build_dataset(
     *,
     generations: Mapping[str, str] | None = None,
     packed: Callable[[int], None] = lambda _: None,
+    erased: Erased = NOBODY,
 ) -> tuple[Dataset, TableSet]:
     """Packs every request of a log that trains the ranker; also returns the tables of the latest ones (`generations`, else the newest).
 
-    `packed` is told how many more requests are done.
+    `packed` is told how many more requests are done. Requests and actions of users in `erased` up to their erasure are left out, whatever
+    the log still holds of them.
 
     Raises:
         DatasetError: the log has no such request.
@@ -157,11 +160,11 @@ def build_dataset(
     """
     tables = TableSet.open(tables_root, domain, ranker_name, generations)
     packers = _Packers(domain, ranker_name, tables_root, tables)
-    history = History(domain, ranker_name, log)
+    history = History(domain, ranker_name, log, erased)
     table = tensor_table(domain, ranker_name)
     collected: dict[str, list[Array]] = {row.name: [] for row in table}
     requests: list[LoggedRequests] = []
-    for batch in _ranker_requests(domain, ranker_name, log):
+    for batch in _ranker_requests(domain, ranker_name, log, erased):
         requests.append(batch)
         for i, inputs in enumerate(_inputs(domain, ranker_name, batch, history)):
             tensors = packers.at(inputs.request_time_ms).pack(inputs).tensors
@@ -202,8 +205,9 @@ class History:
     which of the two came first is not known.
     """
 
-    def __init__(self, domain: Domain, ranker_name: str, log: str | Path) -> None:
+    def __init__(self, domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> None:
         self._what: Definition = definition(domain, domain.ranker[ranker_name].sequence)
+        self._erased = erased
         batches = list(read_actions(log, domain))
         if not batches:
             raise DatasetError(f"{log}: no action in it")
@@ -213,6 +217,8 @@ class History:
         self._times, users = times[order], users[order]
         self._events: Events = np.concatenate([batch.events for batch in batches])[order]
         self._erase = np.concatenate([batch.erase for batch in batches])[order]
+        known = self._erase | (np.minimum(self._times, self._events["event_time_ms"]) > erased_before_ms(erased, users))
+        self._times, users, self._events, self._erase = self._times[known], users[known], self._events[known], self._erase[known]
         distinct, starts = np.unique(users, return_index=True)
         ends = np.append(starts[1:], len(users))
         self._span = {user: (start, end) for user, start, end in zip(distinct.tolist(), starts.tolist(), ends.tolist(), strict=True)}
@@ -224,10 +230,11 @@ class History:
         Raises:
             ValueError: an earlier moment than one asked for before.
         """
+        erased_ms = self._erased.get(user_id, NEVER_ERASED)
         if user_id not in self._span:
-            return np.zeros(0, EVENT_DTYPE), NEVER_ERASED
+            return np.zeros(0, EVENT_DTYPE), erased_ms
         start, end = self._span[user_id]
-        nothing: tuple[int, Events, int] = (start, np.zeros(0, EVENT_DTYPE), NEVER_ERASED)
+        nothing: tuple[int, Events, int] = (start, np.zeros(0, EVENT_DTYPE), erased_ms)
         at, events, erased_before_ms = self._state.get(user_id, nothing)
         if at > start and self._times[at - 1] >= time_ms:
             raise ValueError(f"user {user_id}: asked for {time_ms} ms after a later moment")
@@ -270,12 +277,15 @@ def _created_ms(generation: str) -> int:
     return int(moment.timestamp()) * 1000 + int(generation[15:18])
 
 
-def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path) -> Iterator[LoggedRequests]:
-    """The log's requests on the surfaces whose impressions train the ranker."""
+def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:
+    """The log's requests on the surfaces whose impressions train the ranker, without those of users erased since."""
     surfaces = domain.ranker[ranker_name].surfaces
     for batch in read_requests(log, domain):
         if surfaces is not None:
             batch = _chosen(batch, np.flatnonzero(np.isin(batch.surface, [domain.surfaces[name] for name in surfaces])))
+        known = batch.request_time_ms > erased_before_ms(erased, batch.user_id)
+        if not known.all():
+            batch = _chosen(batch, np.flatnonzero(known))
         if len(batch):
             yield batch
 

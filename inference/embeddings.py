@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from features.domain import Domain
+from features.erasures import NOBODY, Erased, erased_before_ms
 from features.ids import U64
 from features.logs import LoggedActions, read_actions
 from features.tables import USER, Member, item_member, write_generation
@@ -55,18 +56,27 @@ class ItemVectors:
 
 
 def publish_embeddings(
-    domain: Domain, ranker_name: str, log: str | Path, root: str | Path, *, until_ms: int, seed: int = 0, snapshots: int = SNAPSHOTS
+    domain: Domain,
+    ranker_name: str,
+    log: str | Path,
+    root: str | Path,
+    *,
+    until_ms: int,
+    seed: int = 0,
+    snapshots: int = SNAPSHOTS,
+    erased: Erased = NOBODY,
 ) -> list[Path]:
     """Trains on `log` up to `until_ms` (exclusive) and writes generations of the ranker's item and user space below `root`.
 
     Returns the folders, of each space oldest first; the last one of each is the one to train and serve with (`newest_generations`). All of
-    them have one lineage, made from the item vectors: vectors of another factorisation are not comparable with these.
+    them have one lineage, made from the item vectors: vectors of another factorisation are not comparable with these. The past of users in
+    `erased` is left out, whatever the log still holds of it.
 
     Raises:
         EmbeddingError: no positive action before `until_ms`.
     """
     ranker = domain.ranker[ranker_name]
-    positives = positive_actions(domain, log, until_ms)
+    positives = positive_actions(domain, log, until_ms, erased)
     items = item_vectors(positives, ranker.embedding_dimension, seed=seed)
     members = {
         item_member(name): Member(items.ids[items.kinds == kind], items.vectors[items.kinds == kind].astype(np.float16))
@@ -83,7 +93,7 @@ def publish_embeddings(
         moments = np.linspace(first_ms, until_ms, snapshots + 1, dtype=np.int64) if has_users else [until_ms]
         for moment_ms in sorted(map(int, set(moments))):
             users = {USER: user_vectors(positives, items, moment_ms)} if has_users else {}
-            folders.append(write_generation(root, str(space), moment_ms, {**held, **users}, lineage=lineage))
+            folders.append(write_generation(root, str(space), moment_ms, {**held, **users}, lineage=lineage, erased=erased))
     return folders
 
 
@@ -92,8 +102,9 @@ def newest_generations(folders: list[Path]) -> dict[str, str]:
     return {folder.parent.name: folder.name for folder in folders}
 
 
-def positive_actions(domain: Domain, log: str | Path, until_ms: int) -> Positives:
-    """Positive actions appended before `until_ms` on kinds that the domain names, without those of users erased before it.
+def positive_actions(domain: Domain, log: str | Path, until_ms: int, erased: Erased = NOBODY) -> Positives:
+    """Positive actions appended before `until_ms` on kinds that the domain names, without those of users erased before it, and without
+    the past of users in `erased`, whenever that was.
 
     Raises:
         EmbeddingError: there are none.
@@ -119,6 +130,7 @@ def positive_actions(domain: Domain, log: str | Path, until_ms: int) -> Positive
     alive = np.ones(len(users), bool)
     for user, (at, time_ms) in erased_at.items():
         alive &= (users != user) | ((place > at) & (event_time_ms > time_ms))
+    alive &= np.minimum(append_time_ms, event_time_ms) > erased_before_ms(erased, users)
     if not alive.any():
         raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
     return Positives(users[alive], event_kinds[alive], ids[alive], append_time_ms[alive])

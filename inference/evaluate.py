@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from features.domain import Domain
+from features.erasures import NOBODY, Erased
 from inference import metrics
 from inference.dataset import Dataset, build_dataset
 from inference.plots import FIGURES, plot_comparison
@@ -33,6 +34,7 @@ def evaluate(
     *,
     options: TrainOptions | None = None,
     dataset: Dataset | None = None,
+    erased: Erased = NOBODY,
 ) -> dict[str, Any]:
     """Trains the model without the sequence, measures both, writes `evaluation.json` and `evaluation.png` into `out`.
 
@@ -45,6 +47,7 @@ def evaluate(
         out: folder to write to; the model without the sequence goes to `out`/without_sequence.
         options: budget, threads and progress bar of the second training; the rest is taken from the first.
         dataset: what `build_dataset` made of the same arguments, to save packing it again.
+        erased: users whose past is left out (`features.erasures`).
 
     Returns what evaluation.json holds; `comparison_table` prints it.
 
@@ -58,7 +61,7 @@ def evaluate(
     same = {name: about["options"][name] for name in options.what_decides() if name not in ("use_sequence", "fractions")}
     options = replace(options, **same, fractions=tuple(about["options"]["fractions"]), use_sequence=False)
     if dataset is None:
-        dataset, _ = build_dataset(domain, ranker_name, log, tables_root, generations=about["generations"])
+        dataset, _ = build_dataset(domain, ranker_name, log, tables_root, generations=about["generations"], erased=erased)
     out = Path(out)
     generations = about["generations"]
     without = train(domain, ranker_name, log, tables_root, out / "without_sequence", options, dataset=dataset, generations=generations)

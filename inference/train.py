@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from features.domain import Domain
+from features.erasures import NOBODY, Erased
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
 from inference.dataset import Dataset, build_dataset, split_times
@@ -95,6 +96,7 @@ def train(
     resume: bool = False,
     dataset: Dataset | None = None,
     generations: Mapping[str, str] | None = None,
+    erased: Erased = NOBODY,
     after_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> TrainResult:
     """Trains one ranker.
@@ -110,6 +112,7 @@ def train(
         dataset: what `build_dataset` made of the same arguments, to save packing it again.
         generations: tables to train with, by space (`newest_generations` of what `publish_embeddings` returned); of a space that is not
             named, the newest.
+        erased: users whose past is left out (`features.erasures`).
         after_epoch: gets each epoch's figures, behind its checkpoint.
 
     Raises:
@@ -124,7 +127,7 @@ def train(
         if dataset is None:
             task = bar.add_task("pack requests", total=None)
             report = partial(bar.advance, task)
-            dataset, tables = build_dataset(domain, ranker_name, log, tables_root, generations=generations, packed=report)
+            dataset, tables = build_dataset(domain, ranker_name, log, tables_root, generations=generations, packed=report, erased=erased)
         else:
             tables = TableSet.open(tables_root, domain, ranker_name, generations)
         validation_ms, test_ms = split_times(domain, ranker_name, log, options.fractions)

@@ -1,12 +1,14 @@
 """Reads a topic completely and in order, from Kafka or from a Parquet archive of it: what replay works from.
 
 Reading takes no part in a consumer group and stops at the end offsets of the moment when the log was opened. An archive keeps every record
-as it came (key, value, append time), rejected ones too, so the worker's decoder gives the same verdicts and the same clock again.
+as it came (key, value, append time), rejected ones too, so the worker's decoder gives the same verdicts and the same clock again. Where a
+user was erased since, `rewrite_archive` leaves their records' places: offset and append time, which others' replay needs, and nothing else.
 """
 
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +22,8 @@ from features.actions import append_time_ms
 from streams.errors import KafkaUnavailableError
 from streams.kafka import KafkaConfig, KafkaError, KafkaException, Message, TopicPartition, answering, log_identity, log_range, new_reader
 
-ARCHIVE_VERSION = 1
+ARCHIVE_VERSION = 2
+"""1 had no column `forgotten`; it is read, too."""
 MANIFEST = "archive.json"
 _CHUNK_RECORDS = 20_000
 _SILENCE_S_MAX = 30.0
@@ -30,6 +33,7 @@ _SCHEMA = pa.schema(
         pa.field("append_time_ms", pa.int64(), nullable=False),
         pa.field("key", pa.binary()),
         pa.field("value", pa.binary()),
+        pa.field("forgotten", pa.bool_(), nullable=False),
     ]
 )
 
@@ -47,12 +51,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """Consecutive records of one partition: offsets int64 [n] ascending, append_time_ms int64 [n] (`append_time_ms` of each)."""
+    """Consecutive records of one partition: offsets int64 [n] ascending, append_time_ms int64 [n] (`append_time_ms` of each).
+
+    forgotten bool [n], None for none: an erased user's accepted records, of which key and value are gone (`features.actions.FORGOTTEN`).
+    """
 
     offsets: npt.NDArray[np.int64]
     append_time_ms: npt.NDArray[np.int64]
     keys: list[bytes | None]
     values: list[bytes | None]
+    forgotten: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -169,12 +177,14 @@ class ParquetLog:
         self.folder = Path(folder)
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text("utf-8"))
-            if manifest["archive_version"] != ARCHIVE_VERSION:
+            if not 1 <= manifest["archive_version"] <= ARCHIVE_VERSION:
                 raise ArchiveError(f"{self.folder / MANIFEST}: version {manifest['archive_version']}, this program reads {ARCHIVE_VERSION}")
             self.topic: str = manifest["topic"]
             self.log_epoch = int(manifest["log_epoch"], 16)
             self.base: str = manifest.get("base", "")
             self.partitions = {int(partition): Span(*span) for partition, span in manifest["partitions"].items()}
+            self.erasures: frozenset[str] = frozenset(manifest.get("erasures", ()))
+            """Names of the erasures after which it was rewritten."""
         except OSError as error:
             raise ArchiveError(
                 f"{self.folder / MANIFEST}: cannot be read ({error.strerror}): not an archive, or not written to its end"
@@ -192,7 +202,9 @@ class ParquetLog:
                     offsets, append_time_ms = (piece.column(name).to_numpy() for name in ("offset", "append_time_ms"))
                     if len(offsets) and (offsets[0] < after or offsets[-1] >= end or (np.diff(offsets) <= 0).any()):
                         raise ArchiveError(f"{path}: offsets must ascend inside {after}..{end - 1}; found {offsets[0]}..{offsets[-1]}")
-                    yield Records(offsets, append_time_ms, piece.column("key").to_pylist(), piece.column("value").to_pylist())
+                    keys, values = piece.column("key").to_pylist(), piece.column("value").to_pylist()
+                    forgotten = piece.column("forgotten").to_numpy(zero_copy_only=False) if "forgotten" in piece.schema.names else None
+                    yield Records(offsets, append_time_ms, keys, values, forgotten)
                     after = int(offsets[-1]) + 1
         except (OSError, pa.ArrowInvalid) as error:
             raise ArchiveError(f"{path}: cannot be read: {error}") from error
@@ -216,19 +228,61 @@ def write_archive(log: RecordLog, folder: Path, *, base: str = "") -> Path:
     for partition in sorted(log.partitions):
         with pq.ParquetWriter(folder / _file_name(partition), _SCHEMA, compression="zstd") as writer:
             for records in log.read(partition):
-                columns: list[Any] = [records.offsets, records.append_time_ms, records.keys, records.values]
-                writer.write_table(pa.table(columns, schema=_SCHEMA))
+                writer.write_table(_table(records))
+    _write_manifest(folder, log, base, [])
+    return folder
+
+
+def rewrite_archive(log: ParquetLog, change: Callable[[int, Records], Records | None], erasures: Iterable[str]) -> int:
+    """Rewrites an archive's files through `change(partition, records)`, None: nothing to change; returns how many files it replaced.
+
+    Each file is replaced when the new one is whole, so that a reader sees the one or the other; the manifest names `erasures` at the end.
+    A run that was cut off is made good by the next.
+
+    Raises:
+        ArchiveError: a file cannot be read.
+    """
+    _write_manifest(log.folder, log, log.base, sorted(log.erasures))  # of the newest version, before a file has what older programs misread
+    replaced = 0
+    for partition in sorted(log.partitions):
+        path = log.folder / _file_name(partition)
+        partial = path.with_name(f".{path.name}.part")
+        with partial.open("wb") as file:
+            changed = False
+            with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+                for records in log.read(partition):
+                    found = change(partition, records)
+                    changed |= found is not None
+                    writer.write_table(_table(records if found is None else found))
+            file.flush()
+            os.fsync(file.fileno())
+        if changed:
+            partial.replace(path)
+            replaced += 1
+        else:
+            partial.unlink()
+    _write_manifest(log.folder, log, log.base, sorted(log.erasures.union(erasures)))
+    return replaced
+
+
+def _table(records: Records) -> pa.Table:
+    forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten
+    columns: list[Any] = [records.offsets, records.append_time_ms, records.keys, records.values, forgotten]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _write_manifest(folder: Path, log: RecordLog, base: str, erasures: list[str]) -> None:
     manifest = {
         "archive_version": ARCHIVE_VERSION,
         "topic": log.topic,
         "log_epoch": f"{log.log_epoch:016x}",
         "base": base,
         "partitions": {str(partition): list(span) for partition, span in sorted(log.partitions.items())},
+        "erasures": erasures,
     }
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     temporary.replace(folder / MANIFEST)
-    return folder
 
 
 def _file_name(partition: int) -> str:

@@ -20,6 +20,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from confluent_kafka.admin import AdminClient, ConfigResource, ListOffsetsResultInfo, NewTopic, OffsetSpec, ResourceType
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_exponential
 
+from features.domain import DAY_MS
 from features.ids import log_epoch
 from streams.core import Headers, Records
 from streams.errors import KafkaUnavailableError, MissingTopicError, TopicError
@@ -143,6 +144,73 @@ def check_actions_topic(config: KafkaConfig, topic: str, *, timeout_s: float = _
                 f"topic {topic}: {name} is {entries[name].value}, it must be {needed}: kafka-configs --alter --entity-type topics "
                 f"--entity-name {topic} --add-config {name}={needed}"
             )
+
+
+def check_retention(
+    config: KafkaConfig, topics: Seq[str], *, deadline_ms: int, strict: bool, timeout_s: float = _ANSWER_TIMEOUT_S
+) -> list[str]:
+    """Checks what the erasure promise needs: a record is gone from each topic `deadline_ms` after it was appended. Returns the warnings.
+
+    Kafka deletes a segment when its newest record is older than retention.ms, and a segment takes records for segment.ms: the bound is
+    their sum. retention.bytes may delete earlier and bounds no time.
+
+    Raises:
+        KafkaUnavailableError: no broker answered.
+        TopicError: with `strict`, a topic keeps records longer.
+    """
+    admin = AdminClient(config.client("admin"))
+    warnings = []
+    with answering(config):
+        resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
+        answers = {r.name: future.result() for r, future in admin.describe_configs(resources, request_timeout=timeout_s).items()}
+    for topic in topics:
+        retention_ms, segment_ms = (int(answers[topic][name].value) for name in ("retention.ms", "segment.ms"))
+        policy = answers[topic]["cleanup.policy"].value
+        if retention_ms >= 0 and retention_ms + segment_ms <= deadline_ms and policy == "delete":
+            continue
+        kept = "for ever" if retention_ms < 0 or policy != "delete" else f"up to {(retention_ms + segment_ms) / DAY_MS:.1f} days"
+        warnings.append(
+            f"topic {topic}: retention.ms={retention_ms}, segment.ms={segment_ms}, cleanup.policy={policy}: records of erased users stay "
+            f"{kept}, the promise is {deadline_ms / DAY_MS:g} days (erasure_deadline_days). Change it: kafka-configs --bootstrap-server "
+            f"{config.bootstrap} --alter --entity-type topics --entity-name {topic} --add-config "
+            f"cleanup.policy=delete,retention.ms={deadline_ms * 3 // 4},segment.ms={min(segment_ms, deadline_ms // 8)}"
+        )
+    for warning in warnings:
+        log.warning("%s", warning)
+    if warnings and strict:
+        raise TopicError("; ".join(warnings))
+    return warnings
+
+
+def oldest_record_ms(config: KafkaConfig, topic: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> int | None:
+    """Timestamp of the oldest record that a topic still has, milliseconds; None: it has none.
+
+    Raises:
+        KafkaUnavailableError: no broker answered.
+        TopicError: there is no such topic.
+    """
+    waiting = set(range(log_identity(config, topic, timeout_s=timeout_s).partition_count))
+    consumer = new_reader(config, "oldest", enable_partition_eof=True, queued_min_messages=1)
+    found_ms = []
+    try:
+        with answering(config):
+            consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in sorted(waiting)])
+            deadline_s = time.monotonic() + timeout_s
+            while waiting:
+                message = consumer.poll(max(0.0, deadline_s - time.monotonic()))
+                if message is None:
+                    raise KafkaUnavailableError(f"Kafka at {config.bootstrap}: no record of {topic} came within {timeout_s:g} s")
+                error = message.error()
+                if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                    raise KafkaException(error)
+                if message.partition() in waiting:
+                    waiting.discard(message.partition())
+                    consumer.incremental_unassign([TopicPartition(topic, message.partition())])
+                    if error is None:
+                        found_ms.append(message.timestamp()[1])
+    finally:
+        consumer.close()
+    return min(found_ms, default=None)
 
 
 def log_identity(config: KafkaConfig, topic: str, base: str = "", *, timeout_s: float = _ANSWER_TIMEOUT_S) -> LogIdentity:

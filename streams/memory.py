@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 
 from features.sequence import Definition
 from streams.errors import StateError
-from streams.state import Meta
+from streams.state import META_KEY, Meta
 from streams.store import check_meta, initial_meta
 
 
@@ -70,9 +70,18 @@ class MemoryPartition:
         self._rows, self.meta = changed, meta
         self._store._keep(self._partition, meta, changed)
 
-    def scan(self) -> Iterator[tuple[bytes, bytes]]:
+    def trim(self, keys: Seq[bytes], rows: Seq[bytes]) -> None:
+        """See `PartitionStore.trim`."""
+        changed = self._rows | dict(zip(keys, rows, strict=True))
+        self._rows = {key: row for key, row in changed.items() if row}
+        self._store._keep(self._partition, self.meta, self._rows)
+
+    def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
         """See `PartitionStore.scan`."""
-        yield from sorted(self._rows.items())
+        yield from sorted((key, row) for key, row in self._rows.items() if key > after)
+
+    def purge(self, keys: Seq[bytes] | None) -> None:
+        """See `PartitionStore.purge`: a replaced row is gone."""
 
     def close(self) -> None:
         """See `PartitionStore.close`."""

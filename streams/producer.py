@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from features.actions import APPEND_TIME_HEADER, encode_action, encode_erase, encode_events
 from features.domain import Domain
+from features.erasures import Erasure
 from features.ids import user_key
 from features.logs import read_actions
 from features.ports import Position
@@ -21,6 +22,7 @@ from streams.errors import ProduceError
 from streams.kafka import KafkaConfig, KafkaError, KafkaException, Message, end_offsets, log_identity, new_producer, unavailable
 
 _POLL_S = 0.1
+T = TypeVar("T")
 
 
 class ActionProducer:
@@ -93,12 +95,24 @@ class ActionProducer:
             surface=0 if surface == 0 else _number("surface", surface, domain.surfaces),
             value=value,
         )
-        return self._send(user_key(user_id), data)
+        return self._send(user_key(user_id), data, lambda position, _: position)
 
     def erase(self, user_id: int, reason: str, *, event_id: int | None = None) -> Future[Position]:
-        """Queues the erasure of a user: everything before it goes, and everything with an event time up to its append time."""
-        data = encode_erase(user_id=user_id, event_id=secrets.randbits(64) if event_id is None else event_id, reason=reason)
-        return self._send(user_key(user_id), data)
+        """Queues the erasure of a user: everything before it goes, and everything with an event time up to its append time.
+
+        Give the same `event_id` again when you retry: the audit then counts both records as one erasure. 64 random bits where absent.
+        """
+        event_id = secrets.randbits(64) if event_id is None else event_id
+        return self._send(user_key(user_id), encode_erase(user_id=user_id, event_id=event_id, reason=reason), lambda position, _: position)
+
+    def erase_user(self, user_id: int, reason: str, event_id: int) -> Future[Erasure]:
+        """`erase`, whose future gives the record as the log has it, with its append time."""
+        data = encode_erase(user_id=user_id, event_id=event_id, reason=reason)
+
+        def stored(at: Position, append_time_ms: int) -> Erasure:
+            return Erasure(user_id, event_id, at.log_epoch, at.partition, at.offset, append_time_ms, reason)
+
+        return self._send(user_key(user_id), data, stored)
 
     def produce_many(
         self, users: npt.NDArray[np.uint64], events: npt.NDArray[np.void], append_time_ms: npt.NDArray[np.int64] | None = None
@@ -178,8 +192,9 @@ class ActionProducer:
             headers = None if append_time_ms is None else [(APPEND_TIME_HEADER, b"%d" % append_time_ms[i])]
             self._queue(user_key(user_id), data, self._on_counted, headers)
 
-    def _send(self, key: bytes, value: bytes) -> Future[Position]:
-        future: Future[Position] = Future()
+    def _send(self, key: bytes, value: bytes, stored: Callable[[Position, int], T]) -> Future[T]:
+        """`stored` makes the future's result of the position and the append time."""
+        future: Future[T] = Future()
 
         def on_delivery(error: KafkaError | None, message: Message) -> None:
             self._on_counted(error, message)
@@ -191,11 +206,13 @@ class ActionProducer:
                 try:
                     offset = end_offsets(self._kafka, self._topic, [message.partition()])[message.partition()] - 1
                 except Exception as failure:
-                    stored = ProduceError(f"the record is stored, but not known where: {failure}")
-                    stored.__cause__ = failure
-                    future.set_exception(stored)
+                    lost = ProduceError(f"the record is stored, but not known where: {failure}")
+                    lost.__cause__ = failure
+                    future.set_exception(lost)
                     return
-            future.set_result(Position(self.log_identity.epoch, message.partition(), offset))
+            position = Position(self.log_identity.epoch, message.partition(), offset)
+            stamp_ms = message.timestamp()[1]
+            future.set_result(stored(position, stamp_ms if stamp_ms > 0 else time.time_ns() // 1_000_000))
 
         self._queue(key, value, on_delivery, None)
         return future

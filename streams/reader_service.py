@@ -25,6 +25,8 @@ from features.ports import Position, Reading, SequenceCorruptError, SequenceRead
 from features.sequence import row_bytes_max
 from protos.v1 import sequence_pb2, sequence_pb2_grpc
 from protos.v1.actions_pb2 import Position as WirePosition
+from streams.erasure_service import SERVICE as ERASURE_SERVICE
+from streams.erasure_service import ErasureServiceConfig, add_erasure
 from streams.errors import StreamError
 from streams.view import ViewReader
 
@@ -61,6 +63,8 @@ class ReaderConfig:
     token: str | None = None
     calls_max: int = 256
     reflection: bool = False
+    erasure: ErasureServiceConfig | None = None
+    """Also serve freshrank.v1.Erasure."""
     log_level: str = "INFO"
 
 
@@ -144,10 +148,12 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _REQUEST_BYTES_MAX)]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=config.calls_max)
     sequence_pb2_grpc.add_SequenceReaderServicer_to_server(ReaderServicer(config.domain, reader, config.token), server)
+    erasure = add_erasure(server, config.erasure) if config.erasure is not None else None
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.reflection:
-        reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        served = (_SERVICE,) if erasure is None else (_SERVICE, ERASURE_SERVICE)
+        reflection.enable_server_reflection((*served, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
     address = f"{config.host}:{config.port}"
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -159,6 +165,8 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
         await _report_health(reader, health, config.partition_count)
     finally:
         await server.stop(_STOP_GRACE_S)
+        if erasure is not None:
+            await asyncio.to_thread(erasure.close)
         reader.close()
 
 

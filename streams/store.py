@@ -48,8 +48,16 @@ class PartitionStore(Protocol):
         """Rows and meta, all or nothing, also through a crash."""
         ...
 
-    def scan(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every (key, row), ascending, without the meta row."""
+    def trim(self, keys: Seq[bytes], rows: Seq[bytes]) -> None:
+        """Puts rows in place of others that read the same (`features.sequence.as_read`), meta as it is; an empty row is none."""
+        ...
+
+    def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, row) behind the key `after`, ascending, without the meta row."""
+        ...
+
+    def purge(self, keys: Seq[bytes] | None) -> None:
+        """Removes from the files what rows with these keys held before (None: all rows). May be called from another thread."""
         ...
 
     def close(self) -> None:
@@ -318,9 +326,33 @@ class RocksPartition:
         self.write([], [], meta)
         self._database.flush()
 
-    def scan(self) -> Iterator[tuple[bytes, bytes]]:
-        """See `PartitionStore.scan`."""
-        yield from self._database.items(from_key=META_KEY + b"\x00")
+    def trim(self, keys: Seq[bytes], rows: Seq[bytes]) -> None:
+        """See `PartitionStore.trim`."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for key, row in zip(keys, rows, strict=True):
+            if row:
+                batch.put(key, row)
+            else:
+                batch.delete(key)
+        self._database.write(batch)
+
+    def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
+        """See `PartitionStore.scan`. A pass over everything leaves the cache to the rows that are asked for."""
+        options = rocksdict.ReadOptions()
+        options.fill_cache(False)
+        yield from self._database.items(from_key=after + b"\x00", read_opt=options)
+
+    def purge(self, keys: Seq[bytes] | None) -> None:
+        """See `PartitionStore.purge`. It takes the GIL only between keys; writes and reads go on meanwhile.
+
+        The flush ends the write-ahead logs that hold old rows. The compaction goes down to the last level and rewrites it, too (`force`):
+        each file that overlaps the key's range, at most one a level, is written anew without them, and the old one unlinked.
+        """
+        self._database.flush(True)
+        options = rocksdict.CompactOptions()
+        options.set_bottommost_level_compaction(rocksdict.BottommostLevelCompaction.force())
+        for begin, end in [(None, None)] if keys is None else [(key, key + b"\x00") for key in keys]:
+            self._database.compact_range(begin, end, options)
 
     def close(self) -> None:
         """See `PartitionStore.close`."""

@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import lmdb
 import numpy as np
@@ -28,7 +30,7 @@ import numpy as np
 from features.domain import Domain
 from features.ids import partition_of, partitions_of, user_key
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
-from features.sequence import HEADER_DTYPE, decode_row, is_whole
+from features.sequence import HEADER_DTYPE, as_read, decode_row, is_whole
 from streams.errors import FencedError, StateError, ViewError
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 
@@ -42,6 +44,8 @@ _REBUILD_ROWS = 5_000
 _BOOT_FILE = "boot"
 _LOCK_FILE = "writer"
 _DATA_FILE = "data.mdb"
+_FRESH_SUFFIX = ".fresh"
+_EXCHANGE_POLLS_MAX = 20
 _NO_META = b""
 _HASHED_AT_ONCE = 16
 _NOTHING = -2  # below the -1 of a state without any record
@@ -50,6 +54,15 @@ OWNER_KEY = b"\x00owner"
 BEAT_KEY = b"\x00time"
 """When the state last included the log's end, milliseconds since 1970-01-01 UTC by the owner's clock, 8 bytes little-endian."""
 _OFFSET_AT = int(HEADER_DTYPE.fields["offset"][1]) if HEADER_DTYPE.fields else 0
+
+
+@dataclass
+class _Fresh:
+    """The copy that a scrub makes. `copied`: the last key that it has."""
+
+    environment: lmdb.Environment
+    lock_file: BinaryIO
+    copied: bytes = b""
 
 
 class PartitionView:
@@ -68,6 +81,7 @@ class PartitionView:
         self._map_bytes, self._lock_wait_s = map_bytes, lock_wait_s
         self._adopted = _NOTHING
         """A later moment that the view shows already: nothing is written until the store passes it."""
+        self._fresh: _Fresh | None = None
         try:
             if self._is_left_over():
                 self._drop()
@@ -96,13 +110,19 @@ class PartitionView:
         shutil.rmtree(stale)
 
     def _open_files(self) -> None:
-        self._path.mkdir(parents=True, exist_ok=True)
-        (self._path / _BOOT_FILE).write_text(_boot_id())
-        self._lock_file = (self._path / _LOCK_FILE).open("ab")
-        # Without writemap: a stray pointer cannot write into the map, the file is no larger than its content, and it measured faster.
-        self._environment = lmdb.open(
-            str(self._path), map_size=self._map_bytes, sync=False, metasync=False, meminit=False, max_readers=_READERS_MAX
-        )
+        self._environment, self._lock_file = self._open_at(self._path)
+
+    def _open_at(self, path: Path) -> tuple[lmdb.Environment, BinaryIO]:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _BOOT_FILE).write_text(_boot_id())
+        # Without writemap: a stray pointer cannot write into the map, the file is no larger than its content, and it measured faster. With
+        # meminit: what a page does not use is zero, not what the memory held before, which may be another user's erased row.
+        environment = lmdb.open(str(path), map_size=self._map_bytes, sync=False, metasync=False, meminit=True, max_readers=_READERS_MAX)
+        return environment, (path / _LOCK_FILE).open("ab")
+
+    @property
+    def _fresh_path(self) -> Path:
+        return self._path.with_name(f"{self._path.name}{_FRESH_SUFFIX}")
 
     def _is_replaced(self) -> bool:
         """Whether readers find another file in this one's place."""
@@ -137,6 +157,7 @@ class PartitionView:
         with self._writing() as transaction:
             token = int.from_bytes(transaction.get(OWNER_KEY, b""), "little") + 1
             transaction.put(OWNER_KEY, token.to_bytes(8, "little"))
+        shutil.rmtree(self._fresh_path, ignore_errors=True)  # of an owner who cannot finish it any more
         return token
 
     @contextmanager
@@ -207,11 +228,68 @@ class PartitionView:
         """Tells readers that the state included the log's end at this moment. Raises as `write`."""
         self._put([(BEAT_KEY, caught_up_ms.to_bytes(8, "little"))])
 
+    def trim(self, keys: Seq[bytes], before: Seq[bytes], after: Seq[bytes]) -> None:
+        """Puts rows `after` in place of others that read the same, only where the view still holds `before`; an empty row is none.
+
+        A view that shows a later moment may hold a later row, which stays. Raises as `write`.
+        """
+        with self._reporting():
+            with self._writing() as transaction:
+                check_owner(transaction.get(OWNER_KEY), self._token)
+                held = [place for place in zip(keys, before, after, strict=True) if transaction.get(place[0]) == place[1]]
+                _replace(transaction, held)
+            if self._fresh is not None:
+                with self._fresh.environment.begin(write=True) as transaction:
+                    _replace(transaction, [place for place in held if place[0] <= self._fresh.copied])
+
+    def scrub(self, rows_max: int) -> bool:
+        """Copies up to `rows_max` more rows into a fresh file, and lets that take the view's place once it has all; True then.
+
+        LMDB's free space keeps what pages held before. The fresh file never held it. It goes along with every write meanwhile, and the
+        exchange takes as long as two renames.
+
+        Raises:
+            FencedError: another worker has taken the view over.
+            ViewError: no room for the copy.
+        """
+        if self._fresh is None:
+            shutil.rmtree(self._fresh_path, ignore_errors=True)
+            self._fresh = _Fresh(*self._open_at(self._fresh_path))
+        fresh = self._fresh
+        with self._environment.begin() as transaction, transaction.cursor() as cursor:
+            there = cursor.set_range(fresh.copied + b"\x00")
+            chunk = list(islice(cursor.iternext(), rows_max)) if there else []
+        if chunk:
+            with self._reporting(), fresh.environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                cursor.putmulti(chunk, append=True)
+            fresh.copied = chunk[-1][0]
+        if len(chunk) == rows_max:
+            return False
+        stale = self._path.with_name(f"{self._path.name}.stale")
+        shutil.rmtree(stale, ignore_errors=True)
+        with self._writing() as transaction:
+            # Whoever opens the view waits for this lock, and then looks whether it still has the right file.
+            check_owner(transaction.get(OWNER_KEY), self._token)
+            self._path.rename(stale)
+            self._fresh_path.rename(self._path)
+        self._close_files()
+        self._environment, self._lock_file, self._fresh = fresh.environment, fresh.lock_file, None
+        shutil.rmtree(stale)
+        return True
+
     def _put(self, items: list[tuple[bytes, bytes]], *, append: bool = False) -> None:
-        try:
+        with self._reporting():
             with self._writing() as transaction, transaction.cursor() as cursor:
                 check_owner(transaction.get(OWNER_KEY), self._token)
                 cursor.putmulti(items, append=append)
+            if self._fresh is not None:
+                with self._fresh.environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                    cursor.putmulti([item for item in items if item[0] <= self._fresh.copied])
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
         except lmdb.MapFullError as error:
             limit_bytes = self._environment.info()["map_size"]
             raise ViewError(f"{self._path}: the view is full at {limit_bytes} bytes: raise the worker's view_map_bytes") from error
@@ -221,6 +299,7 @@ class PartitionView:
     def rebuild(self, items: Iterable[tuple[bytes, bytes]], meta: Meta) -> int:
         """Makes the view anew from the store's rows; returns how many. Readers get SequenceUnavailableError until it is complete."""
         self._adopted = _NOTHING
+        self._drop_fresh()
         database = self._environment.open_db()
         with self._writing() as transaction:
             check_owner(transaction.get(OWNER_KEY), self._token)
@@ -240,9 +319,19 @@ class PartitionView:
         return int(self._environment.reader_check())
 
     def close(self) -> None:
-        """Closes the file; the view stays readable."""
+        """Closes the file; the view stays readable. A scrub that is not at its end begins anew."""
+        self._drop_fresh()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._environment.close()
         self._lock_file.close()
+
+    def _drop_fresh(self) -> None:
+        if self._fresh is not None:
+            self._fresh.environment.close()
+            self._fresh.lock_file.close()
+            self._fresh = None
 
 
 class ViewReader:
@@ -257,7 +346,8 @@ class ViewReader:
         self._partition_count = partition_count
         self._files = [str(self._folder / str(partition) / _DATA_FILE) for partition in range(partition_count)]
         self._sequence_ids = {name: sequence.id for name, sequence in domain.sequence.items()}
-        self._fingerprints = fingerprints(definitions(domain))
+        self._definitions = definitions(domain)
+        self._fingerprints = fingerprints(self._definitions)
         self._open: dict[int, tuple[tuple[int, int], lmdb.Environment]] = {}
         self._metas: dict[int, tuple[bytes, Meta]] = {}
         self._opening = threading.Lock()
@@ -280,6 +370,7 @@ class ViewReader:
                 watermark = Position(meta.log_epoch, partition, meta.applied_offset)
                 for i, row in zip(indices, rows, strict=True):
                     check_row(row, user_ids[i])
+                    row = as_read(self._definitions[sequence_id], row, meta.log_clock_ms)
                     readings[i] = Reading(user_ids[i], row, watermark, meta.log_clock_ms, age_ms)
         except SequenceUnavailableError:
             self._counters["unavailable"] += 1
@@ -360,14 +451,20 @@ class ViewReader:
         """The partition's environment; opened again where the worker replaced the file."""
         known = self._open.get(partition)
         try:
-            identity = _identity(self._files[partition])
+            identity = _settled_identity(self._files[partition])
         except OSError as error:
             path = self._folder / str(partition)
             raise SequenceUnavailableError(f"{path}: no view of partition {partition} yet: is the worker running?") from error
         if known is not None and known[0] == identity:
             return known[1]
         with self._opening:
-            return self._reopen(partition, self._folder / str(partition), identity)
+            path = self._folder / str(partition)
+            try:
+                return self._reopen(partition, path, identity)
+            except SequenceUnavailableError:  # replaced just now (`PartitionView.scrub`): the new one can be opened
+                with suppress(OSError):
+                    return self._reopen(partition, path, _settled_identity(self._files[partition]))
+                raise
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:
@@ -464,6 +561,27 @@ def _checked(items: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, byte
 def disk_bytes(folder: str | Path) -> Mapping[int, int]:
     """Size of each partition's view, by partition."""
     return {int(path.parent.name): path.stat().st_size for path in Path(folder).glob(f"*/{_DATA_FILE}") if path.parent.name.isdigit()}
+
+
+def _replace(transaction: lmdb.Transaction, places: list[tuple[bytes, bytes, bytes]]) -> None:
+    for key, _, after in places:
+        if after:
+            transaction.put(key, after)
+        else:
+            transaction.delete(key)
+
+
+def _settled_identity(data_file: str) -> tuple[int, int]:
+    """`_identity` of a view's data file; while `PartitionView.scrub` exchanges the folders there is none for some microseconds."""
+    for _ in range(_EXCHANGE_POLLS_MAX):
+        try:
+            return _identity(data_file)
+        except FileNotFoundError:
+            folder = Path(data_file).parent
+            if not folder.with_name(f"{folder.name}{_FRESH_SUFFIX}").exists():
+                break
+            time.sleep(0.0005)  # a rename cannot be waited for
+    return _identity(data_file)
 
 
 def _identity(file: str | int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """One suite over every store: RocksDB and the one in memory keep the same promises."""
 
 import dataclasses
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -129,3 +130,48 @@ def test_row_keys_sort_as_users_do():
     keys = row_keys(7, users)
     assert keys == sorted(keys)
     assert keys == [row_key(7, int(user)) for user in users]
+
+
+def test_trimmed_rows_are_replaced_or_gone_and_the_moment_stays(new_store):
+    held = new_store().open(0, EPOCH)
+    users = np.arange(1, 6, dtype=np.uint64)
+    keys = row_keys(1, users)
+    held.write(keys, [b"row %d" % user for user in users], after(held.meta, 4))
+    held.trim(keys[1:4], [b"", b"less", b""])
+    expected = [(keys[0], b"row 1"), (keys[2], b"less"), (keys[4], b"row 5")]
+    assert list(held.scan()) == expected
+    assert list(held.scan(after=keys[0])) == expected[1:], "behind a key, not from it on"
+    held.close()
+    again = new_store().open(0, EPOCH)
+    assert list(again.scan()) == expected
+    assert again.meta == after(again.meta, 4)
+    again.close()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_rows_held_before_is_in_no_file_after_a_purge(new_store, tmp_path, everything):
+    """Three generations of every row, so that old values stand in write-ahead logs and on several levels; then one user is emptied."""
+    random, marker, secret = np.random.default_rng(1), row_key(1, 777), b"\xde\xad\xbe\xef secret of a user"
+    held = new_store().open(0, EPOCH)
+    users = np.arange(2_000, dtype=np.uint64)
+    for generation in range(3):
+        for part in np.array_split(users, 4):
+            rows = [(secret if user == 777 else b"") + random.bytes(800) for user in part.tolist()]
+            held.write(row_keys(1, part), rows, after(held.meta, generation))
+    held.write([marker], [b"emptied"], after(held.meta, 3))
+
+    def in_files():
+        found = False
+        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+            with suppress(FileNotFoundError):  # RocksDB unlinks what it no longer needs at any time
+                found |= secret in path.read_bytes()
+        return found
+
+    assert in_files() == any(tmp_path.iterdir()), "otherwise the test shows nothing"
+    others = [row for key, row in held.scan() if key != marker]
+    held.purge(None if everything else [marker])
+    assert not in_files()
+    assert held.get([marker]) == [b"emptied"]
+    assert [row for key, row in held.scan() if key != marker] == others
+    held.close()
+    assert not in_files()

@@ -14,6 +14,7 @@ import torch
 from deploy.learn import Workspace, evaluate_ranker, import_data, release, train_ranker, train_without_sequence
 from deploy.simulator import Simulator
 from features.domain import parse_domain
+from features.erasures import LEDGER, Erasure, append_lines
 from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, read_actions, read_requests
 from features.pack import Packer
 from features.sequence import NEVER_ERASED, definition, law
@@ -218,6 +219,41 @@ def test_an_erased_user_starts_again(tmp_path: Path) -> None:
     assert open_generation(tmp_path / "tables", "items").ids(item_member("video")).tolist() == [3]
     with pytest.raises(EmbeddingError, match="no positive action"):
         publish_embeddings(DOMAIN, "home", tmp_path / "log", tmp_path / "tables", until_ms=START_MS + 120)
+
+
+def test_the_ledger_s_users_start_again_whatever_the_log_still_holds(tmp_path: Path) -> None:
+    log = Log()
+    log.act(1, 1, CLICK, START_MS)
+    log.act(1, 2, CLICK, START_MS + 50, append_ms=START_MS + 150)  # arrives behind the erasure
+    log.act(1, 3, CLICK, START_MS + 160)
+    log.act(2, 4, CLICK, START_MS + 20)
+    for time_ms in (START_MS + 90, START_MS + 100, START_MS + 200):
+        for user in (1, 2, 3):
+            log.request(user, time_ms, {5: []})
+    folder, erased = log.write(tmp_path / "log"), {1: START_MS + 100, 3: START_MS + 190}
+    history = History(DOMAIN, "home", folder, erased)
+    assert history.before(1, START_MS + 155)[0]["entity_id"].tolist() == []
+    events, erased_before_ms = history.before(1, START_MS + 200)
+    assert (events["entity_id"].tolist(), erased_before_ms) == ([3], START_MS + 100)
+    assert history.before(3, START_MS + 200)[1] == START_MS + 190, "tables from before it are not looked up"
+    assert history.before(2, START_MS + 200)[1] == NEVER_ERASED
+    for until_ms, known in ((START_MS + 60, [2]), (START_MS + 155, [2]), (START_MS + 200, [1, 2])):
+        root = tmp_path / f"tables{until_ms}"
+        publish_embeddings(DOMAIN, "home", folder, root, until_ms=until_ms, snapshots=1, erased=erased)
+        assert open_generation(root, "items").ids(USER).tolist() == known
+    dataset, _ = build_dataset(DOMAIN, "home", folder, root, erased=erased)
+    assert list(zip(dataset.user_id.tolist(), (dataset.request_time_ms - START_MS).tolist(), strict=True)) == [
+        (2, 90),
+        (2, 100),
+        (1, 200),
+        (2, 200),
+        (3, 200),
+    ]
+    later = {1: START_MS + 300}
+    generation = publish_embeddings(DOMAIN, "home", folder, tmp_path / "later", until_ms=START_MS + 200, snapshots=1, erased=later)[-1]
+    assert open_generation(tmp_path / "later", "items", generation.name).ids(USER).tolist() == [2]
+    append_lines(tmp_path / LEDGER, [Erasure(1, 1, 1, 0, 0, START_MS + 300).to_json()])
+    assert Workspace(tmp_path / "domain.toml", tmp_path).erased == later
 
 
 def test_a_batch_holds_what_pack_made(world: tuple[Path, Path]) -> None:

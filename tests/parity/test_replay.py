@@ -22,7 +22,7 @@ from features.domain import parse_domain
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packer
 from features.request import inputs_from_request
-from features.sequence import apply_batch, clock_after, decode_row, definition, touched_users
+from features.sequence import apply_batch, as_read, clock_after, decode_row, definition, touched_users
 from features.tables import Member, TableSet, write_generation
 from inference.release import load_model, open_release, write_release
 from inference.scoring import final_scores, head_weights
@@ -73,8 +73,8 @@ PARTITIONS = 2
 EPOCH = 0xABCDEF
 ITEMS = np.arange(1, 60, dtype=np.uint64)
 USERS = tuple(string_id(f"user {n}") for n in range(12))
-QUIET, ERASED = string_id("quiet"), USERS[0]
-"""QUIET has so few actions that nothing of theirs is cut."""
+QUIET, ERASED, IDLE = string_id("quiet"), USERS[0], string_id("idle")
+"""QUIET has so few actions that nothing of theirs is cut; IDLE acts at the beginning alone, so that all of it is evicted later."""
 
 
 @dataclass
@@ -106,6 +106,7 @@ def random_actions(seed=5, size=900):
     for i in range(size):
         append_ms = START_MS + 150 * i + int(rng.integers(0, 400))
         user = QUIET if i % 200 == 150 else USERS[int(rng.integers(len(USERS)))]
+        user = IDLE if i in (20, 40) else user
         if i == size // 2:
             user, value = ERASED, encode_erase(user_id=ERASED, event_id=i, reason="asked")
         else:
@@ -205,10 +206,10 @@ def serve(actions, releases, tables, release_id, *, lag_ms=500, seed=6):
             rows.update(zip(users, apply_batch(what, batch, [rows.get(user) for user in users], clock_ms), strict=True))
             clock_ms = clock_after(batch, clock_ms)
             start += len(piece)
-            for user in (*(USERS[i] for i in rng.permutation(len(USERS))[:4]), QUIET, string_id(f"newcomer {start}")):
+            for user in (*(USERS[i] for i in rng.permutation(len(USERS))[:4]), QUIET, IDLE, string_id(f"newcomer {start}")):
                 if partition_of(user_key(user), len(actions.records)) == partition:
                     request = new_request(rng, user, clock_ms + int(rng.integers(0, lag_ms)))
-                    record = rank(packer, release, model, request, rows.get(user, b""))
+                    record = rank(packer, release, model, request, as_read(what, rows.get(user, b""), clock_ms))
                     record.watermark.add(log_epoch=actions.log_epoch, partition=partition, offset=start - 1)
                     served[partition].append((request.request_time_ms, user_key(user), record.SerializeToString()))
     return served
@@ -245,7 +246,10 @@ def rank(packer, release, model, request, row):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The release files and logs; tests get copies."""
-    root = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"), random_actions())
+
+
+def make_world(root, records):
     write_tables(root / "tables", 1, START_MS - 2_000)
     write_tables(root / "tables", 2, START_MS - 1_000)
     domain = parse_domain(DOMAIN, source="test")
@@ -261,7 +265,7 @@ def made(tmp_path_factory):
         generations=generations,
         metrics={},
     )
-    actions = MemoryLog("actions", EPOCH, random_actions())
+    actions = MemoryLog("actions", EPOCH, records)
     served = serve(actions, root / "releases", root / "tables", release.release_id)
     return World(actions, MemoryLog("rankings", 1, served), root / "releases", root / "tables", release.release_id)
 

@@ -11,7 +11,17 @@ from features.base import Base, BaseRecords, Erasures, is_accepted, take_records
 from features.logs import LoggedActions
 from features.oracle import history_batch, naive_fold
 from features.parity import PartitionLog
-from features.sequence import _sorted_distinct, apply_batch, clock_after, cut_history, decode_row, fold_history, sort_history, touched_users
+from features.sequence import (
+    _sorted_distinct,
+    apply_batch,
+    as_read,
+    clock_after,
+    cut_history,
+    decode_row,
+    fold_history,
+    sort_history,
+    touched_users,
+)
 
 TOLERANCE_MS = 10
 
@@ -84,8 +94,9 @@ def test_base_and_log_are_the_naive_fold(what, past, log, random, pieces, overla
     replayed = PartitionLog({1, 2, 3}, base_clock_ms=clock_ms, base_row=lambda what, user: kept.row(what, user, 9, 0))
     replayed.add(batch)
     for user in (1, 2, 3):
-        assert replayed.rows_at(what, user, [-1, len(log)]) == [rows.get(user, b""), folded.get(user, b"")]
-    assert clock_after(batch, clock_ms) >= clock_ms
+        readings = [as_read(what, rows.get(user, b""), clock_ms), as_read(what, folded.get(user, b""), clock_after(batch, clock_ms))]
+        assert replayed.rows_at(what, user, [-1, len(log)]) == readings
+    assert (replayed.clock_at(-1), replayed.clock_at(len(log))) == (clock_ms, clock_after(batch, clock_ms))
 
 
 @settings(max_examples=200, deadline=None)

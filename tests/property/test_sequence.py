@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from features.actions import ACTION, EVENT_DTYPE, decode_batch, encode_action, encode_erase
 from features.ids import user_key
 from features.oracle import NaiveUser, naive_fold
-from features.sequence import Definition, _sorted_distinct, apply_batch, clock_after, decode_row, law, merge_rows, touched_users
+from features.sequence import (
+    Definition,
+    _sorted_distinct,
+    apply_batch,
+    as_read,
+    clock_after,
+    decode_row,
+    law,
+    merge_rows,
+    touched_users,
+)
 
 HOUR_MS = 3_600_000
 DEFINITIONS = st.builds(
@@ -148,3 +158,47 @@ def test_erase_reaches_back_and_forward():
     row = decode_row(fold(Definition(7, 10), [to_batch(log)])[1])
     assert row.events["event_id"].tolist() == [4], "before in the log, or at or before the erasure's append time: gone"
     assert row.erased_before_ms == HOUR_MS
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    what=DEFINITIONS,
+    log=records(),
+    cuts=st.sets(st.integers(1, 39), max_size=8),
+    trimmed=st.sets(st.tuples(st.integers(0, 9), st.integers(1, 3))),
+)
+def test_idle_rows_may_leave_the_store_at_any_time_and_no_reading_knows(what, log, cuts, trimmed):
+    """`trimmed`: behind which batch which user's row is put into the form that readings give it, as the background eviction does."""
+    edges = [0, *sorted(cut for cut in cuts if cut < len(log)), len(log)]
+    batches = [to_batch(log[start:end], start) for start, end in itertools.pairwise(edges)]
+    whole, thinned, clock_ms = {}, {}, 0
+    for number, batch in enumerate(batches):
+        users = touched_users(batch).tolist()
+        for rows in (whole, thinned):
+            rows.update(zip(users, apply_batch(what, batch, [rows.get(user) for user in users], clock_ms), strict=True))
+        clock_ms = clock_after(batch, clock_ms)
+        expected = naive_fold(batches[: number + 1])
+        for user in (1, 2, 3):
+            if (number, user) in trimmed:
+                thinned[user] = as_read(what, thinned.get(user) or b"", clock_ms)
+            reading = as_read(what, whole.get(user) or b"", clock_ms)
+            assert as_read(what, thinned.get(user) or b"", clock_ms) == reading, "to the byte"
+            events = expected[user].reading(what, clock_ms) if user in expected else None
+            assert (decode_row(reading, user).events.tobytes() if reading else None) == (None if events is None else events.tobytes())
+            if reading and expected[user].erasures:
+                assert decode_row(reading).erased_before_ms == max(append_ms for _, append_ms in expected[user].erasures)
+
+
+@settings(max_examples=200, deadline=None)
+@given(log=records(), age_ms=st.sampled_from([5, 15]), grace_ms=st.sampled_from([10, 20]), late_ms=st.integers(0, 20))
+def test_what_a_reading_leaves_out_no_allowed_request_could_see(log, age_ms, grace_ms, late_ms):
+    """The server refuses requests from more than the grace behind the log's clock; the others see events of the maximum age at most."""
+    what = Definition(7, 6, evict_age_ms=age_ms + grace_ms)
+    batch = to_batch(log)
+    clock_ms = clock_after(batch, 0)
+    for row in fold(what, [batch]).values():
+        reading = as_read(what, row, clock_ms)
+        kept = decode_row(reading).events if reading else np.zeros(0, EVENT_DTYPE)
+        gone = set(decode_row(row).events["event_time_ms"].tolist()) - set(kept["event_time_ms"].tolist())
+        request_time_ms = clock_ms - min(late_ms, grace_ms)
+        assert all(time_ms < request_time_ms - age_ms for time_ms in gone)

@@ -18,6 +18,7 @@ import lmdb
 import streams.core
 import streams.view
 from features.ports import SequenceUnavailableError
+from features.sequence import as_read, definition
 from protos.v1.actions_pb2 import DeadLetter
 from streams.core import Held, Log, RetentionPolicy, WorkerCore
 from streams.errors import FencedError, StateError, ViewError
@@ -478,14 +479,17 @@ class Simulation:
             return -2  # the reader's machine lost power meanwhile
         self.happened["reads"] += 1
         meta, sequence_id = reader.meta_read(partition), self.plan.domain.sequence[sequence].id
+        what = definition(self.plan.domain, sequence)
         for reading in readings:
             at = reading.watermark
             where = f"{machine.name}, partition {partition}, user {reading.user_id:x}, sequence {sequence}, offset {at.offset}"
             if (at.log_epoch, at.partition) != (EPOCH, partition):
                 raise WrongError(f"read of {where}: watermark {at}")
-            if reading.row != plan.row(sequence_id, reading.user_id, meta.start_offset, at.offset):
+            clock_ms = plan.clock_ms(meta.start_offset, at.offset)
+            row = as_read(what, plan.row(sequence_id, reading.user_id, meta.start_offset, at.offset), clock_ms)
+            if reading.row != row:
                 raise WrongError(f"read of {where}: not the naive fold at its watermark")
-            if reading.log_clock_ms != plan.clock_ms(meta.start_offset, at.offset):
+            if reading.log_clock_ms != clock_ms:
                 raise WrongError(f"read of {where}: the log clock is not that of the watermark")
         return meta.applied_offset
 

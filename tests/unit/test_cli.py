@@ -1,5 +1,8 @@
 """The command line without servers: help, ids, positions, errors that a person can mend."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -9,8 +12,10 @@ from deploy.bench import paper_size
 from deploy.settings import SettingsError, load_settings
 from deploy.stack import StackNotRunningError, running
 from features.domain import parse_domain
+from features.erasures import Erasure
 from features.ids import string_id
 from features.ports import Position
+from streams.erasure_audit import AUDIT, PLACES, Audit
 
 COMMANDS = ("up", "demo", "produce", "rank", "import", "check", "train", "publish", "evaluate", "replay", "erase", "bench", "worker")
 COMMANDS += ("reader", "server", "bootstrap", "dead", "inspect", "top")
@@ -72,3 +77,32 @@ def test_benchmarks_rank_with_a_model_of_the_papers_size():
     text = paper_size((cli.Path(__file__).parents[2] / "domains" / "simulator.toml").read_text("utf-8"))
     home = parse_domain(text, source="bench").ranker["home"]
     assert (home.sequence_length, home.model.first_k, home.model.cross_rank, home.model.layers) == (100, 10, 0, 2)
+
+
+def test_an_erasure_that_is_overdue_is_red_and_the_exit_code_says_it(tmp_path, monkeypatch, capsys):
+    erasure = Erasure(42, 7, 1, 0, 3, 1_700_000_000_000, "ticket 17")
+    audit = Audit(tmp_path / AUDIT)
+    audit.asked([erasure], 10**15, 0)
+    (entry,) = audit.of_user(42)
+    for place in PLACES:
+        audit.set(entry, place, "done", "", 1_700_000_000_001)
+    audit.write()
+    home = ("--home", str(tmp_path))
+    code, output = run(monkeypatch, capsys, "erase-job", "status", "--user", "42", *home)
+    assert (code, output.out.count("done")) == (0, len(PLACES))
+    assert "ticket" in output.out
+    audit.asked([replace(erasure, event_id=8, offset=4)], 1_000, 0)
+    code, output = run(monkeypatch, capsys, "erase-job", "status", *home)
+    assert (code, output.out.count("overdue")) == (1, len(PLACES))
+    code, output = run(monkeypatch, capsys, "erase-job", "status", "--json", *home)
+    said = json.loads(output.out)
+    assert (code, [len(one["overdue"]) for one in said]) == (1, [0, len(PLACES)])
+    assert said[0]["user_id"] == f"{42:016x}"
+
+
+def test_the_erasure_job_without_a_broker_does_the_files(tmp_path, monkeypatch, capsys):
+    code, output = run(monkeypatch, capsys, "erase-job", "run", "--offline", "--home", str(tmp_path), "--json")
+    assert (code, json.loads(output.out)["new"]) == (0, 0)
+    code, output = run(monkeypatch, capsys, "erase-job", "run", "--home", str(tmp_path))
+    assert code == 1
+    assert "kafka: none runs in" in output.err

@@ -12,7 +12,7 @@ from features.ids import user_key
 from features.oracle import naive_fold
 from features.pack import Packer, RankInputs
 from features.parity import ACCEPTED, EXCLUSIONS, PartitionLog, Tally, bytes_different, edit_distance, missing_events
-from features.sequence import Definition, decode_row, definition
+from features.sequence import Definition, clock_after, decode_row, definition
 from features.tables import Member, TableSet, write_generation
 from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord
 
@@ -62,10 +62,14 @@ def test_rows_at_any_watermark_are_the_naive_fold_up_to_it(seed):
     watermarks = [-1, 0, 3, 30, 30, 31, 77, len(rows) - 1]
     for user in USERS[:2]:
         for offset, row in zip(watermarks, log.rows_at(WHAT, user, watermarks), strict=True):
-            expected = naive_fold([batch_of(rows[: offset + 1])]).get(user) if offset >= 0 else None
+            before = batch_of(rows[: offset + 1])
+            clock_ms = clock_after(before, 0)
+            assert log.clock_at(offset) == clock_ms
+            known = naive_fold([before]).get(user)
+            expected = None if known is None else known.reading(WHAT, clock_ms)
             assert bool(row) == (expected is not None)
             if expected is not None:
-                assert decode_row(row, user).events.tobytes() == expected.sequence(WHAT).tobytes()
+                assert decode_row(row, user).events.tobytes() == expected.tobytes()
     assert log.rows_at(WHAT, 3, [len(rows)]) == [b""], "nothing of users that were not asked for is kept"
 
 

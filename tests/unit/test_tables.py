@@ -268,7 +268,7 @@ def test_a_file_outside_of_its_folder_is_refused(root, file_name):
     folder = root / "trained" / name
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"][file_name] = meta["files"]["user.ids.npy"]
-    forged = f"{name[:-8]}{_content(_Meta.model_validate(meta).files, '')}"
+    forged = f"{name[:-8]}{_content(_Meta.model_validate(meta).checksums, '')}"
     (folder / "meta.json").write_text(json.dumps(meta | {"generation": forged}))
     folder.rename(folder.with_name(forged))
     with pytest.raises(TableError, match=r"meta\.json: files: .* is not"):
