@@ -28,7 +28,7 @@ from features.domain import Domain
 from features.ports import SequenceCorruptError, SequenceForeignError
 from features.sequence import Definition, apply_batch, clock_after, touched_users
 from protos.v1.actions_pb2 import DeadLetter
-from streams.errors import FencedError, StateError
+from streams.errors import FencedError, SnapshotError, StateError
 from streams.state import Meta, definitions, row_keys
 from streams.store import PartitionStore, Store
 
@@ -214,12 +214,11 @@ class WorkerCore:
         try:
             store = self._store.open(partition, epoch)
         except SequenceCorruptError as error:
-            store = self._replace(partition, f"cannot be opened: {error}")
-        return self._prepare_from(store)
+            return self._prepare_from(self._replace(partition, f"cannot be opened: {error}"))
+        return self._prepare_from(self._continue(store))
 
     def _prepare_from(self, store: PartitionStore) -> Held:
         partition = store.meta.partition
-        store = self._continue(store)
         try:
             view = self._open_view(partition)
         except BaseException:
@@ -257,11 +256,19 @@ class WorkerCore:
                 f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
                 "records (or is another one). Give the worker a new state folder to rebuild from this log"
             )
-        snapshot = self._store.newest_snapshot(meta.partition, meta.log_epoch)
+        try:
+            snapshot = self._newest_snapshot(meta.partition, is_needed=wanted < first)
+        except SnapshotError:
+            store.close()
+            raise
         ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
         if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
             store.close()
-            return self._store.restore(meta.partition, meta.log_epoch)
+            try:
+                return self._store.restore(meta.partition, meta.log_epoch, first=first)
+            except StateError:
+                log.exception("partition %d: no snapshot could be restored", meta.partition)
+                store = self._store.open(meta.partition, meta.log_epoch)
         if wanted >= first:
             return store
         store.close()
@@ -277,6 +284,16 @@ class WorkerCore:
         with self._lock:
             self._counters["records_missed"] += start - wanted
         return self._store.start_over(meta.partition, meta.log_epoch, start)
+
+    def _newest_snapshot(self, partition: int, *, is_needed: bool) -> int | None:
+        """Raises SnapshotError where the snapshots cannot be reached and the log alone does not do."""
+        try:
+            return self._store.newest_snapshot(partition, self._following.epoch)
+        except SnapshotError as error:
+            if is_needed:
+                raise
+            log.warning("partition %d: goes on without snapshots: %s", partition, error)
+            return None
 
     def close(self, partitions: Seq[int] | None = None) -> None:
         """Closes some partitions, or all; those that are not open are passed over."""
@@ -459,16 +476,16 @@ class WorkerCore:
         """
         epoch = self._following.epoch
         first, following = self._following.first_and_next(partition)
-        snapshot = self._store.newest_snapshot(partition, epoch)
+        snapshot = self._newest_snapshot(partition, is_needed=first > 0)
         log.error("partition %d: DAMAGED STATE, to be set aside and restored: %s", partition, reason)
         skip = self._replaced.get(partition, 0)
         self._replaced[partition] = skip + 1
         with self._lock:
             self._counters["repairs"] += 1
-        if snapshot is not None and snapshot + 1 >= first:
+        if snapshot is not None and first <= snapshot + 1 <= following:
             try:
-                return self._store.restore(partition, epoch, skip=skip)
-            except StateError:
+                return self._store.restore(partition, epoch, first=first, skip=skip)
+            except (StateError, SnapshotError):
                 log.exception("partition %d: no snapshot could be restored", partition)
         if first and self._policy == "fail":
             raise StateError(

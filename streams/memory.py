@@ -32,9 +32,10 @@ class MemoryStore:
         del partition, log_epoch
         return None
 
-    def restore(self, partition: int, log_epoch: int, *, skip: int = 0) -> "MemoryPartition":
+    def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> "MemoryPartition":
         """See `streams.store.Store.restore`."""
-        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
+        del first, skip
+        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept")
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "MemoryPartition":
         """See `streams.store.Store.start_over`."""

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from features.ports import SequenceCorruptError
 from features.sequence import Definition
 from streams.errors import StateError
 from streams.memory import MemoryStore
@@ -109,7 +110,7 @@ def test_a_damaged_meta_row_is_refused_and_names_the_folder():
     assert Meta.decode(bytes(data), "here") == meta
     for i in range(len(data)):
         data[i] ^= 1
-        with pytest.raises(StateError, match="here: "):
+        with pytest.raises(SequenceCorruptError, match="here: "):
             Meta.decode(bytes(data), "here")
         data[i] ^= 1
 
