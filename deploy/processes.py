@@ -1,6 +1,7 @@
 """The processes that serve. `freshrank worker`, `reader` and `server` run them anywhere; the local stack supervises them."""
 
 import asyncio
+import json
 import logging
 import signal
 import time
@@ -44,6 +45,10 @@ def worker(settings: Settings) -> int:
         standby=settings.worker_standby,
         session_timeout_ms=settings.worker_session_timeout_ms,
         offset_below_retention=settings.offset_below_retention,
+        snapshot_url=settings.snapshot_url,
+        snapshot_options=json.loads(settings.snapshot_options.get_secret_value()),
+        snapshot_every_s=settings.snapshot_every_s,
+        snapshot_keep=settings.snapshot_keep,
         batch_events_max=settings.worker_batch_events_max,
         cache_bytes=settings.rocksdb_cache_mb << 20,
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,

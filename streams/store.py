@@ -230,7 +230,7 @@ class RocksPartition:
     """One partition's RocksDB database: see `PartitionStore`."""
 
     def __init__(self, database: rocksdict.Rdict, meta: Meta) -> None:
-        self._database = database
+        self._database, self._where = database, database.path()
         self.meta = meta
 
     def get(self, keys: Seq[bytes]) -> list[bytes | None]:
@@ -238,7 +238,7 @@ class RocksPartition:
         try:
             return self._database.get(list(keys)) if keys else []
         except Exception as error:
-            raise _failure(self._database.path(), error) from error
+            raise _failure(self._where, error) from error
 
     def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
         """See `PartitionStore.write`."""
@@ -250,19 +250,19 @@ class RocksPartition:
         try:
             self._database.write(batch)
         except Exception as error:
-            raise _failure(self._database.path(), error) from error
+            raise _failure(self._where, error) from error
         self.meta = meta
 
     def scan(self) -> Iterator[tuple[bytes, bytes]]:
         """See `PartitionStore.scan`."""
-        return _scan(self._database, META_KEY + b"\x00", self._database.path())
+        return _scan(self._database, META_KEY + b"\x00", self._where)
 
     def start_flush(self) -> None:
         """Begins to write to tables what is in memory, without waiting, so that a checkpoint soon after has little left to do."""
         try:
             self._database.flush(False)
         except Exception as error:
-            raise _failure(self._database.path(), error) from error
+            raise _failure(self._where, error) from error
 
     def checkpoint(self, path: Path) -> None:
         """A copy of this moment at `path`, which must not exist, on the same disk: tables are linked, not copied.
@@ -277,7 +277,7 @@ class RocksPartition:
             self._database.flush(True)  # the checkpoint would do it, too, but with the GIL in its hand
             rocksdict.Checkpoint(self._database).create_checkpoint(str(path))
         except Exception as error:
-            raise _failure(self._database.path(), error) from error
+            raise _failure(self._where, error) from error
 
     def close(self) -> None:
         """See `PartitionStore.close`."""
@@ -286,7 +286,7 @@ class RocksPartition:
         except rocksdict.DbClosedError:
             raise
         except Exception as error:  # a damaged file: the database is closed, and whoever opens it meets the damage again
-            log.warning("%s: closed with an error: %s", self._database.path(), error)
+            log.warning("%s: closed with an error: %s", self._where, error)
 
 
 def is_held(folder: Path) -> bool:
