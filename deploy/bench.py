@@ -53,7 +53,18 @@ RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
 REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
 _SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
 _PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_rank = 64, first_k = 5", ""))
-_UNITS = (("_ms", "ms"), ("events_per_s", "events/s"), ("requests_per_s", "requests/s"), ("cpu_us_per_event", "us"), ("_mb", "MB"))
+_UNITS = (
+    ("_ms", "ms"),
+    ("events_per_s", "events/s"),
+    ("requests_per_s", "requests/s"),
+    ("cpu_us_per_event", "us"),
+    ("_mb", "MB"),
+    ("_s_per_gb", "s/GB"),
+    ("_gb", "GB"),
+    ("restore_s", "s"),
+    ("ready_s", "s"),
+    ("detection_s", "s"),
+)
 
 
 BENCHES = {
@@ -61,6 +72,7 @@ BENCHES = {
     "freshness": "deploy.bench:freshness",
     "rank": "deploy.bench:rank",
     "replay": "deploy.bench:replay",
+    "restore": "deploy.bench_restore:bench_restore",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import commands_chaos
+from deploy import commands_chaos, commands_snapshots
 from deploy.options import (
     DomainFile,
     Home,
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for _commands in (commands_chaos,):
+for _commands in (commands_chaos, commands_snapshots):
     _commands.register(app)
 
 

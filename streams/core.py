@@ -256,12 +256,14 @@ class WorkerCore:
                 f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
                 "records (or is another one). Give the worker a new state folder to rebuild from this log"
             )
-        try:
-            snapshot = self._newest_snapshot(meta.partition, is_needed=wanted < first)
-        except SnapshotError:
-            store.close()
-            raise
         ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
+        snapshot = None
+        if following - wanted > ahead:  # otherwise none can be; a usual restart needs no snapshot store
+            try:
+                snapshot = self._newest_snapshot(meta.partition, is_needed=wanted < first)
+            except SnapshotError:
+                store.close()
+                raise
         if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
             store.close()
             try:

@@ -116,9 +116,9 @@ class SnapshotService:
                 with self._lock:
                     self._known[partition] = _Known(float("inf"))  # until the newest one is known
             return
-        if now_s < known.next_s:
+        if now_s < known.next_s or meta.applied_offset < meta.start_offset:
             return
-        if known.offset == meta.applied_offset or meta.applied_offset < meta.start_offset:  # nothing new, or nothing at all
+        if known.offset == meta.applied_offset:
             with self._lock:
                 known.next_s, known.at_ms, known.flushing_s = now_s + self._every_s, _now_ms(), None
         elif self._jobs.full():

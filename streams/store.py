@@ -320,4 +320,4 @@ def _failure(where: str, error: Exception) -> Exception:
     """What an error of rocksdict means: it raises plain Exception for everything."""
     if str(error).startswith("Corruption"):
         return SequenceCorruptError(f"{where}: a file of the state is damaged: {error}")
-    return StateError(f"{where}: RocksDB cannot go on: {error}")
+    return StateError(f"{where}: RocksDB cannot go on (is the disk full?): {error}")

@@ -215,7 +215,11 @@ class PartitionView:
         with self._environment.begin() as transaction, transaction.cursor() as cursor:
             there = cursor.set_range(self._scrubbed)
             found = list(islice(cursor, rows)) if there else []
-            damaged = [key for key, row in found if row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little")]
+            damaged = [
+                key
+                for key, row in found
+                if row[4:8] != zlib.crc32(memoryview(row)[8:]).to_bytes(4, "little") or row[16:24] != key[:0:-1]  # or another user's
+            ]
         self._scrubbed = found[-1][0] + b"\x00" if found else _FIRST_ROW
         if damaged:
             log.error("%s: %d DAMAGED ROWS, written again from the store", self._path, len(damaged))
