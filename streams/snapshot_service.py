@@ -81,9 +81,11 @@ class SnapshotService:
                 self._failed(partition, error)
 
     def statistics(self) -> dict[str, float]:
-        """Counters since start."""
+        """Counters since start, and the bytes of the restores that run now, done and in all."""
+        running = list(self._snapshots.restoring.values())
         with self._lock:
-            return dict(self._counters)
+            done = {"restore_done_bytes": sum(done for done, _ in running), "restore_total_bytes": sum(total for _, total in running)}
+            return {**self._counters, **done}
 
     def partitions(self) -> dict[int, dict[str, float]]:
         """By partition that has a snapshot: offset of the newest one, and age_s, for how long it has not been the state any more."""

@@ -44,6 +44,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 4 << 20
 _PART_BYTES = 8 << 20
+_LOG_EVERY_S = 5.0
 _WHOLE_WRITES = frozenset(("memory", "s3", "s3a", "gs", "gcs", "abfs", "az"))
 """File systems on which a file is there when it is complete, or not at all. Elsewhere it is written beside its place and renamed."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -166,6 +167,8 @@ class Snapshots:
         # s3fs holds whole files of up to 100 MB in memory otherwise, one a thread.
         self._put_options = {"chunksize": _PART_BYTES, "max_concurrency": 1} if "s3" in protocols else {}
         self._hashes: dict[int, dict[tuple[object, ...], str]] = {}
+        self.restoring: dict[int, tuple[int, int]] = {}
+        """(bytes done, bytes in all) of each partition that is being restored now."""
 
     def manifests(self, log_epoch: int | None = None, partition: int | None = None) -> list[Manifest]:
         """All snapshots, newest first within (epoch, partition); a damaged manifest is logged and left out. Raises SnapshotError."""
@@ -251,7 +254,7 @@ class Snapshots:
             try:
                 shutil.rmtree(coming, ignore_errors=True)
                 coming.mkdir(parents=True)
-                self._download(manifest, coming, progress)
+                self._download(manifest, coming, self._telling(partition, progress))
                 set_aside(into)
                 coming.rename(into)
             except _DamagedError as error:
@@ -261,6 +264,7 @@ class Snapshots:
             except OSError as error:
                 raise StateError(f"{coming}: the snapshot cannot be written: {error}") from error
             finally:
+                self.restoring.pop(partition, None)
                 shutil.rmtree(coming, ignore_errors=True)
             restored = Restored(manifest, time.monotonic() - started_s, tuple(passed_over))
             log.info("partition %d: at offset %d, after %.1f s", partition, manifest.applied_offset, restored.seconds)
@@ -425,6 +429,19 @@ class Snapshots:
 
         self._each(get, manifest.files)
 
+    def _telling(self, partition: int, progress: Progress) -> Progress:
+        logged_s = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal logged_s
+            self.restoring[partition] = done, total
+            if time.monotonic() - logged_s > _LOG_EVERY_S:
+                logged_s = time.monotonic()
+                log.info("partition %d: %.0f of %.0f MB restored", partition, done / 1e6, total / 1e6)
+            progress(done, total)
+
+        return tell
+
     def _fetch(self, file: File, write: Callable[[bytes], None], done: "_Sum") -> None:
         try:
             with self._reaching("read"), self._fs.open(f"{self._root}/objects/{file.hash}", "rb", block_size=_PART_BYTES) as source:
@@ -436,14 +453,17 @@ class Snapshots:
 
     def _write(self, name: str, put: Callable[[str], object]) -> None:
         path = f"{self._root}/{name}"
-        with self._reaching("written"):
-            if self._is_whole:
-                put(path)
-                return
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            beside = f"{path}.{secrets.token_hex(4)}.part"
-            put(beside)
-            self._fs.mv(beside, path)
+        try:
+            with self._reaching("written"):
+                if self._is_whole:
+                    put(path)
+                    return
+                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                beside = f"{path}.{secrets.token_hex(4)}.part"
+                put(beside)
+                self._fs.mv(beside, path)
+        except FileNotFoundError as error:
+            raise SnapshotError(f"snapshots at {self.where} cannot be written: {error}. Is there such a bucket?") from error
 
     def _remove(self, name: str) -> None:
         with self._reaching("removed"):

@@ -167,8 +167,13 @@ class RocksStore:
         if self._snapshots is None:
             raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept: set snapshot_url")
         path = self._folder / str(partition)
-        self._snapshots.restore(partition, log_epoch, path, kept=fingerprints(self._kept), first=first, skip=skip)
-        return self.open(partition, log_epoch)
+        while True:
+            self._snapshots.restore(partition, log_epoch, path, kept=fingerprints(self._kept), first=first, skip=skip)
+            try:
+                return self.open(partition, log_epoch)
+            except SequenceCorruptError as error:  # every file is what was uploaded: it was damaged before that
+                log.error("partition %d: the snapshot cannot be opened, taking the one before it: %s", partition, error)  # noqa: TRY400
+                skip += 1
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "RocksPartition":
         """See `Store.start_over`. What was there stays beside it for a while: see `streams.snapshots.set_aside`."""
