@@ -250,6 +250,9 @@ def test_a_crash_at_any_step_leaves_only_good_snapshots(new_snapshots, state, mo
                 break
             except CrashError:
                 crashes += 1
+        there = new_snapshots()
+        assert there.verify(there.manifests()) == {}
+        assert len(there.manifests()) == len(there._names())
         assert state.restored(new_snapshots())[0] == expected
     assert crashes >= 3
     assert state.restored(new_snapshots())[0] == state.rows()
