@@ -58,6 +58,11 @@ _UNITS = (
     ("requests_per_s", "requests/s"),
     ("cpu_us_per_event", "us"),
     ("_mb", "MB"),
+    ("_s_per_gb", "s/GB"),
+    ("_gb", "GB"),
+    ("restore_s", "s"),
+    ("ready_s", "s"),
+    ("detection_s", "s"),
     ("view_s", "s"),
 )
 
@@ -72,6 +77,7 @@ BENCHES = {
     "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
     "growth": "deploy.bench_growth:bench_growth",
     "peers": "deploy.bench_peers:bench_peers",
+    "restore": "deploy.bench_restore:bench_restore",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

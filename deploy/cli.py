@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import commands_bootstrap, commands_chaos, commands_dead, commands_erasure, commands_inspect, commands_move, commands_top
+from deploy import (
+    commands_bootstrap,
+    commands_chaos,
+    commands_dead,
+    commands_erasure,
+    commands_inspect,
+    commands_move,
+    commands_snapshots,
+    commands_top,
+)
 from deploy.options import (
     DomainFile,
     Home,
@@ -35,7 +44,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for _commands in (commands_bootstrap, commands_chaos, commands_dead, commands_erasure, commands_inspect, commands_move, commands_top):
+for _commands in (
+    commands_bootstrap,
+    commands_chaos,
+    commands_dead,
+    commands_erasure,
+    commands_inspect,
+    commands_move,
+    commands_snapshots,
+    commands_top,
+):
     _commands.register(app)
 
 

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.options import DomainFile, Home, Json, console, parse_id, position_text, settings_for
+from deploy.settings import Settings
 
 _ATTEMPTS = 3
 _COLOURS = {"done": "green", "due": "yellow", "absent": "dim"}
@@ -92,6 +94,7 @@ def run(
         kafka=None if offline else kafka_config(settings),
         topics=topics(settings),
         archives=(*map(Path, settings.erasure_archives), *(archive or ())),
+        expire_snapshots=_expire(settings) if settings.snapshot_url else None,
     )
     summary = run_job(job, _now_ms(), lambda text: console.print(text, style="dim", soft_wrap=True))
     for warning in summary.warnings:
@@ -159,3 +162,11 @@ def _now_ms() -> int:
 
 def _time(time_ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time_ms / 1000)) if time_ms else "never looked at"
+
+
+def _expire(settings: Settings) -> Callable[[int], object]:
+    """Removes the snapshots from before a time."""
+    from streams.snapshots import Snapshots
+
+    snapshots = Snapshots(settings.snapshot_url, options=json.loads(settings.snapshot_options.get_secret_value()))
+    return lambda created_before_ms: snapshots.expire(settings.snapshot_keep, created_before_ms=created_before_ms)

@@ -1,6 +1,7 @@
 """The processes that serve. `freshrank worker`, `reader` and `server` run them anywhere; the local stack supervises them."""
 
 import asyncio
+import json
 import logging
 import signal
 import time
@@ -57,6 +58,12 @@ def worker(settings: Settings) -> int:
         standby=settings.worker_standby,
         session_timeout_ms=settings.worker_session_timeout_ms,
         offset_below_retention=settings.offset_below_retention,
+        erasure_deadline_ms=round(settings.erasure_deadline_days * DAY_MS),
+        erasure_strict=settings.erasure_strict,
+        snapshot_url=settings.snapshot_url,
+        snapshot_options=json.loads(settings.snapshot_options.get_secret_value()),
+        snapshot_every_s=settings.snapshot_every_s,
+        snapshot_keep=settings.snapshot_keep,
         batch_events_max=settings.worker_batch_events_max,
         cache_bytes=settings.rocksdb_cache_mb << 20,
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,

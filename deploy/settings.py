@@ -115,6 +115,12 @@ class Settings(BaseSettings):
     offset_below_retention: Literal["fail", "earliest", "latest"] = Field(
         "fail", description="Where retention removed records that the state waits for: stop, or start over at the log's start or end."
     )
+    snapshot_url: str = Field("", description="Where snapshots of the state go: a folder, s3://bucket/path, any fsspec URL; empty: none.")
+    snapshot_options: SecretStr = Field(
+        SecretStr("{}"), validate_default=True, description="Options and credentials of that file system, as a JSON object; never logged."
+    )
+    snapshot_every_s: PositiveFloat = Field(600.0, description="Time between two snapshots of a partition.")
+    snapshot_keep: PositiveInt = Field(3, description="Snapshots of a partition that stay; younger ones than an hour stay, too.")
     worker_batch_events_max: PositiveInt = Field(80_000, description="Most records that the worker takes at once when it is behind.")
     worker_slice_ms: float = Field(
         WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
@@ -134,6 +140,17 @@ class Settings(BaseSettings):
     def _both_or_neither(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if "tls_certificate" in info.data and (value is None) != (info.data["tls_certificate"] is None):
             raise ValueError("tls_certificate and tls_key belong together: set both or neither")
+        return value
+
+    @field_validator("snapshot_options")
+    @classmethod
+    def _json_object(cls, value: SecretStr) -> SecretStr:
+        try:
+            found = json.loads(value.get_secret_value())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError("must be a JSON object in a string")  # noqa: TRY004
         return value
 
     @field_validator("server_host", "reader_host")

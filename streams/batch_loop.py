@@ -11,14 +11,15 @@ assigned one, its state is there.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from features.domain import Domain
+from features.ports import SequenceCorruptError
 from streams.core import Applied, Held, Log, RetentionPolicy, WorkerCore
 from streams.errors import FencedError, KafkaUnavailableError, ProduceError, StateError
 from streams.health import judge
@@ -34,6 +35,7 @@ from streams.kafka import (
     answering,
     by_partition,
     check_actions_topic,
+    check_retention,
     log_identity,
     log_range,
     new_group_consumer,
@@ -42,8 +44,11 @@ from streams.kafka import (
     records_of,
     unavailable,
 )
+from streams.purge import ErasurePass
+from streams.snapshot_service import SnapshotService
+from streams.snapshots import Snapshots
 from streams.state import definitions
-from streams.store import RocksStore, Store
+from streams.store import RocksPartition, RocksStore, Store
 from streams.view import MAP_BYTES, PartitionView
 
 log = logging.getLogger(__name__)
@@ -51,6 +56,8 @@ log = logging.getLogger(__name__)
 _UPKEEP_S = 0.25
 _WAIT_S, _WAIT_SHORT_S = 0.2, 0.02
 _BURY_S = 60.0
+_MEND_ROWS = 256
+"""Rows of one partition's view that are checked each upkeep: about a million in 20 minutes, 3 ms a second."""
 _RETAKE_S = 5.0
 """How long after a partition was fenced its owner takes it again: by then a stale owner knows that it has lost it."""
 
@@ -71,6 +78,16 @@ class WorkerConfig:
     standby: bool = False
     """Also follow the partitions that other workers own."""
     offset_below_retention: RetentionPolicy = "fail"
+    snapshot_url: str = ""
+    """Any fsspec URL; empty: no snapshots are taken or restored."""
+    snapshot_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The file system's own, credentials among them."""
+    snapshot_every_s: float = 600.0
+    snapshot_keep: int = 3
+    erasure_deadline_ms: int | None = None
+    """Within this time nothing of an erased user may be anywhere; None: nothing is promised, and no retention checked."""
+    erasure_strict: bool = False
+    """A topic that keeps records longer is an error, not a warning."""
     session_timeout_ms: int = 10_000
     """A worker that is silent for this long loses its partitions to the others."""
     batch_events_max: int = 80_000
@@ -104,12 +121,17 @@ class BatchLoop:
     ) -> None:
         """`at` and `observe`: see `streams.core.WorkerCore`."""
         self._config = config
+        snapshots = Snapshots(config.snapshot_url, options=config.snapshot_options) if config.snapshot_url else None
         self._store = store or RocksStore(
             config.state_folder,
             definitions(config.domain),
             cache_bytes=config.cache_bytes,
             write_buffer_bytes=config.write_buffer_bytes,
             direct_reads=config.direct_reads,
+            snapshots=snapshots,
+        )
+        self._snapshots = snapshots and SnapshotService(
+            snapshots, config.state_folder / "checkpoints", every_s=config.snapshot_every_s, keep=config.snapshot_keep
         )
         self.core = WorkerCore(
             config.domain,
@@ -119,6 +141,7 @@ class BatchLoop:
             offset_below_retention=config.offset_below_retention,
             at=at,
             observe=observe,
+            erasures=ErasurePass(config.state_folder, list(definitions(config.domain))) if store is None else None,
         )
         self._stop = threading.Event()
         self._owned: set[int] | None = None
@@ -136,6 +159,7 @@ class BatchLoop:
         self._rebalances = 0
         self._turned_s = time.monotonic()
         """When the loop last came round."""
+        self._upkeeps = 0
         self._identity: LogIdentity | None = None
         self._failures: list[str] = []
 
@@ -147,6 +171,12 @@ class BatchLoop:
         """
         config = self._config
         check_actions_topic(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
+        if config.erasure_deadline_ms is not None:
+            kept = [config.topics.actions, config.topics.dead_letters]
+            for warning in check_retention(
+                config.kafka, kept, deadline_ms=config.erasure_deadline_ms, strict=config.erasure_strict, timeout_s=config.answer_timeout_s
+            ):
+                log.warning("%s", warning)
         self._producer = new_producer(config.kafka, "dead-letters")
         self._follower = new_reader(config.kafka, "standby", logger=log)
         self._follow_log(timeout_s=config.answer_timeout_s)
@@ -174,6 +204,8 @@ class BatchLoop:
             for opening in self._opening.values():
                 _abandon(opening)
             self._opener.shutdown()
+            if self._snapshots:
+                self._snapshots.close()
             self.core.close()
             self._follower.close()
             consumer.close()
@@ -184,7 +216,8 @@ class BatchLoop:
 
     def statistics(self) -> dict[str, float]:
         """Counters and seconds spent in each step since start."""
-        return {**self.core.statistics(), **self._store.statistics(), "rebalances": self._rebalances}
+        snapshots = self._snapshots.statistics() if self._snapshots else {}
+        return {**self.core.statistics(), **self._store.statistics(), **snapshots, "rebalances": self._rebalances}
 
     def partitions(self) -> list[int]:
         """The partitions that the group has assigned to this worker now, ascending."""
@@ -206,7 +239,9 @@ class BatchLoop:
             loop_age_s=0.0 if self.core.is_restoring else time.monotonic() - self._turned_s,
             stalled_s=self._config.stalled_s,
         )
-        return {**found, "log_epoch": f"{self._identity.epoch:016x}" if self._identity else None, "partitions": partitions}
+        snapshots = self._snapshots.partitions() if self._snapshots else {}
+        epoch = f"{self._identity.epoch:016x}" if self._identity else None
+        return {**found, "log_epoch": epoch, "partitions": partitions, "snapshots": snapshots}
 
     # Assignment: called by librdkafka inside of consume(), in this loop's own thread.
 
@@ -359,11 +394,30 @@ class BatchLoop:
             source = self._follower if number in self._followed else consumer
             _, high = source.get_watermark_offsets(*self._places({number}), cached=True)
             self.core.saw_end(number, high)
+        self._look_after_state()
+        for number in list(held):
+            if self.core.tend(number):
+                (self._follower if number in self._followed else consumer).seek(self._place(number))
         self._retake(consumer)
         owned = self._owned
         ready = owned is not None and owned <= held.keys() and all(held[number].next_offset >= held[number].opened_end for number in owned)
         if ready and not self.caught_up.is_set():
             self.caught_up.set()
+
+    def _look_after_state(self) -> None:
+        """Snapshots of the partitions that are owned, and a part of one view checked for damage."""
+        held = self.core.held()
+        if self._snapshots:
+            stores = [held[number].store for number in sorted((self._owned or set()) & held.keys())]
+            self._snapshots.upkeep([store for store in stores if isinstance(store, RocksPartition)])
+        self._upkeeps += 1
+        if held:
+            one = held[sorted(held)[self._upkeeps % len(held)]]
+            if isinstance(one.view, PartitionView):
+                try:
+                    one.view.mend(one.store.get, one.store.meta, _MEND_ROWS)
+                except (FencedError, SequenceCorruptError) as error:  # the next batch meets it, too, and deals with it
+                    log.warning("%s", error)
 
     def _retake(self, consumer: Consumer) -> None:
         """Opens again what the group still assigns to this worker and a stale owner had fenced."""

@@ -29,8 +29,10 @@ from features.domain import Domain
 from features.ports import SequenceCorruptError, SequenceForeignError
 from features.sequence import Definition, apply_batch, clock_after, row_bytes_max, touched_users
 from protos.v1.actions_pb2 import DeadLetter
-from streams.errors import FencedError, StateError
+from streams.errors import FencedError, SnapshotError, StateError
+from streams.eviction import EvictionPass
 from streams.health import lag_s
+from streams.purge import ErasurePass
 from streams.state import Meta, check_base, definitions, row_keys
 from streams.store import PartitionStore, Store
 
@@ -98,6 +100,14 @@ class View(Protocol):
 
     def beat(self, caught_up_ms: int) -> None:
         """Tells readers when the state last included the log's end. Raises FencedError."""
+        ...
+
+    def trim(self, keys: Seq[bytes], before: Seq[bytes], after: Seq[bytes]) -> None:
+        """Puts rows in place of others that read the same. Raises FencedError."""
+        ...
+
+    def scrub(self, rows_max: int) -> bool:
+        """The next step of a copy that holds nothing of what pages held before; True at its end. Raises FencedError."""
         ...
 
     def close(self) -> None:
@@ -178,10 +188,12 @@ class WorkerCore:
         offset_below_retention: RetentionPolicy = "fail",
         at: Callable[[str], None] = lambda _: None,
         observe: Callable[[Applied], None] = lambda _: None,
+        erasures: ErasurePass | None = None,
     ) -> None:
         """`bury` stores dead letters, (key, value) each, and returns when they are safe.
 
-        `at` is told the step that a batch has reached: decoded, stored, viewed.
+        `at` is told the step that a batch has reached: decoded, stored, viewed. `erasures` takes the bytes of erased users out of the
+        files; a state without files has none.
         """
         self._future_tolerance_ms = domain.future_tolerance_ms
         self._kept = definitions(domain)
@@ -189,6 +201,7 @@ class WorkerCore:
         self._store, self._open_view, self._bury = store, open_view, bury
         self._policy: RetentionPolicy = offset_below_retention
         self._at, self._observe = at, observe
+        self._erasures, self._eviction = erasures, EvictionPass(self._kept)
         self._replaced: dict[int, int] = {}
         self._log: Log | None = None
         self._held: dict[int, Held] = {}
@@ -255,6 +268,8 @@ class WorkerCore:
 
     def hold(self, partition: int, held: Held) -> int:
         """Takes a prepared partition among those that are open. Returns the offset to read from."""
+        if self._erasures is not None:
+            self._erasures.opened(partition, held.store)
         with self._lock:
             self._held[partition] = held
         return held.next_offset
@@ -270,8 +285,14 @@ class WorkerCore:
                 f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
                 "records (or is another one). Give the worker new folders for state and view to rebuild from this log"
             )
-        snapshot = self._store.newest_snapshot(meta.partition, meta.log_epoch)
         ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
+        snapshot = None
+        if following - wanted > ahead:  # otherwise none can be; a usual restart needs no snapshot store
+            try:
+                snapshot = self._newest_snapshot(meta.partition, is_needed=wanted < first)
+            except SnapshotError:
+                store.close()
+                raise
         if snapshot is not None and first <= snapshot + 1 <= following and snapshot - meta.applied_offset > ahead:
             store.close()
             restored = self._restored(meta.partition, first, skip=0)
@@ -309,8 +330,18 @@ class WorkerCore:
         """A snapshot that a log from `first` on continues; None: none could be restored, and what was there still is."""
         try:
             return self._store.restore(partition, self._following.epoch, first=first, skip=skip)
-        except StateError:
+        except (StateError, SnapshotError):
             log.exception("partition %d: no snapshot could be restored", partition)
+            return None
+
+    def _newest_snapshot(self, partition: int, *, is_needed: bool) -> int | None:
+        """Raises SnapshotError where the snapshots cannot be reached and the log alone does not do."""
+        try:
+            return self._store.newest_snapshot(partition, self._following.epoch)
+        except SnapshotError as error:
+            if is_needed:
+                raise
+            log.warning("partition %d: goes on without snapshots: %s", partition, error)
             return None
 
     def close(self, partitions: Seq[int] | None = None) -> None:
@@ -319,8 +350,27 @@ class WorkerCore:
             with self._lock:
                 held = self._held.pop(partition, None)
             if held is not None:
+                if self._erasures is not None:
+                    self._erasures.closed(partition)
+                self._eviction.forget(partition)
                 held.view.close()
                 held.store.close()
+
+    def tend(self, partition: int) -> bool:
+        """A bounded step of what is due between batches: idle users' rows leave, erased users' bytes leave the files.
+
+        True: the state was found damaged and replaced by an older one; read on from `held()[partition].next_offset`.
+        """
+        held = self._held[partition]
+        try:
+            for each in (self._eviction, self._erasures):
+                if each is not None and each.due(partition, held.store):
+                    each.run(partition, held.store, held.view)
+        except FencedError as error:
+            self._fenced(partition, error)
+        except SequenceCorruptError as error:
+            return self._repair(partition, str(error)) is not None
+        return False
 
     def reopen(self, partition: int) -> int:
         """Closes and opens a partition again, where the log no longer has what its state waits for. As `open`."""
@@ -394,7 +444,8 @@ class WorkerCore:
     def statistics(self) -> dict[str, float]:
         """Counters and seconds spent in each step since start."""
         with self._lock:
-            return {**self._counters, **{f"{name}_s": seconds for name, seconds in self._seconds.items()}}
+            found = {**self._counters, **{f"{name}_s": seconds for name, seconds in self._seconds.items()}}
+        return {**found, **self._eviction.statistics(), **(self._erasures.statistics() if self._erasures else {})}
 
     def progress(self) -> dict[int, dict[str, float]]:
         """By partition: applied_offset, end_offset (of the log's next record), lag (records), lag_s (`streams.health.lag_s`), log_clock_ms,
@@ -438,6 +489,8 @@ class WorkerCore:
         decoded_s = time.perf_counter()
         keys, rows, meta = fold_batch(self._kept, held.store, batch, leader_epoch)
         folded_s = time.perf_counter()
+        if self._erasures is not None:
+            self._erasures.note(partition, batch)
         held.store.write(keys, rows, meta)
         self._at("stored")
         stored_s = time.perf_counter()
@@ -518,9 +571,8 @@ class WorkerCore:
         Raises:
             StateError: neither is there, and the policy is to fail: nothing was touched.
         """
-        epoch = self._following.epoch
         first, following = self._following.first_and_next(partition)
-        snapshot = self._store.newest_snapshot(partition, epoch)
+        snapshot = self._newest_snapshot(partition, is_needed=first > 0)
         log.error("partition %d: DAMAGED STATE, to be set aside and restored: %s", partition, reason)
         skip = self._replaced.get(partition, 0)
         self._replaced[partition] = skip + 1

@@ -6,6 +6,7 @@ StreamError
         MissingTopicError   or it is not there
     ProduceError            a record was not stored by the broker: nothing was lost silently, produce it again
     StateError              the stored state cannot be carried on: wrong log, wrong definition, gap in the log
+    SnapshotError           the snapshots cannot be reached, read or written
     ViewError               the local view cannot be written
     FencedError             another worker has taken over what this one writes
 
@@ -35,6 +36,10 @@ class ProduceError(StreamError):
 
 class StateError(StreamError):
     """Stored state that cannot be carried on with this log or this domain file."""
+
+
+class SnapshotError(StreamError):
+    """The snapshot store cannot be reached, or refused."""
 
 
 class ViewError(StreamError):

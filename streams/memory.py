@@ -38,8 +38,8 @@ class MemoryStore:
 
     def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> "MemoryPartition":
         """See `streams.store.Store.restore`."""
-        del first
-        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
+        del first, skip
+        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept")
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "MemoryPartition":
         """See `streams.store.Store.start_over`."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.domain import Domain
+from features.ports import SequenceCorruptError
 from features.sequence import Definition, definition
 from streams.errors import StateError
 
@@ -58,10 +59,10 @@ class Meta:
 
     @staticmethod
     def decode(data: bytes, where: str) -> "Meta":
-        """Raises StateError, which names `where`, if the bytes are damaged or of a newer format."""
+        """Raises, and names `where`: SequenceCorruptError where the bytes are damaged, StateError where they are of another format."""
         body = data[: -_CRC.size]
         if len(data) < _HEAD.size + _CRC.size or _CRC.pack(zlib.crc32(body)) != data[-_CRC.size :]:
-            raise StateError(f"{where}: checksum of the meta row differs; remove this folder, the worker rebuilds it from the log")
+            raise SequenceCorruptError(f"{where}: checksum of the meta row differs")
         magic, version, count, partition, leader_epoch, log_epoch, applied_offset, log_clock_ms, start_offset = _HEAD.unpack_from(body)
         if magic != _MAGIC or version != _FORMAT_VERSION or len(body) != _HEAD.size + count * _ENTRY.size:
             raise StateError(f"{where}: meta row of format {version} is not one that this program reads: upgrade it, or remove this folder")

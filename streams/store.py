@@ -6,8 +6,8 @@ Kafka, from the offset that the database then has.
 """
 
 import fcntl
+import logging
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -16,9 +16,13 @@ from typing import Protocol
 
 import rocksdict
 
+from features.ports import SequenceCorruptError
 from features.sequence import Definition
 from streams.errors import StateError
+from streams.snapshots import Snapshots, set_aside
 from streams.state import META_KEY, Meta, fingerprints
+
+log = logging.getLogger(__name__)
 
 _PROPERTIES = {
     "rocksdb_memtable_bytes": "rocksdb.cur-size-all-mem-tables",
@@ -41,11 +45,20 @@ class PartitionStore(Protocol):
     meta: Meta
 
     def get(self, keys: Seq[bytes]) -> list[bytes | None]:
-        """The rows of some keys (`streams.state.row_keys`), None where there is none."""
+        """The rows of some keys (`streams.state.row_keys`), None where there is none.
+
+        Raises:
+            SequenceCorruptError: a file is damaged.
+        """
         ...
 
     def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
-        """Rows and meta, all or nothing, also through a crash."""
+        """Rows and meta, all or nothing, also through a crash.
+
+        Raises:
+            SequenceCorruptError: a file is damaged, and no write is taken any more.
+            StateError: the disk takes no write.
+        """
         ...
 
     def trim(self, keys: Seq[bytes], rows: Seq[bytes]) -> None:
@@ -53,7 +66,11 @@ class PartitionStore(Protocol):
         ...
 
     def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
-        """Every (key, row) behind the key `after`, ascending, without the meta row."""
+        """Every (key, row) behind the key `after`, ascending, without the meta row.
+
+        Raises:
+            SequenceCorruptError: a file is damaged; it never just ends there.
+        """
         ...
 
     def purge(self, keys: Seq[bytes] | None) -> None:
@@ -72,6 +89,7 @@ class Store(Protocol):
         """Opens or creates a partition's state.
 
         Raises:
+            SequenceCorruptError: a file is damaged.
             StateError: it belongs to another log or another definition, or another process holds it.
         """
         ...
@@ -81,7 +99,13 @@ class Store(Protocol):
         ...
 
     def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
-        """Offset of the newest snapshot of a partition that could be restored; None: there is none."""
+        """Offset of the newest snapshot of a partition that could be restored; None: there is none.
+
+        `first`: the log's first record; a snapshot that waits for an earlier one is of no use.
+
+        Raises:
+            SnapshotError: the snapshots cannot be reached.
+        """
         ...
 
     def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> PartitionStore:
@@ -133,14 +157,17 @@ class RocksStore:
         write_buffer_bytes: int = 256 << 20,
         lock_wait_s: float = 10.0,
         direct_reads: bool = False,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """`kept`: definitions by sequence id (`streams.state.definitions`). `lock_wait_s`: how long the last owner may hold a lock.
 
-        direct_reads: files are read and written beside the page cache: memory is then the block cache and nothing else.
+        direct_reads: files are read and written beside the page cache: memory is then the block cache and nothing else. `snapshots`: where
+        they are restored from; None: there are none.
         """
         self._folder = Path(folder)
         self._kept = dict(kept)
         self._lock_wait_s, self._direct_reads = lock_wait_s, direct_reads
+        self._snapshots = snapshots
         self._cache = rocksdict.Cache(cache_bytes)
         # Without a stall: a full budget flushes the fullest table instead of stopping writers.
         self._buffers = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(write_buffer_bytes, False, self._cache)
@@ -163,6 +190,9 @@ class RocksStore:
         """See `Store.open`."""
         path = self._folder / str(partition)
         path.mkdir(parents=True, exist_ok=True)
+        if not (path / "CURRENT").exists() and any(path.glob("*.sst")):
+            # RocksDB would take it for an empty folder, and remove the tables.
+            raise SequenceCorruptError(f"{path}: has tables, but RocksDB's file CURRENT is missing")
         database = self._open_database(path)
         try:
             meta = self._read_meta(database, initial_meta(partition, log_epoch, self._kept), str(path))
@@ -174,21 +204,25 @@ class RocksStore:
 
     def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
         """See `Store.newest_snapshot`."""
-        del partition, log_epoch
-        return None
+        newest = self._snapshots and self._snapshots.newest(partition, log_epoch, fingerprints(self._kept))
+        return newest.applied_offset if newest else None
 
     def restore(self, partition: int, log_epoch: int, *, first: int = 0, skip: int = 0) -> "RocksPartition":
-        """See `Store.restore`."""
-        del first
-        raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept (skipped {skip})")
+        """See `Store.restore`. What was there stays beside it for a while: see `streams.snapshots.set_aside`."""
+        if self._snapshots is None:
+            raise StateError(f"partition {partition} of log {log_epoch:016x}: no snapshots are kept: set snapshot_url")
+        path = self._folder / str(partition)
+        while True:
+            self._snapshots.restore(partition, log_epoch, path, kept=fingerprints(self._kept), first=first, skip=skip)
+            try:
+                return self.open(partition, log_epoch)
+            except SequenceCorruptError as error:  # every file is what was uploaded: it was damaged before that
+                log.error("partition %d: the snapshot cannot be opened, taking the one before it: %s", partition, error)  # noqa: TRY400
+                skip += 1
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "RocksPartition":
-        """See `Store.start_over`. What is there stays beside it, as `<partition>.aside`, until the next time."""
-        path = self._folder / str(partition)
-        aside = path.with_name(f"{path.name}.aside")
-        shutil.rmtree(aside, ignore_errors=True)
-        if path.exists():
-            path.rename(aside)
+        """See `Store.start_over`. What was there stays beside it for a while: see `streams.snapshots.set_aside`."""
+        set_aside(self._folder / str(partition))
         held = self.open(partition, log_epoch)
         if start_offset:
             held.write([], [], initial_meta(partition, log_epoch, self._kept, start_offset))
@@ -196,13 +230,16 @@ class RocksStore:
 
     @staticmethod
     def _read_meta(database: rocksdict.Rdict, initial: Meta, where: str) -> Meta:
-        stored = database.get(META_KEY)
+        try:
+            stored = database.get(META_KEY)
+        except Exception as error:
+            raise _failure(where, error) from error
         if stored is not None:
             meta = Meta.decode(stored, where)
             check_meta(meta, initial, where)
             return meta
-        if next(iter(database.items()), None) is not None:
-            raise StateError(f"{where}: has rows but no meta row; remove this folder, the worker rebuilds it from the log")
+        if next(_scan(database, META_KEY, where), None) is not None:
+            raise SequenceCorruptError(f"{where}: has rows but no meta row")
         return initial
 
     def _open_database(self, path: Path) -> rocksdict.Rdict:
@@ -211,8 +248,8 @@ class RocksStore:
             try:
                 return rocksdict.Rdict(str(path), self._options)
             except Exception as error:  # rocksdict raises plain Exception for everything
-                if "lock" not in str(error).lower():
-                    raise StateError(f"{path}: RocksDB cannot open it: {error}") from error
+                if "/LOCK" not in str(error):
+                    raise _failure(str(path), error) from error
                 if time.monotonic() > deadline:
                     raise StateError(f"{path}: another worker holds it: stop that one, or give this one its own state folder") from error
                 time.sleep(0.05)  # the previous owner is closing: RocksDB offers no way to wait for a lock
@@ -296,12 +333,15 @@ class RocksPartition:
     """One partition's RocksDB database: see `PartitionStore`."""
 
     def __init__(self, database: rocksdict.Rdict, meta: Meta) -> None:
-        self._database = database
+        self._database, self._where = database, database.path()
         self.meta = meta
 
     def get(self, keys: Seq[bytes]) -> list[bytes | None]:
         """See `PartitionStore.get`. A list get leaves the GIL to other threads."""
-        return self._database.get(list(keys)) if keys else []
+        try:
+            return self._database.get(list(keys)) if keys else []
+        except Exception as error:
+            raise _failure(self._where, error) from error
 
     def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
         """See `PartitionStore.write`."""
@@ -312,8 +352,8 @@ class RocksPartition:
         put(META_KEY, meta.encode())
         try:
             self._database.write(batch)
-        except Exception as error:  # rocksdict raises plain Exception for everything
-            raise StateError(f"partition {meta.partition}: the state cannot be written (is the disk full?): {error}") from error
+        except Exception as error:
+            raise _failure(self._where, error) from error
         self.meta = meta
 
     def load(self, tables: Iterable[Path], meta: Meta) -> None:
@@ -334,13 +374,14 @@ class RocksPartition:
                 batch.put(key, row)
             else:
                 batch.delete(key)
-        self._database.write(batch)
+        try:
+            self._database.write(batch)
+        except Exception as error:
+            raise _failure(self._where, error) from error
 
     def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
         """See `PartitionStore.scan`. A pass over everything leaves the cache to the rows that are asked for."""
-        options = rocksdict.ReadOptions()
-        options.fill_cache(False)
-        yield from self._database.items(from_key=after + b"\x00", read_opt=options)
+        return _scan(self._database, after + b"\x00", self._where)
 
     def purge(self, keys: Seq[bytes] | None) -> None:
         """See `PartitionStore.purge`. It takes the GIL only between keys; writes and reads go on meanwhile.
@@ -354,6 +395,69 @@ class RocksPartition:
         for begin, end in [(None, None)] if keys is None else [(key, key + b"\x00") for key in keys]:
             self._database.compact_range(begin, end, options)
 
+    def start_flush(self) -> None:
+        """Begins to write to tables what is in memory, without waiting, so that a checkpoint soon after has little left to do."""
+        try:
+            self._database.flush(False)
+        except Exception as error:
+            raise _failure(self._where, error) from error
+
+    def checkpoint(self, path: Path) -> None:
+        """A copy of this moment at `path`, which must not exist, on the same disk: tables are linked, not copied.
+
+        It takes as long as what is in memory takes to be flushed (70 ms for 32 MB), and then about 5 ms; writes wait for it.
+
+        Raises:
+            SequenceCorruptError: a file is damaged.
+            StateError: the disk takes no write.
+        """
+        try:
+            self._database.flush(True)  # the checkpoint would do it, too, but with the GIL in its hand
+            rocksdict.Checkpoint(self._database).create_checkpoint(str(path))
+        except Exception as error:
+            raise _failure(self._where, error) from error
+
     def close(self) -> None:
         """See `PartitionStore.close`."""
-        self._database.close()
+        try:
+            self._database.close()
+        except rocksdict.DbClosedError:
+            raise
+        except Exception as error:  # a damaged file: the database is closed, and whoever opens it meets the damage again
+            log.warning("%s: closed with an error: %s", self._where, error)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process has the database of a partition's folder open."""
+    try:
+        with (folder / "LOCK").open("rb+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # RocksDB's own kind of lock
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _scan(database: rocksdict.Rdict, start: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
+    """Rows from a key on. `items()` would end without a word at a damaged block: only an iterator's status tells."""
+    options = rocksdict.ReadOptions()
+    options.fill_cache(False)
+    iterator = database.iter(options)
+    try:
+        iterator.seek(start)
+        while iterator.valid():
+            yield iterator.key(), iterator.value()
+            iterator.next()
+        iterator.status()
+    except Exception as error:
+        raise _failure(where, error) from error
+    finally:
+        del iterator  # it holds the database open, and a traceback would hold it
+
+
+def _failure(where: str, error: Exception) -> Exception:
+    """What an error of rocksdict means: it raises plain Exception for everything."""
+    if str(error).startswith("Corruption"):
+        return SequenceCorruptError(f"{where}: a file of the state is damaged: {error}")
+    return StateError(f"{where}: RocksDB cannot go on (is the disk full?): {error}")

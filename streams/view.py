@@ -53,6 +53,7 @@ OWNER_KEY = b"\x00owner"
 """Token of the newest owner, 8 bytes little-endian; like every key that starts with a zero byte it sorts before the rows."""
 BEAT_KEY = b"\x00time"
 """When the state last included the log's end, milliseconds since 1970-01-01 UTC by the owner's clock, 8 bytes little-endian."""
+_FIRST_ROW = b"\x01"  # sequence ids start at 1
 _OFFSET_AT = int(HEADER_DTYPE.fields["offset"][1]) if HEADER_DTYPE.fields else 0
 
 
@@ -82,6 +83,7 @@ class PartitionView:
         self._adopted = _NOTHING
         """A later moment that the view shows already: nothing is written until the store passes it."""
         self._fresh: _Fresh | None = None
+        self._mended = _FIRST_ROW
         try:
             if self._is_left_over():
                 self._drop()
@@ -182,7 +184,7 @@ class PartitionView:
             encoded = transaction.get(META_KEY)
         try:
             return Meta.decode(encoded, str(self._path)) if encoded else None
-        except StateError as error:
+        except (StateError, SequenceCorruptError) as error:
             log.warning("%s: made anew: %s", self._path, error)
             return None
 
@@ -314,6 +316,34 @@ class PartitionView:
         self.write([], [], meta)
         return count
 
+    def mend(self, store: Callable[[Seq[bytes]], Seq[bytes | None]], meta: Meta, rows: int) -> int:
+        """Checks the next `rows` rows, and writes damaged ones again from the store at `meta`; returns how many. Each call goes on where
+        the last one ended, round and round. `store(keys)`: the store's rows. Raises as `write`.
+        """
+        if meta.applied_offset < self._adopted:  # the store's rows are older than the view's
+            return 0
+        with self._environment.begin() as transaction, transaction.cursor() as cursor:
+            there = cursor.set_range(self._mended)
+            found = list(islice(cursor, rows)) if there else []
+            damaged = [
+                key
+                for key, row in found
+                if not is_whole(row) or row[16:24] != key[:0:-1]  # or another user's
+            ]
+        self._mended = found[-1][0] + b"\x00" if found else _FIRST_ROW
+        if damaged:
+            log.error("%s: %d DAMAGED ROWS, written again from the store", self._path, len(damaged))
+            good = dict(zip(damaged, store(damaged), strict=True))
+            self._put([(key, row) for key, row in good.items() if row is not None])
+            self._delete([key for key, row in good.items() if row is None])
+        return len(damaged)
+
+    def _delete(self, keys: Seq[bytes]) -> None:
+        with self._writing() as transaction:
+            check_owner(transaction.get(OWNER_KEY), self._token)
+            for key in keys:
+                transaction.delete(key)
+
     def clear_dead_readers(self) -> int:
         """Frees the slots of readers that were killed, so that they do not hold old pages; returns how many."""
         return int(self._environment.reader_check())
@@ -439,7 +469,7 @@ class ViewReader:
         try:
             meta = Meta.decode(encoded, str(self._folder / str(partition)))
         except StateError as error:
-            raise SequenceCorruptError(str(error)) from error
+            raise SequenceUnavailableError(str(error)) from error
         if meta.fingerprints != self._fingerprints:
             raise SequenceUnavailableError(
                 f"{self._folder / str(partition)}: the worker keeps other [sequence] definitions than this domain file: start both with one"

@@ -285,15 +285,15 @@ def run_worker(
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)  # Faust would say it in a long trace
-    except StreamError as error:
-        log.critical("the worker does not start: %s", error)
-        return 1
     config.state_folder.mkdir(parents=True, exist_ok=True)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    app = create_app(config, on_ready=on_ready, at=at)
+    try:
+        log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)  # Faust would say it in a long trace
+        app = create_app(config, on_ready=on_ready, at=at)
+    except StreamError as error:
+        log.critical("the worker does not start: %s", error)
+        return 1
     # A batch makes tens of thousands of short-lived message objects and no cycles: collecting after every 700 of them finds nothing.
     gc.collect()
     gc.freeze()

@@ -337,6 +337,25 @@ def test_a_row_that_cannot_be_trusted_is_data_loss(tmp_path, damage, says):
     reader.close()
 
 
+@pytest.mark.parametrize("damage", ["bit", "other user", "nobody's"])
+def test_damaged_rows_of_a_view_are_written_again_from_the_store(tmp_path, damage):
+    build_view(tmp_path, batches(1))
+    view = PartitionView(tmp_path, 0)
+    with view._environment.begin() as transaction:
+        good = {key: row for key, row in transaction.cursor() if not key.startswith(b"\0")}
+    meta, (key, other) = view.meta(), sorted(good)[1:3]
+    broken = {"bit": good[key][:-1] + bytes([good[key][-1] ^ 1]), "other user": good[other], "nobody's": b"x" * 80}[damage]
+    place = row_key(1, 2**64 - 1) if damage == "nobody's" else key
+    assert view.mend(lambda _: pytest.fail("nothing is damaged"), meta, 1_000) == 0
+    with view._environment.begin(write=True) as transaction:
+        transaction.put(place, broken)
+    repaired = [view.mend(lambda keys: [good.get(key) for key in keys], meta, 2) for _ in range(len(good) // 2 + 2)]
+    assert sum(repaired) == 1
+    with view._environment.begin() as transaction:
+        assert {key: row for key, row in transaction.cursor() if not key.startswith(b"\0")} == good
+    view.close()
+
+
 @pytest.mark.parametrize("at", [0, 4, 64])
 def test_a_damaged_row_is_not_copied_into_a_view(tmp_path, at):
     view = PartitionView(tmp_path, 0, map_bytes=1 << 24)

@@ -1,16 +1,20 @@
 """One suite over every store: RocksDB and the one in memory keep the same promises."""
 
 import dataclasses
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
+from features.ports import SequenceCorruptError
 from features.sequence import Definition
 from streams.errors import StateError
 from streams.memory import MemoryStore
+from streams.snapshots import Snapshots
 from streams.state import Meta, row_key, row_keys
-from streams.store import RocksStore
+from streams.store import RocksStore, is_held
 
 KEPT = {1: Definition(fingerprint=11, length=3), 2: Definition(fingerprint=22, length=5)}
 EPOCH = 77
@@ -110,7 +114,7 @@ def test_a_damaged_meta_row_is_refused_and_names_the_folder():
     assert Meta.decode(bytes(data), "here") == meta
     for i in range(len(data)):
         data[i] ^= 1
-        with pytest.raises(StateError, match="here: "):
+        with pytest.raises(SequenceCorruptError, match="here: "):
             Meta.decode(bytes(data), "here")
         data[i] ^= 1
 
@@ -175,3 +179,116 @@ def test_what_rows_held_before_is_in_no_file_after_a_purge(new_store, tmp_path, 
     assert [row for key, row in held.scan() if key != marker] == others
     held.close()
     assert not in_files()
+
+
+# Damage in RocksDB's files.
+
+LARGE = np.arange(20_000, dtype=np.uint64)
+
+
+def flip(path, share=0.4):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * share)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def with_a_damaged_block(tmp_path):
+    """A store whose partition has one damaged block, and the keys of its rows."""
+    store = RocksStore(tmp_path, KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20, lock_wait_s=0.0)
+    held = store.open(0, EPOCH)
+    for part in np.split(LARGE, 10):
+        held.write(row_keys(1, part), [bytes(50) + key for key in row_keys(1, part)], after(held.meta, int(part[-1])))
+    held.checkpoint(tmp_path / "checkpoint")  # everything is in tables now
+    held.close()
+    flip(max((tmp_path / "0").glob("*.sst"), key=lambda path: path.stat().st_size))
+    return store
+
+
+def test_a_damaged_block_is_an_error_of_its_own(with_a_damaged_block):
+    held = with_a_damaged_block.open(0, EPOCH)
+    errors = []
+    for part in np.split(LARGE, 200):
+        try:
+            assert held.get(row_keys(1, part)) == [bytes(50) + key for key in row_keys(1, part)]
+        except SequenceCorruptError as error:
+            errors.append(str(error))
+    assert 0 < len(errors) < 20
+    assert all("0: a file of the state is damaged: Corruption: block checksum mismatch" in error for error in errors)
+    held.close()
+
+
+def test_a_scan_says_where_it_cannot_go_on_and_the_folder_is_free_at_once(with_a_damaged_block):
+    held = with_a_damaged_block.open(0, EPOCH)
+    rows = []
+    with pytest.raises(SequenceCorruptError, match="block checksum mismatch") as found:
+        rows.extend(key for key, _ in held.scan())
+    assert len(rows) < len(LARGE)
+    held.close()
+    with_a_damaged_block.open(0, EPOCH).close()  # nothing that the traceback holds keeps it open
+    assert found.tb is not None
+
+
+def test_writes_after_a_compaction_met_damage_are_refused_as_damage(with_a_damaged_block, tmp_path):
+    held = with_a_damaged_block.open(0, EPOCH)
+
+    def write_on():
+        for i in range(100):
+            held.write(row_keys(1, LARGE[::50]), [b"new"] * 400, after(held.meta, 100_000 + i))
+            held.checkpoint(tmp_path / f"checkpoint-{i}")
+
+    with pytest.raises(SequenceCorruptError, match="block checksum mismatch"):
+        write_on()
+    held.close()
+    with_a_damaged_block.open(0, EPOCH).close()
+
+
+@pytest.mark.parametrize(
+    ("file", "how"), [("*.sst", "gone"), ("*.sst", "shorter"), ("MANIFEST*", "bit"), ("CURRENT", "gone"), ("CURRENT", "bit")]
+)
+def test_a_damaged_folder_is_refused_when_it_is_opened(tmp_path, file, how):
+    store = RocksStore(tmp_path, KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20, lock_wait_s=0.0)
+    held = store.open(0, EPOCH)
+    held.write(row_keys(1, LARGE), [bytes(50)] * len(LARGE), after(held.meta, 5))
+    held.checkpoint(tmp_path / "checkpoint")
+    held.close()
+    path = max((tmp_path / "0").glob(file), key=lambda path: path.stat().st_size)
+    if how == "gone":
+        path.unlink()
+    elif how == "shorter":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        flip(path)
+    tables = {path.name for path in (tmp_path / "0").glob("*.sst")}
+    with pytest.raises((SequenceCorruptError, StateError), match=str(tmp_path)):
+        store.open(0, EPOCH)
+    assert {path.name for path in (tmp_path / "0").glob("*.sst")} == tables
+
+
+def test_a_held_folder_is_known(tmp_path):
+    folder = tmp_path / "0"
+    assert not is_held(folder)
+    held = RocksStore(tmp_path, KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20).open(0, EPOCH)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the lock is one between processes
+        assert pool.submit(is_held, folder).result()
+        held.close()
+        assert not pool.submit(is_held, folder).result()
+
+
+def test_a_store_restores_and_keeps_what_it_replaces(tmp_path):
+    snapshots = Snapshots(str(tmp_path / "snapshots"))
+    store = RocksStore(tmp_path / "state", KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20, lock_wait_s=0.0, snapshots=snapshots)
+    assert store.newest_snapshot(0, EPOCH) is None
+    held = store.open(0, EPOCH)
+    held.write([row_key(1, 1)], [b"early"], after(held.meta, 5))
+    held.checkpoint(tmp_path / "checkpoint")
+    snapshots.take(tmp_path / "checkpoint", held.meta)
+    held.write([row_key(1, 1)], [b"late"], after(held.meta, 9))
+    held.close()
+    assert store.newest_snapshot(0, EPOCH) == 5
+    with pytest.raises(StateError, match="no snapshot"):
+        store.restore(0, EPOCH, first=7)
+    held = store.restore(0, EPOCH)
+    assert (held.meta.applied_offset, held.get([row_key(1, 1)])) == (5, [b"early"])
+    held.close()
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["0", "0.aside-1"]
