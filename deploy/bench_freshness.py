@@ -13,7 +13,7 @@ from rich.console import Console
 from deploy.bench_ingest import BenchError
 from deploy.bench_live import EVENTS_PER_S, HALF_LOAD_EVENTS_PER_S, PARTITIONS, Live, Load, live, sleep_until
 from features.domain import Domain
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 SECONDS, FOLLOWED_PER_S, ACTIONS_MAX = 15.0, 100, 50
 _POLL_S = 0.0005

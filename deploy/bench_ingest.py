@@ -23,7 +23,7 @@ from features.sequence import decode_row, definition
 from streams.batch_loop import WorkerConfig
 from streams.kafka import KafkaConfig, Topics, ensure_topics
 from streams.producer import ActionProducer
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 ZIPF_EXPONENT = 1.05

@@ -31,7 +31,7 @@ from streams.batch_loop import WorkerConfig
 from streams.kafka import KafkaConfig, Topics, end_offsets, ensure_topics, new_producer
 from streams.producer import ActionProducer
 from streams.reader_service import ReaderConfig, run_reader
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 PARTITIONS, USERS, HISTORY = 4, 50_000, 1_000_000

@@ -36,7 +36,7 @@ from features.sequence import decode_row, definition
 from streams.batch_loop import WorkerConfig
 from streams.kafka import KafkaConfig, Topics, ensure_topics
 from streams.producer import ActionProducer
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 EVENTS, QUIX_EVENTS, FAUST_EVENTS = 3_000_000, 1_000_000, 60_000
 USERS, PARTITIONS, SEQUENCE, SAMPLED, SEED = 50_000, 4, "main", 200, 1

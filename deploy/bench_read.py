@@ -17,7 +17,7 @@ from deploy.bench_ingest import make_load
 from deploy.bench_live import EVENTS_PER_S, HALF_LOAD_EVENTS_PER_S, PARTITIONS, USERS, Live, live, sleep_until
 from features.domain import Domain
 from streams.remote_reader import RemoteReader
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 READS_PER_S, SECONDS, USERS_AT_ONCE = 200, 10.0, 100
 SPIN_S = 0.0003

@@ -44,7 +44,7 @@ from streams.producer import ActionProducer
 from streams.snapshots import Snapshots
 from streams.state import definitions, row_keys
 from streams.store import RocksStore
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 USERS = 2_000_000

@@ -36,7 +36,7 @@ from streams.bootstrap import BUCKET_EVENTS, Target, load_partition, write_rows
 from streams.kafka import KafkaConfig, LogIdentity, Topics, ensure_topics
 from streams.producer import ActionProducer
 from streams.state import definitions
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 _U64 = npt.NDArray[np.uint64]

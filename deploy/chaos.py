@@ -39,7 +39,7 @@ from features.sequence import decode_row, definition
 from streams.errors import ProduceError
 from streams.kafka import TopicPartition, end_offsets, ensure_topics, log_identity, new_reader, records_of
 from streams.producer import ActionProducer
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 PARTITIONS, USERS, EVENTS_PER_S = 4, 300, 300
 SESSION_TIMEOUT_MS = 3_000

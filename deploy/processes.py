@@ -20,7 +20,7 @@ from streams.erasure_service import ErasureServiceConfig
 from streams.kafka import KafkaConfig, Topics, log_identity
 from streams.ranking_log import RankingLog
 from streams.reader_service import ReaderConfig, run_reader
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 RELEASE_KEY, MOVE_KEY = "release/", "log/"

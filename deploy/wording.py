@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import typer
+from rich.table import Table
 
 from features.domain import Domain
+from streams.snapshots import Manifest
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -193,3 +195,21 @@ def as_json(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """A manifest for a person: where the state stood, when, and what the files are."""
+    place = f"{manifest.log_epoch:016x}:{manifest.partition}:{manifest.applied_offset}"
+    clock = _time(manifest.log_clock_ms) if manifest.log_clock_ms else "no record yet"
+    title = f"snapshot at {place}, taken {_time(manifest.created_ms)}, log clock {clock}"
+    if manifest.start_offset:
+        title += f", records before offset {manifest.start_offset} missed"
+    sequences = ", ".join(f"{number}: {fingerprint:016x}" for number, fingerprint in manifest.fingerprints)
+    table = Table("file", "bytes", "object", title=title, caption=f"{manifest.size} bytes; sequences by id and definition: {sequences}")
+    for file in manifest.files:
+        table.add_row(file.name, str(file.size), file.hash)
+    return table
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from features.sequence import HEADER_DTYPE, Row, decode_row
 from streams.state import Meta, row_key
 from streams.store import open_for_reading
-from streams.view import ViewPartition
+from streams.view_reader import ViewPartition
 
 Where = Literal["view", "store"]
 LENGTH_BOUNDS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)

@@ -28,7 +28,7 @@ from protos.v1.actions_pb2 import Position as WirePosition
 from streams.erasure_service import SERVICE as ERASURE_SERVICE
 from streams.erasure_service import ErasureServiceConfig, add_erasure
 from streams.errors import StreamError
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.sequence_pb2 import GetPositionRequest, GetSequencesRequest, UserSequence
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
 from streams.reader_service import ANSWER_BYTES_MAX, users_max
-from streams.view import check_row
+from streams.view_reader import check_row
 
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.01, 0.25
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)

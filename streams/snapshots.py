@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import xxhash
-from rich.table import Table
 
 from streams.errors import SnapshotError, StateError, StreamError
 from streams.state import Meta
@@ -539,26 +538,8 @@ def set_aside(folder: Path, *, kept: int = 2) -> Path | None:
     return aside
 
 
-def manifest_table(manifest: Manifest) -> Table:
-    """A manifest for a person: where the state stood, when, and what the files are."""
-    place = f"{manifest.log_epoch:016x}:{manifest.partition}:{manifest.applied_offset}"
-    clock = _time(manifest.log_clock_ms) if manifest.log_clock_ms else "no record yet"
-    title = f"snapshot at {place}, taken {_time(manifest.created_ms)}, log clock {clock}"
-    if manifest.start_offset:
-        title += f", records before offset {manifest.start_offset} missed"
-    sequences = ", ".join(f"{number}: {fingerprint:016x}" for number, fingerprint in manifest.fingerprints)
-    table = Table("file", "bytes", "object", title=title, caption=f"{manifest.size} bytes; sequences by id and definition: {sequences}")
-    for file in manifest.files:
-        table.add_row(file.name, str(file.size), file.hash)
-    return table
-
-
 def _is_of(manifest: Manifest, meta: Meta) -> bool:
     return (manifest.fingerprints, manifest.start_offset) == (meta.fingerprints, meta.start_offset)
-
-
-def _time(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _digest(

@@ -20,7 +20,7 @@ from features.oracle import naive_fold
 from features.sequence import decode_row, definition
 from streams.batch_loop import WorkerConfig
 from streams.kafka import KafkaConfig, LogIdentity, TopicPartition, Topics, end_offsets, ensure_topics, new_reader
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 DEADLINE_S = 60.0

@@ -23,7 +23,8 @@ from streams.errors import FencedError, StreamError, ViewError
 from streams.reader_service import ReaderConfig
 from streams.remote_reader import RemoteReader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 
 @pytest.fixture(params=["view", "remote", "oracle"])

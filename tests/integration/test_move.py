@@ -17,7 +17,7 @@ from streams.broadcast import Announcements
 from streams.errors import StateError
 from streams.kafka import end_offsets, log_identity
 from streams.producer import ActionProducer
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 pytestmark = pytest.mark.servers
 

@@ -15,7 +15,8 @@ from features.actions import EVENT_DTYPE
 from features.ports import SequenceUnavailableError
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
 from streams.state import Meta, definitions, fingerprints, row_key
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 READERS, ENOUGH, DEADLINE_S = 3, 200, 60.0
 USERS = [*range(40), 1_999, 9_999, 1 << 40]

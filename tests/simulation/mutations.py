@@ -12,9 +12,11 @@ import pytest
 import streams.core
 import streams.view
 from features.actions import ERASE, decode_batch
+from features.ports import SequenceUnavailableError
 from streams.core import WorkerCore, fold_batch
 from streams.state import META_KEY
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 from .schedule import Simulation, SimWorker
 from .world import Handle, SimPartition, SimReader, SimView
@@ -132,7 +134,7 @@ def later_view_not_adopted(patch: Patch) -> None:
 def torn_view_read(patch: Patch) -> None:
     def environment(self, partition):
         if partition not in self._machine.views:
-            raise streams.view.SequenceUnavailableError("no view")
+            raise SequenceUnavailableError("no view")
         return Handle(self._machine.views[partition], lambda where: self._observer.point(None, where), lambda *_: None)
 
     patch.setattr(SimReader, "_environment", environment)

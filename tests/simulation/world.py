@@ -18,7 +18,8 @@ from features.sequence import Definition
 from streams.errors import FencedError, StateError
 from streams.state import META_KEY, Meta
 from streams.store import check_meta, initial_meta
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 from .plan import EPOCH, PartitionPlan
 

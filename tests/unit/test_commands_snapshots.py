@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
+from deploy.wording import manifest_table
 from features.domain import load_domain
-from streams.snapshots import Snapshots, manifest_table
+from streams.snapshots import Snapshots
 from streams.state import definitions, row_keys
 from streams.store import RocksStore
 

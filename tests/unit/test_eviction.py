@@ -12,7 +12,8 @@ from streams.core import fold_batch
 from streams.eviction import EvictionPass
 from streams.state import definitions, row_key
 from streams.store import RocksStore
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 EPOCH, DAY_MS = 5, 86_400_000
 DOMAIN = parse_domain(

@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 HOMES = {
     "rocksdict": {"streams/store.py"},
-    "lmdb": {"streams/view.py"},
+    "lmdb": {"streams/view.py", "streams/view_reader.py"},
     "faust": {"streams/worker.py"},
     "mode": {"streams/worker.py"},
     "confluent_kafka": {

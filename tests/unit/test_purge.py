@@ -19,7 +19,8 @@ from streams.errors import FencedError
 from streams.purge import PURGED_FILE, ErasurePass, Purged, read_purged
 from streams.state import definitions, row_key
 from streams.store import RocksStore
-from streams.view import PartitionView, ViewReader
+from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 EPOCH, ERASED = 5, 777
 DOMAIN = parse_domain(
