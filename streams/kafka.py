@@ -294,8 +294,8 @@ class EndOffsets:
     """Asks the broker where partitions end, without waiting for the answer."""
 
     def __init__(self, config: KafkaConfig, topic: str) -> None:
+        self._config, self._topic = config, topic
         self._admin = AdminClient(config.client("admin"))
-        self._topic = topic
         self._asked_ms = 0
         self._answers: dict[TopicPartition, Future[ListOffsetsResultInfo]] = {}
 
@@ -308,6 +308,9 @@ class EndOffsets:
             for place, answer in self._answers.items()
             if answer.exception() is None
         ]
+        if any(map(_is_stale, self._answers.values())):
+            # librdkafka keeps asking with the leader epoch that it learned first, for minutes; a new client learns the present one.
+            self._admin = AdminClient(self._config.client("admin"))
         self._asked_ms = time.time_ns() // 1_000_000
         wanted = {TopicPartition(self._topic, partition): OffsetSpec.latest() for partition in partitions}
         self._answers = self._admin.list_offsets(wanted, request_timeout=_ANSWER_TIMEOUT_S) if wanted else {}
@@ -324,6 +327,12 @@ def by_partition(messages: Seq[Message]) -> tuple[dict[int, list[Message]], list
     for partition, run in groupby(messages, Message.partition):  # a fetch brings thousands of one partition in a row
         found.setdefault(partition, []).extend(run)
     return found, errors
+
+
+def _is_stale(answer: "Future[ListOffsetsResultInfo]") -> bool:
+    error = answer.exception()
+    stale = (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.NOT_LEADER_FOR_PARTITION)
+    return isinstance(error, KafkaException) and error.args[0].code() in stale
 
 
 def records_of(messages: Seq[Message]) -> Records:
