@@ -133,10 +133,11 @@ def bootstrap(
             with _Processes(job, processes) as pool:
                 counts = Counts()
                 done = 0
+                hashed = pool.each(_describe, history.files)
                 for group, found in pool.each(_scatter, groups):
                     counts, done = counts + found, done + group.rows
                     progress("read", done, total)
-                files = tuple(described for _, described in sorted(pool.each(_describe, history.files)))
+                files = tuple(described for _, described in sorted(hashed))
                 if not counts.events:
                     raise BaseError(f"{source}: holds no action that the log would take ({counts.rejected} were rejected)")
                 places = counts.events, counts.erasures, counts.rejected, counts.clock_ms
@@ -244,10 +245,9 @@ class _Processes:
         self._pool.shutdown(cancel_futures=True)
 
     def each(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(item, result) of each item, as they come."""
+        """(item, result) of each item, as they come; the work begins now."""
         futures = {self._pool.submit(function, item): item for item in items}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        return ((futures[future], future.result()) for future in as_completed(futures))
 
 
 _job: _Job | None = None
