@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import lmdb
 
@@ -471,23 +471,21 @@ class Simulation:
     def _check_read(self, machine: Machine, partition: int, sequence: str) -> int:
         """Checks one read of all of a partition's users; returns its offset, -2 where there was nothing to read."""
         plan, reader, boot = self.plan.partitions[partition], self._readers[machine.name], machine.boot
-        try:
+        readings = None
+        with suppress(SequenceUnavailableError):
             readings = reader.read(sequence, [*plan.users, plan.stranger])
-        except SequenceUnavailableError:
+        if readings is None or machine.boot != boot:  # or it lost power meanwhile
             return -2
-        if machine.boot != boot:
-            return -2  # the reader's machine lost power meanwhile
         self.happened["reads"] += 1
-        meta, sequence_id = reader.meta_read(partition), self.plan.domain.sequence[sequence].id
-        what = definition(self.plan.domain, sequence)
+        meta, what = reader.meta_read(partition), definition(self.plan.domain, sequence)
+        sequence_id = self.plan.domain.sequence[sequence].id
         for reading in readings:
             at = reading.watermark
             where = f"{machine.name}, partition {partition}, user {reading.user_id:x}, sequence {sequence}, offset {at.offset}"
             if (at.log_epoch, at.partition) != (EPOCH, partition):
                 raise WrongError(f"read of {where}: watermark {at}")
             clock_ms = plan.clock_ms(meta.start_offset, at.offset)
-            row = as_read(what, plan.row(sequence_id, reading.user_id, meta.start_offset, at.offset), clock_ms)
-            if reading.row != row:
+            if reading.row != as_read(what, plan.row(sequence_id, reading.user_id, meta.start_offset, at.offset), clock_ms):
                 raise WrongError(f"read of {where}: not the naive fold at its watermark")
             if reading.log_clock_ms != clock_ms:
                 raise WrongError(f"read of {where}: the log clock is not that of the watermark")
