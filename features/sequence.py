@@ -181,7 +181,10 @@ def _check_rows(what: Definition, batch: Batch, rows: Seq[bytes | None]) -> _Old
 
 
 def _appends(what: Definition, batch: Batch, old: _OldRows, new: Events, evict_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Of which users the law only appends: no erasure and no capped action, nothing seen before, late, doubled or evicted."""
+    """Of which users the law only appends: no erasure and no capped action, nothing seen before, late, doubled or evicted.
+
+    An erasure's event is zeros here, so its time is never later than anything.
+    """
     touched = batch.by_user
     times, ids = new["event_time_ms"], new["event_id"]
     ascends = np.ones(len(new), bool)
@@ -191,8 +194,6 @@ def _appends(what: Definition, batch: Batch, old: _OldRows, new: Events, evict_m
     last_times, last_ids = last[:, 0], last[:, 1].view(np.uint64)
     first_times, first_ids = times[touched.starts], ids[touched.starts]
     ascends[touched.starts] = (first_times > last_times) | ((first_times == last_times) & (first_ids > last_ids)) | (old.counts == 0)
-    if (batch.verdict == ERASE).any():
-        ascends &= batch.verdict[touched.order] == ACTION
     for action, _ in what.caps:
         ascends &= new["action"] != action
     appends = np.logical_and.reduceat(ascends, touched.starts)

@@ -37,7 +37,7 @@ def records(draw, size=40):
     """Few users, times and ids, so that ties, duplicates, late and future events are the rule; or times that mostly rise with the log."""
     rows, late_of_10 = [], draw(st.sampled_from([0, 1, 10]))
     for offset in range(draw(st.integers(1, size))):
-        user, append_ms = draw(st.integers(1, 3)), draw(st.integers(50, 90))
+        user, append_ms = draw(st.integers(1, 3)), 50 + offset // 2 if late_of_10 < 10 else draw(st.integers(50, 90))
         is_late = draw(st.integers(1, 10)) <= late_of_10
         if draw(st.integers(0, 9)) == 0:
             rows.append((user, append_ms, encode_erase(user_id=user, event_id=offset, reason="test")))
@@ -47,7 +47,7 @@ def records(draw, size=40):
             entity_kind=1,
             entity_id=draw(st.sampled_from([1, 255, 256, 2**64 - 1])),
             action=draw(st.integers(1, 4)),
-            event_time_ms=draw(st.integers(40, 99)) if is_late else 40 + offset // 2,
+            event_time_ms=draw(st.integers(40, 99)) if is_late else append_ms - draw(st.integers(0, 1)),
             event_id=draw(st.integers(0, 2)),
             surface=draw(st.sampled_from([0, 1, 256])),
             value=draw(st.sampled_from([float("nan"), 0.0, -0.0, 1.5])),
@@ -92,9 +92,11 @@ def test_fold_is_the_law_whatever_the_batches(what, log, cuts):
         assert decoded.events.tobytes() == expected[user].sequence(what).tobytes()
         assert (decoded.fingerprint, decoded.log_epoch) == (7, 9)
     assert fold(what, [to_batch(log)]) == rows, "how the log is cut into batches must not show in a single byte"
-    parts = list(to_batch(log).parts(2))
-    assert fold(what, parts) == rows
-    assert all(len(touched_users(part)) <= 2 for part in parts)
+    for users_max in (1, 2):
+        parts = list(to_batch(log).parts(users_max))
+        assert all(len(touched_users(part)) <= users_max for part in parts)
+        assert fold(what, parts) == rows
+    assert fold(what, [to_batch([record], i) for i, record in enumerate(log)]) == rows
 
 
 @settings(max_examples=100, deadline=None)
@@ -125,6 +127,14 @@ def test_union_is_idempotent_commutative_associative(what, log, order):
     left = law(what, np.concatenate((law(what, np.concatenate((a, b))), c)))
     right = law(what, np.concatenate((a, law(what, np.concatenate((b, c))))))
     assert left.tobytes() == right.tobytes() == whole.tobytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(what=DEFINITIONS, log=records(), stretch=st.tuples(st.integers(0, 39), st.integers(1, 40)))
+def test_records_that_a_row_includes_change_no_byte_of_it_when_they_come_again(what, log, stretch):
+    again = log[stretch[0] : stretch[1]]
+    twice = [to_batch(log), to_batch(again, first_offset=stretch[0])] if again else [to_batch(log)]
+    assert fold(what, twice) == fold(what, [to_batch(log)])
 
 
 @settings(max_examples=100, deadline=None)
