@@ -285,11 +285,12 @@ class WorkerCore:
                 f"partition {meta.partition}: the state includes offset {meta.applied_offset}, the log ends before {following}: it lost "
                 "records (or is another one). Give the worker new folders for state and view to rebuild from this log"
             )
-        ahead = -1 if wanted < first else _RESTORE_AHEAD_RECORDS if wanted else 0
+        is_needed = wanted < first or (bool(self._following.base) and not wanted and not meta.log_clock_ms)  # behind, or a base is missing
+        ahead = -1 if is_needed else _RESTORE_AHEAD_RECORDS if wanted else 0
         snapshot = None
         if following - wanted > ahead:  # otherwise none can be; a usual restart needs no snapshot store
             try:
-                snapshot = self._newest_snapshot(meta.partition, is_needed=wanted < first)
+                snapshot = self._newest_snapshot(meta.partition, is_needed=is_needed)
             except SnapshotError:
                 store.close()
                 raise
