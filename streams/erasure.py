@@ -46,7 +46,7 @@ SNAPSHOT_MARGIN_MS = DAY_MS // 12
 LEFT_OVER_MS = DAY_MS
 """A file that was being written when a process was killed, and a state that was set aside as damaged, go after this time."""
 
-_ASIDE = re.compile(r"\d+\.(damaged|aside-\d+)")
+_ASIDE = re.compile(r"(\d+)(\.damaged|\.restoring|\.aside-\d+|-\d+)")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,9 @@ class _Run:
         home, last = self.job.home, entry.last
         folders = [folder for folder in self.states if folder.name == str(last.partition)]
         unpurged = self._remove_idle(entry, [folder for folder in folders if not _purged(folder, last)])
-        unpurged += [path for path in self.aside if path.name.partition(".")[0] == str(last.partition)]  # `_sweep` removes them
+        unpurged += [
+            path for path in self.aside if path.name.startswith((f"{last.partition}.", f"{last.partition}-"))
+        ]  # `_sweep` removes them
         waiting = [str(folder.relative_to(home)) for folder in unpurged]
         purged: Status = "due" if waiting else "done" if folders else "absent"
         self._set(entry, "state", purged, f"the worker purges {', '.join(waiting)}" if waiting else "")
@@ -429,7 +431,7 @@ def _name(erasure: Erasure) -> str:
 
 
 def _set_aside(home: Path) -> list[Path]:
-    """State folders that a worker has replaced."""
+    """State folders that a worker has replaced, and restored or checkpointed ones that a killed worker did not come to use."""
     return [path for path in home.glob("state/**/*") if path.is_dir() and _ASIDE.fullmatch(path.name)]
 
 

@@ -322,7 +322,9 @@ def test_a_state_that_nobody_uses_is_removed_before_the_deadline(home):
     run_job(home.job, half_ms - 2)
     assert (states / str(PARTITION)).exists(), "a worker may still come back to it"
     aside = states / f"{PARTITION}.damaged"
-    shutil.copytree(states / str(PARTITION), aside)
+    checkpoint = states / "checkpoints" / f"{PARTITION}-17"
+    for copy in (aside, checkpoint):
+        shutil.copytree(states / str(PARTITION), copy)
     run_job(home.job, half_ms)
     assert Audit(home.path / AUDIT).of_user(ERASED)[0].places["state"].status == "due", "the copy that was set aside is not a day old"
     assert not (states / str(PARTITION)).exists()
@@ -330,6 +332,7 @@ def test_a_state_that_nobody_uses_is_removed_before_the_deadline(home):
     assert (states / str(1 - PARTITION)).exists()
     run_job(home.job, int(aside.stat().st_mtime * 1000) + DAY_MS + 1_000)
     assert not aside.exists()
+    assert not checkpoint.exists()
     assert home.found() == set()
 
 
