@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     )
     inspect.command("user")(inspect_user)
     inspect.command("partition")(inspect_partition)
+    inspect.command("snapshot")(inspect_snapshot)
     app.add_typer(inspect, name="inspect")
 
 
@@ -99,6 +100,45 @@ def inspect_partition(
     else:
         for table in _partition_tables(product, found[number], path, now):
             Console().print(table)
+
+
+def inspect_snapshot(
+    partition: Annotated[int, typer.Argument(min=0, help="The partition.")],
+    offset: Annotated[int | None, typer.Option(help="Offset, as `snapshot list` prints it; the newest where absent.")] = None,
+    epoch: Annotated[str | None, typer.Option(help="Log epoch in hexadecimal; the newest snapshot's where absent.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where the snapshots are; the setting snapshot_url where absent.")] = None,
+    as_json_lines: Json = False,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Show one snapshot's manifest: the moment of its state, when it was taken, its definitions, its files.
+
+    Example: `freshrank inspect snapshot 3`
+    """
+    from deploy.commands_snapshots import open_snapshots
+    from deploy.wording import manifest_table
+    from features.domain import load_domain
+
+    settings = settings_for(home, domain)
+    snapshots = open_snapshots(settings, url)
+    try:
+        number = int(epoch, 16) if epoch is not None else None
+    except ValueError:
+        raise typer.BadParameter(f"{epoch!r} is not hexadecimal, as `snapshot list` prints it", param_hint="--epoch") from None
+    found = [manifest for manifest in snapshots.manifests(number, partition) if offset in (None, manifest.applied_offset)]
+    if not found:
+        raise typer.BadParameter(f"partition {partition}: no such snapshot below {snapshots.where}; `freshrank snapshot list` prints them")
+    manifest = max(found, key=lambda one: one.created_ms)
+    if as_json_lines:
+        print(manifest.encode().decode(), end="")
+        return
+    now = now_ms()
+    table = Table(show_header=False, title=f"snapshot of partition {partition}", title_justify="left")
+    for name, text in _meta_fields(load_domain(settings.domain), manifest, manifest.size, now).items():
+        table.add_row("size" if name == "on disk" else name, text)
+    table.add_row("taken", time_text(manifest.created_ms, now))
+    Console().print(table)
+    Console().print(manifest_table(manifest))
 
 
 def _where(settings: Any, store: bool, folder: Path | None) -> tuple[Any, Path]:

@@ -239,9 +239,9 @@ class BatchLoop:
             loop_age_s=0.0 if self.core.is_restoring else time.monotonic() - self._turned_s,
             stalled_s=self._config.stalled_s,
         )
-        snapshots = self._snapshots.partitions() if self._snapshots else {}
-        epoch = f"{self._identity.epoch:016x}" if self._identity else None
-        return {**found, "log_epoch": epoch, "partitions": partitions, "snapshots": snapshots}
+        if self._snapshots:
+            found |= {"snapshots": self._snapshots.partitions(), "restores": self._snapshots.restores()}
+        return {**found, "log_epoch": f"{self._identity.epoch:016x}" if self._identity else None, "partitions": partitions}
 
     # Assignment: called by librdkafka inside of consume(), in this loop's own thread.
 

@@ -97,6 +97,10 @@ class SnapshotService:
                 if known.offset is not None and known.at_ms is not None
             }
 
+    def restores(self) -> dict[int, float]:
+        """Share that is done of each restore that runs now, by partition."""
+        return {partition: done / max(total, 1) for partition, (done, total) in list(self._snapshots.restoring.items())}
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends the upload that runs, behind the file that it is at; what it has uploaded is used by the next one."""
         self._stopping.set()

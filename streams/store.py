@@ -310,11 +310,8 @@ def open_for_reading(folder: str | Path, partition: int) -> "RocksPartition":
     path = Path(folder) / str(partition)
     if not (path / "CURRENT").exists():
         raise StateError(f"{path}: no state of partition {partition}: is this the worker's state folder?")
-    with (path / "LOCK").open("ab") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # RocksDB's own kind of lock; opening for reading would pass it by
-        except BlockingIOError:
-            raise StateError(f"{path}: a worker holds it: look at the view instead, or stop the worker") from None
+    if is_held(path):  # opening for reading would pass the lock by
+        raise StateError(f"{path}: a worker holds it: look at the view instead, or stop the worker")
     try:
         database = rocksdict.Rdict(str(path), rocksdict.Options(raw_mode=True), access_type=rocksdict.AccessType.read_only())
     except Exception as error:  # rocksdict raises plain Exception for everything

@@ -105,3 +105,15 @@ def test_options_must_be_json_and_are_not_shown(monkeypatch):
     with pytest.raises(SettingsError, match="must be a JSON object") as found:
         load_settings()
     assert "hidden" not in str(found.value)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_snapshot_is_read_as_a_person():
+    shown = CliRunner().invoke(cli.app, ["inspect", "snapshot", "2"]).output
+    for expected in ("000000000000004d:2:199", "the domain file's", " ago)", "CURRENT"):
+        assert expected in shown, expected
+    older = CliRunner().invoke(cli.app, ["inspect", "snapshot", "2", "--offset", "99", "--epoch", "4d", "--json"]).output
+    assert json.loads(older)["applied_offset"] == 99
+    missing = CliRunner().invoke(cli.app, ["inspect", "snapshot", "3"])
+    assert missing.exit_code == 2
+    assert "no such snapshot" in missing.output
