@@ -1,8 +1,8 @@
-"""Benchmark `decode`: what records in another valid encoding than the canonical one cost.
+"""Benchmark `decode`: what records in another encoding than the canonical one cost.
 
 The load of `ingest` is decoded and folded by the worker's own code into a store in memory, without Kafka, with 0, 1 and 100 % of the
-records in another encoding: fields in another order and an attribute, as a client in another language may write them. CPU of the one thread
-that does it; the state must be the same whatever the share.
+records in another valid protobuf encoding: fields in another order and an attribute, as a client in another language may write them. Then
+with all of them as JSON. CPU of the one thread that does it; the state must be the same whatever the encoding.
 """
 
 import time
@@ -34,16 +34,18 @@ _ATTRIBUTE = Action(attributes=[{"name": "client", "value": "other"}]).Serialize
 def bench_decode(runs: int, folder: Path, console: Console, *, event_count: int = EVENTS) -> list[dict[str, float]]:
     """Figures of each run. Raises BenchError: the state depends on the encoding."""
     del folder
-    domain = parse_domain(DOMAIN, source="bench domain")
+    domain = parse_domain(f'encodings = ["json"]\n{DOMAIN}', source="bench domain")
     users, events = make_load(event_count, USERS, 1)
     append_ms = time.time_ns() // 1_000_000
     found: list[dict[str, float]] = []
     for _ in range(runs):
         figures, states = {}, set()
         for percent in track(SLOW_PERCENT, "decode and fold", console=console, transient=True):
-            cpu_s, state = fold_load(domain, users, events, append_ms, percent)
+            cpu_s, state = fold_load(domain, users, events, append_ms, percent, _reordered)
             figures[f"cpu_us_per_event_slow_{percent}"] = cpu_s / event_count * 1e6
             states.add(state)
+        cpu_s, state = fold_load(domain, users[:json_count], events[:json_count], append_ms, 100, _as_json)
+        figures["cpu_us_per_event_json"] = cpu_s / json_count * 1e6
         if len(states) > 1:
             raise BenchError("the state depends on how the records were encoded")
         found.append(figures)

@@ -200,6 +200,7 @@ def serve(actions, releases, tables, release_id, *, lag_ms=500, seed=6):
                 append_times_ms=np.array([time_ms for time_ms, _, _ in piece], np.int64),
                 future_tolerance_ms=domain.future_tolerance_ms,
                 partition_count=len(actions.records),
+                encodings=domain.encodings,
             )
             users = touched_users(batch).tolist()
             rows.update(zip(users, apply_batch(what, batch, [rows.get(user) for user in users], clock_ms), strict=True))
