@@ -225,7 +225,7 @@ def new_group_consumer(
 
 
 def queue_limits(bytes_max: int) -> dict[str, int]:
-    """Settings of a consumer that stops fetching where `bytes_max` are waiting; one answer of each broker, at most as much, may be on top."""
+    """Settings of a consumer that stops fetching where `bytes_max` wait; one answer of each broker, at most as much, may be on top."""
     return {"queued_max_messages_kbytes": bytes_max >> 10, "fetch_max_bytes": min(_ANSWER_BYTES_MAX, bytes_max)}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from google.protobuf.json_format import MessageToJson
 
 import features.pack
 from deploy.replay import ACTIONS, RANKINGS, ReplayOptions, archive_logs, replay
@@ -27,6 +28,7 @@ from features.tables import Member, TableSet, write_generation
 from inference.release import load_model, open_release, write_release
 from inference.scoring import final_scores, head_weights
 from inference.transact import TransActRanker
+from protos.v1.actions_pb2 import Action
 from protos.v1.ranking_pb2 import TIER_CALLER_ORDER, TIER_MODEL, RankingRecord, RankRequest
 from streams.archive import ArchiveError, KafkaLog, ParquetLog, Records, Span, write_archive
 from streams.kafka import KafkaConfig, Topics, ensure_topics, new_producer
@@ -246,23 +248,26 @@ def rank(packer, release, model, request, row):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The release files and logs; tests get copies."""
-    root = tmp_path_factory.mktemp("world")
+    return make(tmp_path_factory.mktemp("world"), DOMAIN, random_actions())
+
+
+def make(root, domain_toml, records):
     write_tables(root / "tables", 1, START_MS - 2_000)
     write_tables(root / "tables", 2, START_MS - 1_000)
-    domain = parse_domain(DOMAIN, source="test")
+    domain = parse_domain(domain_toml, source="test")
     torch.set_num_threads(1)
     torch.manual_seed(3)
     generations = TableSet.open(root / "tables", domain, "home").generations
     release = write_release(
         root / "releases",
         model=TransActRanker(domain, "home"),
-        domain_toml=DOMAIN,
+        domain_toml=domain_toml,
         ranker="home",
         created_ms=START_MS,
         generations=generations,
         metrics={},
     )
-    actions = MemoryLog("actions", EPOCH, random_actions())
+    actions = MemoryLog("actions", EPOCH, records)
     served = serve(actions, root / "releases", root / "tables", release.release_id)
     return World(actions, MemoryLog("rankings", 1, served), root / "releases", root / "tables", release.release_id)
 
@@ -295,6 +300,29 @@ def test_what_was_served_is_rebuilt_byte_for_byte(world, tmp_path):
     assert 0 < report.events_missing < report.events_visible
     assert 0 <= report.missing_age_ms["p0"] <= report.missing_age_ms["p100"]
     assert json.loads(report.to_json())["events_missing_share"] == report.events_missing / report.events_visible
+
+
+def test_records_in_every_encoding_are_replayed_byte_for_byte(world, tmp_path):
+    """The release's domain file says what records may be in, as it did to the worker."""
+    plain = world.replay(tmp_path)
+    others = {
+        partition: [(at_ms, key, other_encoding(value, i % 3)) for i, (at_ms, key, value) in enumerate(records)]
+        for partition, records in world.actions.records.items()
+    }
+    assert sum(value[:1] in (b"{", b"\0") for records in others.values() for *_, value in records) > 500
+    root = tmp_path / "encoded"
+    encoded = make(root, f'encodings = ["json", "schema_registry"]\n{DOMAIN}', others)
+    report = encoded.replay(root)
+    assert report.ok, report.to_text()
+    assert (report.rows_different, report.bytes_different) == (0, 0)
+    assert (report.rankings_replayed, report.events_rejected) == (plain.rankings_replayed, plain.events_rejected)
+    assert [record.digest for record in encoded.records()] == [record.digest for record in world.records()], "the same was served"
+
+
+def other_encoding(value, which):
+    if which == 0 or value == b"garbage":
+        return value
+    return MessageToJson(Action.FromString(value)).encode() if which == 1 else b"\0\0\0\0\5\0" + value
 
 
 def test_a_share_of_users_is_replayed_whole(world, tmp_path):
