@@ -400,6 +400,7 @@ class _Chaos:
                 append_times_ms=records.broker_times_ms,
                 future_tolerance_ms=self.domain.future_tolerance_ms,
                 partition_count=PARTITIONS,
+                encodings=self.domain.encodings,
             )
 
 

@@ -65,6 +65,7 @@ def worker(settings: Settings) -> int:
         snapshot_every_s=settings.snapshot_every_s,
         snapshot_keep=settings.snapshot_keep,
         batch_events_max=settings.worker_batch_events_max,
+        queue_bytes_max=settings.worker_queue_mb << 20,
         cache_bytes=settings.rocksdb_cache_mb << 20,
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,
         direct_reads=settings.rocksdb_direct_reads,

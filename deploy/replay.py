@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from deploy.base_file import write_base_file
 from features.actions import EVENT_DTYPE, FORGOTTEN, REJECTED, decode_batch
 from features.base import Base, BaseError, BaseRecords
+from features.domain import Encoding
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packer
 from features.parity import PartitionLog, Report, Tally, missing_events
@@ -101,6 +102,14 @@ def replay(options: ReplayOptions) -> Report:
     started = time.monotonic()
     with open_logs(options) as (rankings, actions):
         return _Replay(options, rankings, actions).run(started)
+
+
+_Rules = tuple[int, tuple[Encoding, ...]]
+"""What a domain says of which records count: future_tolerance_ms and encodings."""
+
+
+def _rules(release: Release) -> _Rules:
+    return release.domain.future_tolerance_ms, release.domain.encodings
 
 
 class _Excluded(Exception):  # noqa: N818 - not an error: it carries a reason up to where it is counted
@@ -247,19 +256,19 @@ class _Replay:
         started = time.monotonic()
         logs = self._read_actions(partition, users)
         self.report.reading_s += time.monotonic() - started
-        for tolerance_ms, log in logs.items():
+        for rules, log in logs.items():
             for user_id, records in users.items():
-                mine = [r for r in records if self._release(r).domain.future_tolerance_ms == tolerance_ms]
+                mine = [record for record in records if _rules(self._release(record)) == rules]
                 self._replay_user(log, user_id, mine)
 
-    def _read_actions(self, partition: int, users: dict[int, list[RankingRecord]]) -> dict[int, PartitionLog]:
-        """The partition's records of these users, decoded with the future tolerance of each release that they were ranked with."""
-        tolerances = {self._release(record).domain.future_tolerance_ms for records in users.values() for record in records}
-        logs = {tolerance_ms: self._partition_log(partition, users) for tolerance_ms in sorted(tolerances)}
+    def _read_actions(self, partition: int, users: dict[int, list[RankingRecord]]) -> dict[_Rules, PartitionLog]:
+        """The partition's records of these users, decoded by the rules of each release that they were ranked with."""
+        of_releases = {_rules(self._release(record)) for records in users.values() for record in records}
+        logs = {rules: self._partition_log(partition, users) for rules in sorted(of_releases)}
         start, end = self.actions.partitions[partition]
         found = 0
         for records in self.actions.read(partition):
-            for tolerance_ms, log in logs.items():
+            for (tolerance_ms, encodings), log in logs.items():
                 batch = decode_batch(
                     log_epoch=self.actions.log_epoch,
                     partition=partition,
@@ -269,6 +278,7 @@ class _Replay:
                     append_times_ms=records.append_time_ms,
                     future_tolerance_ms=tolerance_ms,
                     partition_count=len(self.actions.partitions),
+                    encodings=encodings,
                 )
                 if records.forgotten is not None:
                     batch.verdict[records.forgotten] = FORGOTTEN

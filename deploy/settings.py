@@ -122,6 +122,9 @@ class Settings(BaseSettings):
     snapshot_every_s: PositiveFloat = Field(600.0, description="Time between two snapshots of a partition.")
     snapshot_keep: PositiveInt = Field(3, description="Snapshots of a partition that stay; younger ones than an hour stay, too.")
     worker_batch_events_max: PositiveInt = Field(80_000, description="Most records that the worker takes at once when it is behind.")
+    worker_queue_mb: Annotated[int, Field(ge=4, le=2047)] = Field(
+        64, description="Most records, in MB, that the worker fetches ahead of a slow disk; as much again of dead letters may wait."
+    )
     worker_slice_ms: float = Field(
         WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
     )

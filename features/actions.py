@@ -1,18 +1,20 @@
 """Actions and their one decoder.
 
 A record of the actions topic becomes one row of `EVENT_DTYPE`, or an erasure, or is rejected with a reason. The verdict depends on the
-record (key, value, append time) and on the domain's future tolerance alone, never on a clock or on state, so that a replay repeats it.
+record (key, value, append time) and on the domain's future tolerance and encodings alone, never on a clock or on state, so that a replay
+repeats it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.message import DecodeError
 
+from features.domain import Encoding
+from features.encodings import FRAME, FRAME_BYTES, read_action
 from features.ids import partitions_of, user_key, user_keys
 from protos.v1.actions_pb2 import Action
 
@@ -188,24 +190,26 @@ def decode_batch(
     append_times_ms: npt.NDArray[np.int64],
     future_tolerance_ms: int,
     partition_count: int,
+    encodings: Collection[Encoding] = (),
 ) -> Batch:
-    """Decodes records of one partition of a topic with `partition_count` partitions.
+    """Decodes records of one partition of a topic with `partition_count` partitions. `encodings`: the domain file's.
 
     Canonical bytes are read by NumPy from the joined values; any other valid encoding takes the generated class and gives the same events.
     """
     n = len(values)
     reasons: dict[int, str] = {}
+    plain = [_behind_frame(value) for value in values] if "schema_registry" in encodings else values
     # Where a value cannot be canonical, bytes of zeros stand in for it: then no step below needs an index.
-    if None in values or set(map(len, values)) - {CANONICAL_BYTES}:  # type: ignore[arg-type]
-        wire_values = [value if value is not None and len(value) == CANONICAL_BYTES else _NOT_CANONICAL for value in values]
+    if None in plain or set(map(len, plain)) - {CANONICAL_BYTES}:  # type: ignore[arg-type]
+        wire_values = [value if value is not None and len(value) == CANONICAL_BYTES else _NOT_CANONICAL for value in plain]
         wire = np.frombuffer(b"".join(wire_values), _WIRE)
     else:
-        wire = np.frombuffer(b"".join(values), _WIRE)  # type: ignore[arg-type]
+        wire = np.frombuffer(b"".join(plain), _WIRE)  # type: ignore[arg-type]
     users, events, verdict = wire["user_id"].astype("<u8"), _events_of(wire), np.full(n, ACTION, np.uint8)
     other = np.flatnonzero(~_canonical(wire))
     if len(other):
         verdict[other], users[other], events[other] = REJECTED, 0, np.zeros((), EVENT_DTYPE)
-        _decode_other(other, values, users, events, verdict, reasons)
+        _decode_other(other, values, encodings, users, events, verdict, reasons)
     _judge(keys, users, events, verdict, append_times_ms, future_tolerance_ms, reasons)
     misplaced = np.flatnonzero((partitions_of(users, partition_count) != partition) & (verdict != REJECTED))
     for i in misplaced.tolist():  # a reader would look for this user elsewhere, and an erasure would miss
@@ -218,6 +222,13 @@ def decode_batch(
     if none.any():
         value[none] = np.float32(np.nan)
     return Batch(log_epoch, partition, offsets, append_times_ms, verdict, users, events, reasons)
+
+
+def _behind_frame(value: bytes | None) -> bytes | None:
+    """What may be canonical behind a Schema Registry's frame; other values as they are, for `read_action`."""
+    if value is not None and len(value) == FRAME_BYTES + CANONICAL_BYTES and value[0] == FRAME and value[FRAME_BYTES - 1] == 0:
+        return value[FRAME_BYTES:]
+    return value
 
 
 def _canonical(wire: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
@@ -241,6 +252,7 @@ def _events_of(wire: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
 def _decode_other(
     other: npt.NDArray[np.int64],
     values: Seq[bytes | None],
+    encodings: Collection[Encoding],
     users: npt.NDArray[np.uint64],
     events: npt.NDArray[np.void],
     verdict: npt.NDArray[np.uint8],
@@ -249,7 +261,7 @@ def _decode_other(
     """Decodes the records `other` by the generated class, which writes actions anew in canonical bytes."""
     where, recoded = [], []
     for i in other.tolist():
-        found = _recode(values[i])
+        found = _recode(values[i], encodings)
         if isinstance(found, str):
             reasons[i] = found
         elif isinstance(found, bytes):
@@ -265,14 +277,13 @@ def _decode_other(
     users[index], events[index], verdict[index] = wire["user_id"], _events_of(wire), ACTION
 
 
-def _recode(value: bytes | None) -> bytes | int | str:
+def _recode(value: bytes | None, encodings: Collection[Encoding]) -> bytes | int | str:
     """Canonical bytes of an action in any valid encoding; the user whom it erases; or why it is neither."""
     if value is None:
         return "value: empty (a tombstone); erase a user with an erase record"
-    try:
-        message = Action.FromString(value)
-    except DecodeError:
-        return "value: not a freshrank.v1.Action"
+    message = read_action(value, encodings)
+    if isinstance(message, str):
+        return message
     has = message.HasField
     if has("erase"):
         return int(message.user_id) if has("user_id") else "user_id: missing"

@@ -21,6 +21,9 @@ EVICTION_VERSION = 2
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Number8 = Annotated[int, Field(ge=1, le=255)]
+Encoding = Literal["json", "schema_registry"]
+ENCODINGS: tuple[Encoding, ...] = ("json", "schema_registry")
+"""What a record may be encoded in beside plain protobuf, where the domain file says so (`features.encodings`)."""
 
 
 class DomainError(ValueError):
@@ -260,6 +263,8 @@ class Domain(_Part):
     version: int = 1
     future_tolerance_ms: Annotated[int, Field(ge=0, le=DAY_MS)] = 600_000
     """An event time further ahead of its append time is a dead letter."""
+    encodings: tuple[Encoding, ...] = ()
+    """What records are read in beside plain protobuf; anything else is a dead letter."""
     entities: dict[Name, Number8] = Field(min_length=1)
     surfaces: dict[Name, Annotated[int, Field(ge=1, le=65535)]] = {}
     actions: dict[Name, Action] = Field(min_length=1)
@@ -270,6 +275,7 @@ class Domain(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _once("encodings", self.encodings)
         for table, ids in (
             ("entities", list(self.entities.values())),
             ("surfaces", list(self.surfaces.values())),
@@ -319,7 +325,7 @@ class Domain(_Part):
                 raise ValueError(f"{key}: {name!r} is not defined; allowed: {', '.join(sorted(table))}")
 
     def sequence_fingerprint(self, name: str) -> int:
-        """Identity of what the store keeps (length, caps, eviction, tolerance): part of the state and of every row. Never 0."""
+        """Identity of what the store keeps (length, caps, eviction, tolerance, encodings): part of the state and of every row. Never 0."""
         sequence = self.sequence[name]
         caps = {self.actions[action].id: cap for action, cap in sorted(sequence.caps.items())}
         parts = {
@@ -332,6 +338,8 @@ class Domain(_Part):
         }
         if sequence.evict_age_ms is not None:
             parts["eviction"] = EVICTION_VERSION
+        if self.encodings:  # the default is left out: states older than this option have it
+            parts["encodings"] = sorted(self.encodings)
         return _fingerprint(parts)
 
     def action_names(self) -> dict[int, str]:

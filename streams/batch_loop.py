@@ -41,6 +41,7 @@ from streams.kafka import (
     new_group_consumer,
     new_producer,
     new_reader,
+    queue_limits,
     records_of,
     unavailable,
 )
@@ -93,6 +94,8 @@ class WorkerConfig:
     batch_events_max: int = 80_000
     linger_ms: int = 10
     """How long a batch that is not full waits for more records."""
+    queue_bytes_max: int = 64 << 20
+    """Most bytes of records that wait between broker and store, and of dead letters that wait for the broker, each."""
     cache_bytes: int = 256 << 20
     write_buffer_bytes: int = 256 << 20
     direct_reads: bool = False
@@ -177,14 +180,15 @@ class BatchLoop:
                 config.kafka, kept, deadline_ms=config.erasure_deadline_ms, strict=config.erasure_strict, timeout_s=config.answer_timeout_s
             ):
                 log.warning("%s", warning)
-        self._producer = new_producer(config.kafka, "dead-letters")
-        self._follower = new_reader(config.kafka, "standby", logger=log)
+        self._producer = new_producer(config.kafka, "dead-letters", queue_buffering_max_kbytes=config.queue_bytes_max >> 10)
+        self._follower = new_reader(config.kafka, "standby", logger=log, **queue_limits(config.queue_bytes_max))
         self._follow_log(timeout_s=config.answer_timeout_s)
         consumer = new_group_consumer(
             config.kafka,
             config.group,
             f"{config.group}-{config.instance}",
             session_timeout_ms=config.session_timeout_ms,
+            queue_bytes_max=config.queue_bytes_max,
             on_error=self._on_error,
         )
         ends = EndOffsets(config.kafka, config.topics.actions)

@@ -195,7 +195,7 @@ class WorkerCore:
         `at` is told the step that a batch has reached: decoded, stored, viewed. `erasures` takes the bytes of erased users out of the
         files; a state without files has none.
         """
-        self._future_tolerance_ms = domain.future_tolerance_ms
+        self._future_tolerance_ms, self._encodings = domain.future_tolerance_ms, domain.encodings
         self._kept = definitions(domain)
         self._users_max = max(1, _WRITE_BYTES_MAX // sum(row_bytes_max(what.length) for what in self._kept.values()))
         self._store, self._open_view, self._bury = store, open_view, bury
@@ -529,6 +529,7 @@ class WorkerCore:
             append_times_ms=append_times_ms,
             partition_count=self._following.partition_count,
             future_tolerance_ms=self._future_tolerance_ms,
+            encodings=self._encodings,
         )
 
     def _bury_rejected(self, batch: Batch, records: Records) -> None:

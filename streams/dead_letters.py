@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from features.actions import APPEND_TIME_HEADER, ERASE, REJECTED, Batch, decode_batch
 from features.domain import Domain
+from features.encodings import read_action
 from features.ids import partition_of, user_key
 from features.ports import Position
 from protos.v1.actions_pb2 import Action, DeadLetter
@@ -116,11 +117,9 @@ EVERYTHING = Selection()
 
 
 def parse_action(value: bytes | None) -> Action | None:
-    """The record's value, or None where it is no Action."""
-    try:
-        return Action.FromString(value) if value else None
-    except DecodeError:
-        return None
+    """The record's value in any encoding, also one that the domain does not read, or None where it is no Action."""
+    action = read_action(value) if value else None
+    return None if isinstance(action, str) else action
 
 
 def read_letters(kafka: KafkaConfig, topic: str, wanted: Selection = EVERYTHING) -> Iterator[Letter]:
@@ -208,6 +207,7 @@ def _decode(letter: Letter, key: bytes, time_ms: int, domain: Domain, partition_
         append_times_ms=np.array([time_ms], np.int64),
         future_tolerance_ms=domain.future_tolerance_ms,
         partition_count=partition_count,
+        encodings=domain.encodings,
     )
     assert (batch.verdict[0] == REJECTED) == bool(batch.reasons)
     return batch

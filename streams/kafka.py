@@ -36,6 +36,7 @@ RECORD_BYTES_MAX = 1 << 20
 """Largest record of the actions topic."""
 
 _LARGE_BYTES_MAX = 2 * RECORD_BYTES_MAX  # a dead letter holds a whole source record, so that the largest one still fits
+_ANSWER_BYTES_MAX = 50 << 20
 _ANSWER_TIMEOUT_S = 10.0
 _SHORT_LIVED = {"retention.ms": "3600000", "segment.ms": "600000"}
 _AS_WRITTEN = ("error_cb", "log_level")  # the only settings whose names have underscores
@@ -255,11 +256,18 @@ def new_producer(config: KafkaConfig, role: str, **settings: Any) -> Producer:
 
 
 def new_group_consumer(
-    config: KafkaConfig, group: str, instance: str, *, session_timeout_ms: int, on_error: Callable[[KafkaError], None]
+    config: KafkaConfig,
+    group: str,
+    instance: str,
+    *,
+    session_timeout_ms: int,
+    queue_bytes_max: int,
+    on_error: Callable[[KafkaError], None],
 ) -> Consumer:
     """The hot path's consumer: fast fetching, no offsets of its own, an error instead of a jump where its offset is gone from the log.
 
-    `instance`: name of this worker, the same after a restart, so that it gets its partitions back at once.
+    `instance`: name of this worker, the same after a restart, so that it gets its partitions back at once. `queue_bytes_max`: see
+    `queue_limits`.
     """
     return Consumer(
         config.client(
@@ -277,11 +285,16 @@ def new_group_consumer(
             # Long runs of one partition: the more of a user's records stand in one batch, the fewer rows are written.
             fetch_message_max_bytes=4 << 20,
             queued_min_messages=200_000,
-            queued_max_messages_kbytes=65_536,
+            **queue_limits(queue_bytes_max),
             fetch_wait_max_ms=100,
             error_cb=on_error,
         )
     )
+
+
+def queue_limits(bytes_max: int) -> dict[str, int]:
+    """Settings of a consumer that stops fetching where `bytes_max` wait; one answer of each broker, at most as much, may be on top."""
+    return {"queued_max_messages_kbytes": bytes_max >> 10, "fetch_max_bytes": min(_ANSWER_BYTES_MAX, bytes_max)}
 
 
 def new_reader(config: KafkaConfig, role: str, **settings: Any) -> Consumer:

@@ -128,11 +128,13 @@ class Worker:
 
 
 @contextmanager
-def worker(config: WorkerConfig, *, die_at: tuple[str, int] | None = None) -> Iterator[Worker]:
-    """A worker in a process of its own; `die_at` ("stored", 2): it kills itself when a batch reaches that step for the second time."""
+def worker(config: WorkerConfig, *, die_at: tuple[str, int] | None = None, slow_at: tuple[str, float] | None = None) -> Iterator[Worker]:
+    """A worker in a process of its own; `die_at` ("stored", 2): it kills itself when a batch reaches that step for the second time;
+    `slow_at` ("decoded", 0.1): each batch takes so many seconds longer from there to the next step, as on a slow disk.
+    """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, child, die_at))
+    process = context.Process(target=_work, args=(config, child, die_at, slow_at))
     process.start()
     child.close()
     found = Worker(process, parent)
@@ -148,13 +150,15 @@ def worker(config: WorkerConfig, *, die_at: tuple[str, int] | None = None) -> It
         parent.close()
 
 
-def _work(config: WorkerConfig, connection: Connection, die_at: tuple[str, int] | None) -> None:
+def _work(config: WorkerConfig, connection: Connection, die_at: tuple[str, int] | None, slow_at: tuple[str, float] | None) -> None:
     reached = dict.fromkeys(("decoded", "stored", "viewed"), 0)
 
     def at(step: str) -> None:
         reached[step] += 1
         if die_at == (step, reached[step]):
             os.kill(os.getpid(), signal.SIGKILL)
+        if slow_at and step == slow_at[0]:
+            time.sleep(slow_at[1])
 
     raise SystemExit(run_worker(config, connection.send, at=at))
 
@@ -205,6 +209,7 @@ def read_log(world: World) -> list[Batch]:
                 append_times_ms=np.array(stamps, np.int64),
                 future_tolerance_ms=world.domain.future_tolerance_ms,
                 partition_count=world.identity.partition_count,
+                encodings=world.domain.encodings,
             )
         )
     return found

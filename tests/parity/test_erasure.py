@@ -99,7 +99,7 @@ class Home:
 
     def __init__(self, root, records, secrets, erased_ms):
         self.path, self.secrets, self.erased_ms = root / "home", secrets, erased_ms
-        self.world = make_world(root, records)
+        self.world = make_world(root, DOMAIN, records)
         shutil.move(root / "tables", self.path / "tables")
         write_archive(self.world.actions, self.archive / ACTIONS)
         write_archive(self.world.rankings, self.archive / RANKINGS)
@@ -466,7 +466,7 @@ def test_generations_keep_their_name_and_everybody_else(home):
 
 
 def test_an_idle_user_s_row_is_replayed_as_none_once_the_log_s_clock_has_passed_it(tmp_path):
-    world = make_world(tmp_path, random_actions())
+    world = make_world(tmp_path, DOMAIN, random_actions())
     digests = [record.row_digest for record in world.records() if record.request.user_id == IDLE]
     none = xxhash.xxh3_64_intdigest(b"")
     assert digests[-1] == none

@@ -201,6 +201,7 @@ def serve(actions, releases, tables, release_id, *, lag_ms=500, seed=6):
                 append_times_ms=np.array([time_ms for time_ms, _, _ in piece], np.int64),
                 future_tolerance_ms=domain.future_tolerance_ms,
                 partition_count=len(actions.records),
+                encodings=domain.encodings,
             )
             users = touched_users(batch).tolist()
             rows.update(zip(users, apply_batch(what, batch, [rows.get(user) for user in users], clock_ms), strict=True))
@@ -246,20 +247,20 @@ def rank(packer, release, model, request, row):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The release files and logs; tests get copies."""
-    return make_world(tmp_path_factory.mktemp("world"), random_actions())
+    return make_world(tmp_path_factory.mktemp("world"), DOMAIN, random_actions())
 
 
-def make_world(root, records):
+def make_world(root, domain_toml, records):
     write_tables(root / "tables", 1, START_MS - 2_000)
     write_tables(root / "tables", 2, START_MS - 1_000)
-    domain = parse_domain(DOMAIN, source="test")
+    domain = parse_domain(domain_toml, source="test")
     torch.set_num_threads(1)
     torch.manual_seed(3)
     generations = TableSet.open(root / "tables", domain, "home").generations
     release = write_release(
         root / "releases",
         model=TransActRanker(domain, "home"),
-        domain_toml=DOMAIN,
+        domain_toml=domain_toml,
         ranker="home",
         created_ms=START_MS,
         generations=generations,

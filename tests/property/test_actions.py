@@ -1,7 +1,10 @@
 """Both decoders agree on every valid encoding; every wrong record is rejected by name and hurts nobody else."""
 
+import json
+
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +20,7 @@ from features.actions import (
     encode_erase,
     encode_events,
 )
+from features.domain import ENCODINGS
 from features.ids import partition_of, user_key
 from protos.v1.actions_pb2 import Action
 
@@ -36,7 +40,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-def decode(values, users, append_ms=10_000, partition_count=1):
+def decode(values, users, append_ms=10_000, partition_count=1, encodings=()):
     return decode_batch(
         log_epoch=1,
         partition=0,
@@ -46,6 +50,7 @@ def decode(values, users, append_ms=10_000, partition_count=1):
         append_times_ms=np.full(len(values), append_ms, np.int64),
         future_tolerance_ms=1_000,
         partition_count=partition_count,
+        encodings=encodings,
     )
 
 
@@ -106,6 +111,91 @@ def test_fast_and_slow_decoder_agree(data, rows):
     assert encode_events(fast.users, fast.events) == [encode_action(**row | {"value": float(np.float32(row["value"]))}) for row in rows]
 
 
+def framed(value, indexes=(), schema_id=7):
+    """Behind the frame of a Schema Registry; no index: the first message of the file."""
+    numbers = [len(indexes), *indexes] if indexes else [0]
+    return b"\0" + schema_id.to_bytes(4, "big") + b"".join(map(varint, numbers)) + value
+
+
+def varint(number):
+    number, found = number << 1, bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+@st.composite
+def as_json(draw, message):
+    """The message as JSON of one style or another: ids as texts or numbers, names of both kinds, spaces, fields that nobody knows."""
+    fields = MessageToDict(message, preserving_proto_field_name=draw(st.booleans()))
+    if np.isfinite(message.value) and "value" in fields:  # its shortest text may be above the greatest float32, which protobuf refuses
+        fields["value"] = message.value
+    if draw(st.booleans()):
+        fields = {name: int(value) if isinstance(value, str) and name != "value" else value for name, value in fields.items()}
+    fields |= draw(st.sampled_from([{}, {"client": {"version": [1, "2"]}}, {"attributes": [{"name": "a", "value": "b"}], "request": None}]))
+    items = draw(st.permutations(list(fields.items())))
+    return json.dumps(dict(items), indent=draw(st.sampled_from([None, 1])), ensure_ascii=draw(st.booleans())).encode()
+
+
+FRAMES = st.tuples(st.lists(st.integers(0, 300), max_size=3), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), rows=st.lists(FIELDS, min_size=1, max_size=6))
+def test_an_action_or_erasure_is_the_same_in_every_encoding(data, rows):
+    users = [row["user_id"] for row in rows]
+    plain = [encode_action(**row) for row in rows]
+    erased = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    for i, erase in enumerate(erased):
+        if erase:
+            plain[i] = encode_erase(user_id=users[i], event_id=1, reason=data.draw(st.sampled_from(["", "asked", "\u0416"])))
+    expected = decode(plain, users)
+    assert expected.verdict.tolist() == [ERASE if erase else ACTION for erase in erased]
+    others = [
+        data.draw(
+            st.one_of(as_json(Action.FromString(value)), FRAMES.map(lambda frame, value=value: framed(value, *frame)), st.just(value))
+        )
+        for value in plain
+    ]
+    found = decode(others, users, encodings=ENCODINGS)
+    assert not found.reasons
+    for a, b in ((expected.events, found.events), (expected.users, found.users), (expected.verdict, found.verdict)):
+        assert a.tobytes() == b.tobytes()
+    assert decode(plain, users, encodings=ENCODINGS).events.tobytes() == expected.events.tobytes()
+
+
+ODD_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["\ud800", "NaN", "1e5"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*Action.DESCRIPTOR.fields_by_name, "reason", "x"]), inner),
+    max_leaves=6,
+)
+NEARLY = st.one_of(
+    st.binary(max_size=80),
+    st.binary(max_size=80).map(lambda tail: b"\0" + tail),
+    st.binary(max_size=80).map(lambda tail: b"{" + tail),
+    st.dictionaries(st.sampled_from([*Action.DESCRIPTOR.fields_by_name, "userId", "x"]), ODD_JSON).map(
+        lambda odd: json.dumps(odd).encode()
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(values=st.lists(NEARLY, min_size=1, max_size=4), encodings=st.sets(st.sampled_from(ENCODINGS)))
+def test_whatever_the_bytes_are_they_hurt_nobody_else(values, encodings):
+    good = encode_action(**GOOD)
+    batch = decode([good, *values, good], [7] * (len(values) + 2), encodings=encodings)
+    assert batch.verdict[[0, -1]].tolist() == [ACTION, ACTION]
+    assert set(batch.reasons) == set(np.flatnonzero(batch.verdict == REJECTED).tolist())
+    for reason in batch.reasons.values():
+        assert len(reason.encode()) < 400, "it goes into a dead letter"
+
+
 def test_two_records_that_only_together_have_the_canonical_length_are_told_apart():
     """A decoder that looked at the joined bytes alone would read two actions here."""
     joined = encode_action(**GOOD) * 2
@@ -159,6 +249,47 @@ def test_each_wrong_record_is_rejected_by_name_and_alone(value, key, reason):
     assert list(batch.reasons) == [1]
     assert reason in batch.reasons[1]
     assert not batch.events[1].tobytes().strip(b"\0")
+
+
+JSON = json.dumps(GOOD).encode()
+DEEP = b'{"x":' + b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("value", "encodings", "reason"),
+    [
+        (JSON, (), 'add "json" to encodings'),
+        (JSON, ("schema_registry",), 'add "json" to encodings'),
+        (framed(encode_action(**GOOD)), (), 'add "schema_registry" to encodings'),
+        (framed(encode_action(**GOOD)), ("json",), 'add "schema_registry" to encodings'),
+        (framed(JSON), ENCODINGS, "value: not a freshrank.v1.Action behind"),
+        (framed(framed(encode_action(**GOOD))), ENCODINGS, "value: not a freshrank.v1.Action behind"),
+        (framed(b"", range(17)) + encode_action(**GOOD), ENCODINGS, "value: not a Schema Registry frame"),
+        (b"\0\0\0", ENCODINGS, "value: not a Schema Registry frame"),
+        (b"\0\0\0\0\7", ENCODINGS, "value: not a Schema Registry frame"),
+        (b"\0\0\0\0\7\1", ENCODINGS, "value: not a Schema Registry frame"),
+        (b"\0\0\0\0\7\2", ENCODINGS, "value: not a Schema Registry frame"),
+        (b"\0\0\0\0\7" + b"\xff" * 9, ENCODINGS, "value: not a Schema Registry frame"),
+        (framed(b""), ENCODINGS, "user_id: missing"),
+        (framed(changed(action=256)), ENCODINGS, "action: 256 is above 255"),
+        (b"{", ENCODINGS, "value: not the JSON of a freshrank.v1.Action"),
+        (b'{"user_id": 7, "user_id": 7}', ENCODINGS, "value: not the JSON"),
+        (b"{\xff}", ENCODINGS, "value: not the JSON"),
+        (json.dumps(GOOD | {"user_id": 2**64}).encode(), ENCODINGS, "value: not the JSON"),
+        (json.dumps(GOOD | {"user_id": 1.5}).encode(), ENCODINGS, "value: not the JSON"),
+        (json.dumps(GOOD | {"action": "click"}).encode(), ENCODINGS, "value: not the JSON"),
+        (json.dumps(GOOD | {"attributes": [{"name": "\ud800"}]}).encode(), ENCODINGS, "value: not the JSON"),
+        (json.dumps(GOOD | {"value": "Infinity"}).encode(), ENCODINGS, "value: must be finite"),
+        (json.dumps(GOOD | {"event_id": None}).encode(), ENCODINGS, "event_id: missing"),
+        (json.dumps(GOOD | {"erase": ""}).encode(), ENCODINGS, "value: erase must be an object"),
+        (json.dumps(GOOD | {"erase": []}).encode(), ENCODINGS, "value: erase must be an object"),
+        (DEEP, ENCODINGS, "value: JSON with more than 200"),
+    ],
+)
+def test_a_malformed_or_unexpected_encoding_is_rejected_with_what_to_do(value, encodings, reason):
+    batch = decode([encode_action(**GOOD), value], [7, 7], encodings=encodings)
+    assert batch.verdict.tolist() == [ACTION, REJECTED]
+    assert batch.reasons[1].startswith(reason) or reason in batch.reasons[1]
 
 
 def test_edge_of_the_future_tolerance_is_accepted_and_erase_is_told_apart():

@@ -3,12 +3,15 @@
 from collections import Counter
 from dataclasses import replace
 
+from google.protobuf.json_format import MessageToJson
 from rich.console import Console
-from streams_world import DOMAIN
+from streams_world import DOMAIN, DOMAIN_TOML
 
 from deploy.commands_dead import counts_table, letters_table
 from features.actions import encode_action, encode_erase
+from features.domain import parse_domain
 from features.ids import user_key
+from protos.v1.actions_pb2 import Action
 from streams.dead_letters import Letter, Selection, judge, kind_of
 
 NOW = 1_780_000_000_000
@@ -57,6 +60,16 @@ def test_what_would_be_rejected_again_is_left_alone():
     unknown_user = letter(key=b"42")
     assert judge(unknown_user, DOMAIN, 3, rekey=False).refused.endswith("(correct it with --rekey)")
     corrected = judge(unknown_user, DOMAIN, 3, rekey=True)
+    assert (corrected.refused, corrected.key) == ("", user_key(42))
+
+
+def test_a_letter_in_an_encoding_that_was_not_allowed_is_redriven_where_it_is_now():
+    value = MessageToJson(Action.FromString(GOOD)).encode()
+    found = letter(value=value, key=b"42")
+    assert found.user_id == 42
+    assert 'add "json" to encodings' in judge(found, DOMAIN, 3, rekey=True).refused
+    allowed = parse_domain(f'encodings = ["json"]\n{DOMAIN_TOML}', source="test")
+    corrected = judge(found, allowed, 3, rekey=True)
     assert (corrected.refused, corrected.key) == ("", user_key(42))
 
 

@@ -53,6 +53,9 @@ column = "event"
 """
 
 
+BEFORE_ENCODINGS = 0xD627F77A215F9A63
+
+
 def change(old, new):
     assert GOOD.count(old) == 1
     return GOOD.replace(old, new)
@@ -130,6 +133,21 @@ def test_all_wrong_keys_are_named_at_once():
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DomainError, match=r"none\.toml: cannot be read"):
         load_domain(tmp_path / "none.toml")
+
+
+def test_the_fingerprint_includes_the_encodings_where_there_are_any():
+    """States older than the option have the fingerprint of the default; the order of the option means nothing."""
+    of = {
+        option: parse_domain(f"{option}\n{GOOD}", source="a").sequence_fingerprint("main")
+        for option in ("", "encodings = []", 'encodings = ["json"]', 'encodings = ["json", "schema_registry"]')
+    }
+    assert of[""] == of["encodings = []"] == BEFORE_ENCODINGS
+    assert len(set(of.values())) == 3
+    turned = parse_domain(f'encodings = ["schema_registry", "json"]\n{GOOD}', source="a")
+    assert turned.sequence_fingerprint("main") == of['encodings = ["json", "schema_registry"]']
+    for wrong in ('["xml"]', '["json", "json"]', '"json"'):
+        with pytest.raises(DomainError, match="encodings"):
+            parse_domain(f"encodings = {wrong}\n{GOOD}", source="a")
 
 
 def test_the_fingerprint_is_of_what_the_store_keeps_alone():
