@@ -6,7 +6,7 @@ from test_replay import DOMAIN, made, make_world, world  # noqa: F401 - fixtures
 from protos.v1.actions_pb2 import Action
 
 
-def test_records_in_every_encoding_are_replayed_byte_for_byte(world, tmp_path):
+def test_records_in_every_encoding_are_replayed_byte_for_byte(world, tmp_path):  # noqa: F811
     """The release's domain file says what records may be in, as it did to the worker."""
     plain = world.replay(tmp_path)
     others = {
