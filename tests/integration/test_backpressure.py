@@ -16,7 +16,7 @@ from features.actions import encode_action
 from features.ids import user_key
 from protos.v1.actions_pb2 import Action
 from streams.kafka import new_producer
-from streams.view import ViewReader
+from streams.view_reader import ViewReader
 
 pytestmark = pytest.mark.servers
 
