@@ -78,6 +78,7 @@ BENCHES = {
     "growth": "deploy.bench_growth:bench_growth",
     "peers": "deploy.bench_peers:bench_peers",
     "restore": "deploy.bench_restore:bench_restore",
+    "scale": "deploy.bench_scale:bench_scale",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

@@ -142,7 +142,7 @@ def live(folder: Path, console: Console, **given: Any) -> Iterator[Live]:
         kafka, topics = KafkaConfig(server.bootstrap), Topics()
         ensure_topics(kafka, topics, partition_count=PARTITIONS)
         config = WorkerConfig(kafka, topics, domain, folder / "state", folder / "view", log_level="WARNING", **given)
-        stack.callback(stop, start(_work, config))
+        stack.callback(stop, start(work, config))
         producer = ActionProducer(kafka, domain, topics.actions, timeout_s=60.0)
         producer.produce_many(*make_load(HISTORY, USERS, 1))
         producer.close()
@@ -207,7 +207,8 @@ def _get(queue: "Queue[Any]", process: BaseProcess) -> Any:
                 raise BenchError(f"process {process.name} ended with {process.exitcode}: see its output") from None
 
 
-def _work(config: WorkerConfig) -> None:
+def work(config: WorkerConfig) -> None:
+    """A worker, in a process of its own."""
     set_slice(WORKER_SLICE_MS)
     raise SystemExit(run_worker(config))
 
