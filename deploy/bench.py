@@ -69,6 +69,7 @@ _UNITS = (
 
 BENCHES = {
     "ingest": "deploy.bench:ingest",
+    "large": "deploy.bench_large:bench_large",
     "decode": "deploy.bench_decode:bench_decode",
     "freshness": "deploy.bench_freshness:bench_freshness",
     "read": "deploy.bench_read:bench_read",

@@ -373,7 +373,12 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="ingest, decode, peers, freshness, read, restore, scale, growth, bootstrap, rank or replay.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank or replay."
+        ),
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
     plot: Annotated[Path | None, typer.Option(help="growth: also draw it into this PNG file; beside the JSON file where absent.")] = None,
