@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS
-
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
 OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS"}
@@ -122,11 +120,8 @@ class Settings(BaseSettings):
     snapshot_every_s: PositiveFloat = Field(600.0, description="Time between two snapshots of a partition.")
     snapshot_keep: PositiveInt = Field(3, description="Snapshots of a partition that stay; younger ones than an hour stay, too.")
     worker_batch_events_max: PositiveInt = Field(80_000, description="Most records that the worker takes at once when it is behind.")
-    worker_slice_ms: float = Field(
-        WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
-    )
     serving_slice_ms: float = Field(
-        SERVING_SLICE_MS, ge=0, le=100, description="CPU time slice of the reader and the ranking server: short; 0: the kernel's own."
+        0.5, ge=0, le=100, description="CPU time slice of the reader and the ranking server, longer than a read; 0: the kernel's own."
     )
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_direct_reads: bool = Field(
