@@ -23,7 +23,8 @@ from rich.console import Console
 
 from deploy.bench_ingest import DOMAIN, BenchError, make_load
 from deploy.kafka_server import KafkaServer
-from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS, set_slice
+from deploy.scheduling import set_slice
+from deploy.settings import load_settings
 from features.actions import encode_events
 from features.domain import Domain, parse_domain
 from features.ids import user_key
@@ -209,19 +210,18 @@ def _get(queue: "Queue[Any]", process: BaseProcess) -> Any:
 
 def work(config: WorkerConfig) -> None:
     """A worker, in a process of its own."""
-    set_slice(WORKER_SLICE_MS)
     raise SystemExit(run_worker(config))
 
 
 def _serve(config: ReaderConfig, ready: "Queue[str]") -> None:
-    set_slice(SERVING_SLICE_MS)
+    set_slice(load_settings().serving_slice_ms)
     raise SystemExit(run_reader(config, lambda details: ready.put(details["address"])))
 
 
 def _measure() -> None:
     """A process that reads as the ranking server does."""
     quiet_process()
-    set_slice(SERVING_SLICE_MS)
+    set_slice(load_settings().serving_slice_ms)
 
 
 def _produce(kafka: KafkaConfig, topic: str, load: Load, ready: "Queue[float]") -> None:

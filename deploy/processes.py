@@ -47,7 +47,6 @@ def topics(settings: Settings) -> Topics:
 
 def worker(settings: Settings) -> int:
     """Keeps sequences up to date until SIGTERM; returns the exit code."""
-    set_slice(settings.worker_slice_ms)
     config = WorkerConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),

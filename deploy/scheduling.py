@@ -1,8 +1,8 @@
-"""Time slices: who waits for whom on shared cores.
+"""Time slices: how long what answers requests waits for a core that the worker or the broker uses.
 
 Linux (EEVDF, 6.12 and later) lets a waking thread interrupt a running one at once if its own slice is the shorter; otherwise it waits until
-the running one's slice is over, which is noticed only at the next tick (4 ms at 250 Hz). So what answers requests takes short slices and
-what works in bulk long ones. Shares of CPU time stay as they are, and no privilege is needed.
+the running one's slice is over, which is noticed only at the next tick (4 ms at 250 Hz). So what answers takes slices that are shorter than
+the kernel's own (1.4 ms on two cores) and longer than a read. Shares of CPU time stay as they are, and no privilege is needed.
 """
 
 import ctypes
@@ -10,9 +10,6 @@ import logging
 import os
 import platform
 import struct
-
-WORKER_SLICE_MS, SERVING_SLICE_MS = 20.0, 0.1
-"""Defaults of the settings: what works in bulk, and what answers."""
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from deploy.scheduling import SERVING_SLICE_MS, WORKER_SLICE_MS
-
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
 OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS"}
@@ -125,11 +123,8 @@ class Settings(BaseSettings):
     worker_queue_mb: Annotated[int, Field(ge=4, le=2047)] = Field(
         64, description="Most records, in MB, that the worker fetches ahead of a slow disk; as much again of dead letters may wait."
     )
-    worker_slice_ms: float = Field(
-        WORKER_SLICE_MS, ge=0, le=100, description="CPU time slice of the worker: long, so that readers interrupt it; 0: the kernel's own."
-    )
     serving_slice_ms: float = Field(
-        SERVING_SLICE_MS, ge=0, le=100, description="CPU time slice of the reader and the ranking server: short; 0: the kernel's own."
+        0.5, ge=0, le=100, description="CPU time slice of the reader and the ranking server, longer than a read; 0: the kernel's own."
     )
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_direct_reads: bool = Field(
