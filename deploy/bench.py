@@ -61,6 +61,7 @@ _UNITS = (
     ("_s_per_gb", "s/GB"),
     ("_gb", "GB"),
     ("restore_s", "s"),
+    ("restore_cpu_s", "s"),
     ("ready_s", "s"),
     ("detection_s", "s"),
     ("view_s", "s"),

@@ -154,7 +154,7 @@ class BatchLoop:
         self._followed: set[int] = set()
         """Partitions that are followed for another owner."""
         self._opening: dict[int, Future[Held]] = {}
-        self._opener = ThreadPoolExecutor(1, thread_name_prefix="open-state")
+        self._opener = ThreadPoolExecutor(2, thread_name_prefix="open-state")
         self._just_opened: set[int] = set()
         self._missing_since_s: dict[int, float] = {}
         self.caught_up = threading.Event()
