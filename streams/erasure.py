@@ -21,11 +21,11 @@ from google.protobuf.message import DecodeError
 from features.actions import ACTION, ERASE, REJECTED, Batch, decode_batch, encode_action
 from features.base import Base
 from features.domain import DAY_MS, Domain
+from features.encodings import read_action
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
 from features.logs import ACTIONS, drop_past
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
-from protos.v1.actions_pb2 import Action
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
@@ -180,7 +180,8 @@ class _Run:
         for records in log.read(partition):
             batch = _decode(log, partition, records, self.job.domain, partition_count)
             for i in np.flatnonzero(batch.verdict == ERASE).tolist():
-                message = Action.FromString(records.values[i] or b"")
+                message = read_action(records.values[i] or b"")
+                assert not isinstance(message, str), "the decoder read it"
                 place = log.log_epoch, partition, int(records.offsets[i])
                 if place not in known:
                     stamp_ms = int(records.append_time_ms[i])
@@ -362,9 +363,12 @@ class _ForgetActions:
         return offset < at if at is not None else append_time_ms <= self._erased[user]
 
     def _user_of_rejected(self, key: bytes | None, value: bytes | None) -> int | None:
-        """Whose a record is that no decoder accepted, by its key or by the id anywhere in its value."""
+        """Whose a record is that no decoder accepted, by its key, by what it says in any encoding, or by the id anywhere in its value."""
         if key in self._keys:
             return self._keys[key]
+        message = read_action(value or b"")
+        if not isinstance(message, str) and message.HasField("user_id") and message.user_id in self._erased:
+            return int(message.user_id)
         return next((user for data, user in self._ids.items() if data in (value or b"")), None)
 
 
@@ -410,6 +414,7 @@ def _decode(log: RecordLog, partition: int, records: Records, domain: Domain, pa
         append_times_ms=records.append_time_ms,
         future_tolerance_ms=domain.future_tolerance_ms,
         partition_count=partition_count,
+        encodings=domain.encodings,
     )
 
 

@@ -3,16 +3,24 @@
 import random
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToJson
 from simulation.plan import EPOCH, TOPIC, draw_plan
 from simulation.world import Disk, Machine, Process, SimStore, SimView, Snapshot
+from streams_world import DOMAIN_TOML
 
+from features.actions import encode_action
+from features.domain import parse_domain
+from features.ids import user_key
+from features.sequence import decode_row
+from protos.v1.actions_pb2 import Action, DeadLetter
 from streams.batch_loop import BatchLoop, WorkerConfig
-from streams.core import Log, RetentionPolicy, WorkerCore
+from streams.core import Log, Records, RetentionPolicy, WorkerCore
 from streams.errors import FencedError
 from streams.kafka import KafkaConfig, Topics
 from streams.memory import MemoryStore
-from streams.state import META_KEY, definitions
+from streams.state import META_KEY, definitions, row_key
 
 
 class Nothing:
@@ -47,6 +55,23 @@ class World:
     def damaged_content(self) -> dict[bytes, bytes]:
         """What the disk has, with one bit of each row flipped."""
         return {key: row if key == META_KEY else row[:-1] + bytes((row[-1] ^ 1,)) for key, row in self.disks[0].content.items()}
+
+
+def test_the_domain_file_says_what_records_may_be_in():
+    domain, letters = parse_domain(f'encodings = ["json"]\n{DOMAIN_TOML}', source="test"), []
+    canonical = encode_action(user_id=7, entity_kind=1, entity_id=3, action=2, event_time_ms=1_000, event_id=4)
+    values = [MessageToJson(Action.FromString(canonical)).encode(), b"\0\0\0\0\7\0" + canonical]
+    core = WorkerCore(
+        domain, MemoryStore(definitions(domain)), lambda n: SimView(Process(Machine("here"), "w"), n, Nothing()), letters.extend
+    )
+    core.follow(Log(TOPIC, EPOCH, 1, lambda _: (0, 2)))
+    core.open(0)
+    assert core.apply(0, Records(np.arange(2), [user_key(7)] * 2, values, np.full(2, 2_000))) == 2
+    (letter,) = [DeadLetter.FromString(value) for _, value in letters]
+    assert (letter.source_offset, letter.value) == (1, values[1])
+    assert 'add "schema_registry" to encodings' in letter.reason
+    (row, _) = core.held()[0].store.get([row_key(1, 7), row_key(2, 7)])
+    assert decode_row(row).events["entity_id"].tolist() == [3]
 
 
 def test_snapshots_with_damaged_rows_do_not_stand_in_the_way_of_the_log():
