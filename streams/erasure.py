@@ -259,9 +259,8 @@ class _Run:
         home, last = self.job.home, entry.last
         folders = [folder for folder in self.states if folder.name == str(last.partition)]
         unpurged = self._remove_idle(entry, [folder for folder in folders if not _purged(folder, last)])
-        unpurged += [
-            path for path in self.aside if path.name.startswith((f"{last.partition}.", f"{last.partition}-"))
-        ]  # `_sweep` removes them
+        own = (f"{last.partition}.", f"{last.partition}-")
+        unpurged += [path for path in self.aside if path.name.startswith(own)]  # `_sweep` removes them
         waiting = [str(folder.relative_to(home)) for folder in unpurged]
         purged: Status = "due" if waiting else "done" if folders else "absent"
         self._set(entry, "state", purged, f"the worker purges {', '.join(waiting)}" if waiting else "")
