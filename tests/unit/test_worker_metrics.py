@@ -127,3 +127,13 @@ def test_the_dashboard_shows_metrics_that_exist_and_every_metric():
 def test_names_carry_their_unit_and_help_is_a_sentence(metric):
     assert metric.help.endswith(".")
     assert (metric.kind == "counter") == metric.name.endswith("_total")
+
+
+def test_the_manual_lists_every_metric_and_alert_as_it_is():
+    manual = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    for metric in METRICS:
+        assert f"| {PREFIX}{metric.name} | {metric.kind} | {metric.label or '-'} | {metric.help} |" in manual
+    for group in yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]:
+        for rule in group["rules"]:
+            assert f"| {rule['alert']} ({rule['labels']['severity']}) | `{rule['expr']}`" in manual
+            assert f"| {rule['annotations']['runbook']} |" in manual
