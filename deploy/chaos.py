@@ -206,6 +206,8 @@ class _Chaos:
             rocksdb_write_buffer_mb=8,
             rocksdb_cache_mb=16,
             view_map_mb=1024,
+            snapshot_url=str(self._folder / "snapshots"),
+            snapshot_every_s=5.0,
         )
 
     def _start(self, name: str, **given: Any) -> Child:
@@ -242,6 +244,9 @@ class _Chaos:
                     plain[name]()
                     self._probe(f"a killed {name}")
                 progress.advance(task)
+            while sum(self.report.kills.values()) < kills:
+                self._kill_worker()
+                self._probe("a killed worker")
         self.report.other_faults = dict(kinds)
         self._load.stop()
         self._compare()
@@ -250,9 +255,11 @@ class _Chaos:
     # Faults.
 
     def _kill(self, child: Child, kind: str) -> None:
-        if child.pid is not None:
-            child.kill()
-            self.report.kills[kind] = self.report.kills.get(kind, 0) + 1
+        deadline_s = time.monotonic() + FRESH_WITHIN_S
+        while child.pid is None and time.monotonic() < deadline_s:  # it is being restarted, from an earlier fault
+            time.sleep(0.01)
+        child.kill()
+        self.report.kills[kind] = self.report.kills.get(kind, 0) + 1
 
     def _kill_worker(self) -> None:
         self._kill(self._workers[str(self._random.choice(WORKERS))], "worker")
@@ -281,12 +288,15 @@ class _Chaos:
         self._probe("a frozen worker that is back")
 
     def _rebalance_while_restoring(self) -> None:
-        """A worker has lost its state and rebuilds it from the log; the other one dies meanwhile."""
+        """A worker has lost its state and restores it from snapshots and the log; the other one dies meanwhile."""
         restoring, other = self._workers["a"], self._workers["b"]
         self._kill(restoring, "worker")
         for number in range(PARTITIONS):
             shutil.rmtree(self._home / "state" / "a" / str(number), ignore_errors=True)
-        _await_ready(restoring)
+        deadline_s = time.monotonic() + FRESH_WITHIN_S
+        while restoring.pid is None and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(float(self._random.uniform(0.5, 3.0)))  # somewhere between its start and its being ready
         self._kill(other, "worker")
         self._probe("a rebalance while restoring")
 

@@ -155,6 +155,8 @@ class BatchLoop:
         """Partitions that are followed for another owner."""
         self._opening: dict[int, Future[Held]] = {}
         self._opener = ThreadPoolExecutor(2, thread_name_prefix="open-state")
+        self._abandoned: dict[int, Future[Held]] = {}
+        """Openings of partitions that were taken away meanwhile, and which cannot be cancelled."""
         self._just_opened: set[int] = set()
         self._missing_since_s: dict[int, float] = {}
         self.caught_up = threading.Event()
@@ -175,11 +177,19 @@ class BatchLoop:
         config = self._config
         check_actions_topic(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)
         if config.erasure_deadline_ms is not None:
-            kept = [config.topics.actions, config.topics.dead_letters]
-            for warning in check_retention(
-                config.kafka, kept, deadline_ms=config.erasure_deadline_ms, strict=config.erasure_strict, timeout_s=config.answer_timeout_s
-            ):
-                log.warning("%s", warning)
+            kept = [config.topics.actions, config.topics.dead_letters, config.topics.rankings]
+            try:
+                check_retention(
+                    config.kafka,
+                    kept,
+                    deadline_ms=config.erasure_deadline_ms,
+                    strict=config.erasure_strict,
+                    timeout_s=config.answer_timeout_s,
+                )
+            except KafkaUnavailableError as error:
+                if config.erasure_strict:
+                    raise
+                log.warning("how long topics keep erased users' records cannot be checked: %s", error)
         self._producer = new_producer(config.kafka, "dead-letters", queue_buffering_max_kbytes=config.queue_bytes_max >> 10)
         self._follower = new_reader(config.kafka, "standby", logger=log, **queue_limits(config.queue_bytes_max))
         self._follow_log(timeout_s=config.answer_timeout_s)
@@ -259,7 +269,12 @@ class BatchLoop:
             return log_range(self._follower, self._config.topics.actions, partition)
 
     def _on_assign(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
-        self._follow_log()
+        try:
+            self._follow_log()
+        except KafkaUnavailableError as error:  # the log that is known goes on; another one is found out at the next assignment
+            if self._identity is None:
+                raise
+            log.warning("%s", error)
         taken = {place.partition for place in places}
         self._owned = (self._owned or set()) | taken
         self._rebalances += 1
@@ -282,7 +297,7 @@ class BatchLoop:
         self._fetched -= gone
         if not self._config.standby:
             for number in gone & self._opening.keys():
-                _abandon(self._opening.pop(number))
+                self._abandoned[number] = _abandon(self._opening.pop(number))
             self.core.close(sorted(gone))
         self._follow_others()
 
@@ -301,6 +316,10 @@ class BatchLoop:
                 self._begin_opening(number)
 
     def _begin_opening(self, number: int) -> None:
+        abandoned = self._abandoned.get(number)
+        if abandoned is not None and not abandoned.done():
+            return  # it holds the folder still: `_retake` begins this one when it is closed
+        self._abandoned.pop(number, None)
         if number not in self._opening:
             self._opening[number] = self._opener.submit(self.core.prepare, number)
 
@@ -308,7 +327,7 @@ class BatchLoop:
         for number in [number for number, opening in self._opening.items() if opening.done()]:
             try:
                 held = self._opening.pop(number).result()
-            except FencedError as error:
+            except (FencedError, KafkaUnavailableError) as error:
                 log.warning("partition %d: %s while it was opened; taken again if it still is this worker's", number, error)
                 continue
             start = self.core.hold(number, held)
@@ -398,6 +417,8 @@ class BatchLoop:
             source = self._follower if number in self._followed else consumer
             _, high = source.get_watermark_offsets(*self._places({number}), cached=True)
             self.core.saw_end(number, high)
+        if not self._followed:
+            self._follower.poll(0)  # only its events: without partitions it has no records
         self._look_after_state()
         for number in list(held):
             if self.core.tend(number):
@@ -425,7 +446,8 @@ class BatchLoop:
 
     def _retake(self, consumer: Consumer) -> None:
         """Opens again what the group still assigns to this worker and a stale owner had fenced."""
-        missing = ((self._owned or set()) | self._followed) - self.core.held().keys() - self._opening.keys()
+        wanted = set(range(self._identity.partition_count)) if self._config.standby and self._identity else self._owned or set()
+        missing = wanted - self.core.held().keys() - self._opening.keys()
         now_s = time.monotonic()
         self._missing_since_s = {number: self._missing_since_s.get(number, now_s) for number in missing}
         for number, since_s in list(self._missing_since_s.items()):
@@ -442,7 +464,10 @@ class BatchLoop:
         self._failures.clear()
         for key, value in letters:
             self._produce_letter(key, value)
-        waiting = self._producer.flush(_BURY_S)
+        deadline_s, waiting = time.monotonic() + _BURY_S, 1
+        while waiting and time.monotonic() < deadline_s:
+            waiting = self._producer.flush(1.0)
+            self._turned_s = time.monotonic()  # waiting for a broker is not being stuck
         if waiting or self._failures:
             raise ProduceError(f"{len(letters)} dead letters were not stored: {(self._failures or ['no answer'])[0]}")
 
@@ -469,8 +494,8 @@ class BatchLoop:
         log.warning("%s", unavailable(self._config.kafka, error))
 
 
-def _abandon(opening: Future[Held]) -> None:
-    """Closes what is being opened, as soon as it is."""
+def _abandon(opening: Future[Held]) -> Future[Held]:
+    """Closes what is being opened, as soon as it is; returns it."""
 
     def close(done: Future[Held]) -> None:
         if not done.cancelled() and done.exception() is None:
@@ -480,3 +505,4 @@ def _abandon(opening: Future[Held]) -> None:
 
     if not opening.cancel():
         opening.add_done_callback(close)
+    return opening

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from streams.health import lag_s
 from streams.purge import ErasurePass
 from streams.state import Meta, check_base, definitions, row_keys
 from streams.store import PartitionStore, Store
+from streams.view import View
 
 log = logging.getLogger(__name__)
 
@@ -85,34 +86,6 @@ class Log:
     first_and_next: Callable[[int], tuple[int, int]]
     base: str = ""
     """The base that its states stand on (`features.base`)."""
-
-
-class View(Protocol):
-    """The writing end of what readers see: `streams.view.PartitionView`, and its double in simulations."""
-
-    def sync(self, meta: Meta, scan: Callable[[], Iterator[tuple[bytes, bytes]]], next_offset: int) -> int:
-        """Brings the view to the store's moment, or adopts a later one; returns how many rows were copied."""
-        ...
-
-    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
-        """Rows and meta in one transaction. Raises FencedError: a newer owner has taken over."""
-        ...
-
-    def beat(self, caught_up_ms: int) -> None:
-        """Tells readers when the state last included the log's end. Raises FencedError."""
-        ...
-
-    def trim(self, keys: Seq[bytes], before: Seq[bytes], after: Seq[bytes]) -> None:
-        """Puts rows in place of others that read the same. Raises FencedError."""
-        ...
-
-    def scrub(self, rows_max: int) -> bool:
-        """The next step of a copy that holds nothing of what pages held before; True at its end. Raises FencedError."""
-        ...
-
-    def close(self) -> None:
-        """Closes it; it stays readable."""
-        ...
 
 
 @dataclass
@@ -202,7 +175,7 @@ class WorkerCore:
         self._policy: RetentionPolicy = offset_below_retention
         self._at, self._observe = at, observe
         self._erasures, self._eviction = erasures, EvictionPass(self._kept)
-        self._replaced: dict[int, int] = {}
+        self._replaced: dict[int, tuple[int | None, int]] = {}
         self._log: Log | None = None
         self._held: dict[int, Held] = {}
         self.is_restoring = False
@@ -247,11 +220,11 @@ class WorkerCore:
     def _prepare_from(self, store: PartitionStore) -> Held:
         partition = store.meta.partition
         try:
+            end_offset = self._following.first_and_next(partition)[1]
             view = self._open_view(partition)
         except BaseException:
             store.close()
             raise
-        end_offset = self._following.first_and_next(partition)[1]
         try:
             copied = view.sync(store.meta, store.scan, end_offset)
         except SequenceCorruptError as error:
@@ -277,7 +250,11 @@ class WorkerCore:
     def _continue(self, store: PartitionStore) -> PartitionStore:
         """The state that waits for a record which the log has: this one, a snapshot, or as the policy says where retention removed some."""
         meta = store.meta
-        first, following = self._following.first_and_next(meta.partition)
+        try:
+            first, following = self._following.first_and_next(meta.partition)
+        except BaseException:
+            store.close()
+            raise
         wanted = meta.applied_offset + 1
         if wanted > following:
             store.close()
@@ -300,6 +277,7 @@ class WorkerCore:
             if restored is not None:
                 return restored
             store = self._store.open(meta.partition, meta.log_epoch)
+            meta, wanted = store.meta, store.meta.applied_offset + 1
         try:
             check_base(meta, self._following.base, f"partition {meta.partition}")
         except StateError:
@@ -352,7 +330,7 @@ class WorkerCore:
                 held = self._held.pop(partition, None)
             if held is not None:
                 if self._erasures is not None:
-                    self._erasures.closed(partition)
+                    self._erasures.closed(partition, held.store)
                 self._eviction.forget(partition)
                 held.view.close()
                 held.store.close()
@@ -364,13 +342,16 @@ class WorkerCore:
         """
         held = self._held[partition]
         try:
-            for each in (self._eviction, self._erasures):
-                if each is not None and each.due(partition, held.store):
-                    each.run(partition, held.store, held.view)
+            try:
+                for each in (self._eviction, self._erasures):
+                    if each is not None and each.due(partition, held.store):
+                        each.run(partition, held.store, held.view)
+            except SequenceForeignError as error:
+                raise StateError(f"partition {partition}: {error}") from error
+            except SequenceCorruptError as error:
+                return self._repair(partition, str(error)) is not None
         except FencedError as error:
             self._fenced(partition, error)
-        except SequenceCorruptError as error:
-            return self._repair(partition, str(error)) is not None
         return False
 
     def reopen(self, partition: int) -> int:
@@ -576,8 +557,9 @@ class WorkerCore:
         first, following = self._following.first_and_next(partition)
         snapshot = self._newest_snapshot(partition, is_needed=first > 0)
         log.error("partition %d: DAMAGED STATE, to be set aside and restored: %s", partition, reason)
-        skip = self._replaced.get(partition, 0)
-        self._replaced[partition] = skip + 1
+        newest, skip = self._replaced.get(partition, (None, 0))
+        skip = skip if newest == snapshot else 0  # the snapshot that a damaged state came from may be damaged, too
+        self._replaced[partition] = snapshot, skip + 1
         with self._lock:
             self._counters["repairs"] += 1
         if snapshot is not None and first <= snapshot + 1 <= following:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from features.sequence import Definition, as_read
+from features.sequence import Definition, as_read, decode_row, is_whole
 from streams.store import PartitionStore
 
 ROWS_PER_RUN = 500
@@ -57,7 +57,12 @@ class EvictionPass:
         return progress.after is not None or store.meta.log_clock_ms >= progress.clock_ms + self._step_ms
 
     def run(self, partition: int, store: PartitionStore, view: TrimmedView) -> int:
-        """Looks at the next rows of a partition; returns how many were dropped or emptied."""
+        """Looks at the next rows of a partition; returns how many were dropped or emptied.
+
+        Raises:
+            SequenceCorruptError: a row that would go is damaged.
+            FencedError: another worker has taken the view over.
+        """
         progress = self._progress.setdefault(partition, _Progress())
         clock_ms = store.meta.log_clock_ms
         if progress.after is None:
@@ -67,6 +72,8 @@ class EvictionPass:
         for key, row in chunk:
             reading = as_read(self._kept[key[0]], row, clock_ms)
             if reading is not row:
+                if not is_whole(row):  # a damaged time says nothing about age
+                    decode_row(row)
                 keys.append(key)
                 before.append(row)
                 after.append(reading)

@@ -83,6 +83,9 @@ class MemoryPartition:
     def purge(self, keys: Seq[bytes] | None) -> None:
         """See `PartitionStore.purge`: a replaced row is gone."""
 
+    def stop_purge(self) -> None:
+        """See `PartitionStore.stop_purge`."""
+
     def close(self) -> None:
         """See `PartitionStore.close`."""
         self._store._release(self._partition)

@@ -152,10 +152,11 @@ class ErasurePass:
         _save(held.path, held.purged)
         return True
 
-    def closed(self, partition: int) -> None:
-        """The partition is about to be closed: waits for its compaction. A purge that is not at its end begins anew."""
+    def closed(self, partition: int, store: PartitionStore) -> None:
+        """The partition is about to be closed: its compaction is stopped. A purge that is not at its end begins anew."""
         held = self._held.pop(partition, None)
-        if held is not None and held.cycle is not None:
+        if held is not None and held.cycle is not None and not held.cycle.compaction.cancel():
+            store.stop_purge()
             held.cycle.compaction.exception()
 
     def statistics(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ without an fsync: a killed process loses nothing, a machine that loses power los
 Kafka, from the offset that the database then has.
 """
 
+import bisect
 import fcntl
 import logging
 import re
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import rocksdict
 
@@ -74,7 +75,16 @@ class PartitionStore(Protocol):
         ...
 
     def purge(self, keys: Seq[bytes] | None) -> None:
-        """Removes from the files what rows with these keys held before (None: all rows). May be called from another thread."""
+        """Removes from the files what rows with these keys held before (None: all rows). May be called from another thread.
+
+        Raises:
+            SequenceCorruptError: a file is damaged.
+            StateError: it did not come to its end.
+        """
+        ...
+
+    def stop_purge(self) -> None:
+        """Makes a purge in another thread end soon. Only `close` may follow."""
         ...
 
     def close(self) -> None:
@@ -386,11 +396,36 @@ class RocksPartition:
         The flush ends the write-ahead logs that hold old rows. The compaction goes down to the last level and rewrites it, too (`force`):
         each file that overlaps the key's range, at most one a level, is written anew without them, and the old one unlinked.
         """
-        self._database.flush(True)
-        options = rocksdict.CompactOptions()
-        options.set_bottommost_level_compaction(rocksdict.BottommostLevelCompaction.force())
-        for begin, end in [(None, None)] if keys is None else [(key, key + b"\x00") for key in keys]:
-            self._database.compact_range(begin, end, options)
+        try:
+            self._database.flush(True)
+            old = self._tables_of(keys)
+            options = rocksdict.CompactOptions()
+            options.set_bottommost_level_compaction(rocksdict.BottommostLevelCompaction.force())
+            for begin, end in [(None, None)] if keys is None else [(key, key + b"\x00") for key in keys]:
+                self._database.compact_range(begin, end, options)
+            self._database.flush(True)  # says what went wrong in the background
+            left = old & self._tables_of(None)
+        except Exception as error:
+            raise _failure(self._where, error) from error
+        if left:  # a compaction that fails, or is stopped, says nothing
+            raise StateError(f"{self._where}: {len(left)} tables could not be rewritten without what was erased")
+
+    def _tables_of(self, keys: Seq[bytes] | None) -> set[str]:
+        """Names of the tables that may hold one of the keys; None: of all."""
+        tables = self._database.live_files()
+        wanted = sorted(keys) if keys is not None else None
+
+        def overlaps(table: dict[str, Any]) -> bool:
+            if wanted is None:
+                return True
+            at = bisect.bisect_left(wanted, bytes(table["start_key"]))
+            return at < len(wanted) and wanted[at] <= bytes(table["end_key"])
+
+        return {table["name"] for table in tables if overlaps(table)}
+
+    def stop_purge(self) -> None:
+        """See `PartitionStore.stop_purge`."""
+        self._database.cancel_all_background(False)
 
     def start_flush(self) -> None:
         """Begins to write to tables what is in memory, without waiting, so that a checkpoint soon after has little left to do."""

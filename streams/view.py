@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import lmdb
 
@@ -49,6 +49,34 @@ BEAT_KEY = b"\x00time"
 """When the state last included the log's end, milliseconds since 1970-01-01 UTC by the owner's clock, 8 bytes little-endian."""
 _FIRST_ROW = b"\x01"  # sequence ids start at 1
 _OFFSET_AT = int(HEADER_DTYPE.fields["offset"][1]) if HEADER_DTYPE.fields else 0
+
+
+class View(Protocol):
+    """The writing end of what readers see: `PartitionView`, and its double in simulations."""
+
+    def sync(self, meta: Meta, scan: Callable[[], Iterator[tuple[bytes, bytes]]], next_offset: int) -> int:
+        """Brings the view to the store's moment, or adopts a later one; returns how many rows were copied."""
+        ...
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+        """Rows and meta in one transaction. Raises FencedError: a newer owner has taken over."""
+        ...
+
+    def beat(self, caught_up_ms: int) -> None:
+        """Tells readers when the state last included the log's end. Raises FencedError."""
+        ...
+
+    def trim(self, keys: Seq[bytes], before: Seq[bytes], after: Seq[bytes]) -> None:
+        """Puts rows in place of others that read the same. Raises FencedError."""
+        ...
+
+    def scrub(self, rows_max: int) -> bool:
+        """The next step of a copy that holds nothing of what pages held before; True at its end. Raises FencedError."""
+        ...
+
+    def close(self) -> None:
+        """Closes it; it stays readable."""
+        ...
 
 
 @dataclass
@@ -153,7 +181,7 @@ class PartitionView:
         with self._writing() as transaction:
             token = int.from_bytes(transaction.get(OWNER_KEY, b""), "little") + 1
             transaction.put(OWNER_KEY, token.to_bytes(8, "little"))
-        shutil.rmtree(self._fresh_path, ignore_errors=True)  # of an owner who cannot finish it any more
+            shutil.rmtree(self._fresh_path, ignore_errors=True)  # of an owner who cannot finish it any more
         return token
 
     @contextmanager
@@ -249,8 +277,10 @@ class PartitionView:
             ViewError: no room for the copy.
         """
         if self._fresh is None:
-            shutil.rmtree(self._fresh_path, ignore_errors=True)
-            self._fresh = _Fresh(*self._open_at(self._fresh_path))
+            with self._writing() as transaction:
+                check_owner(transaction.get(OWNER_KEY), self._token)
+                shutil.rmtree(self._fresh_path, ignore_errors=True)
+                self._fresh = _Fresh(*self._open_at(self._fresh_path))
         fresh = self._fresh
         with self._environment.begin() as transaction, transaction.cursor() as cursor:
             there = cursor.set_range(fresh.copied + b"\x00")
@@ -266,6 +296,8 @@ class PartitionView:
         with self._writing() as transaction:
             # Whoever opens the view waits for this lock, and then looks whether it still has the right file.
             check_owner(transaction.get(OWNER_KEY), self._token)
+            if file_identity(str(self._fresh_path / _LOCK_FILE)) != file_identity(fresh.lock_file.fileno()):
+                raise FencedError(f"{self._path}: another worker copies the view")
             self._path.rename(stale)
             self._fresh_path.rename(self._path)
         self._close_files()
@@ -337,6 +369,7 @@ class PartitionView:
             check_owner(transaction.get(OWNER_KEY), self._token)
             for key in keys:
                 transaction.delete(key)
+        self._drop_fresh()  # it may hold them: the copy begins anew
 
     def clear_dead_readers(self) -> int:
         """Frees the slots of readers that were killed, so that they do not hold old pages; returns how many."""

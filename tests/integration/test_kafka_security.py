@@ -35,6 +35,8 @@ RIGHTS = [
     ("worker", "actions", AclOperation.DESCRIBE_CONFIGS),
     ("worker", "dead-letters", AclOperation.WRITE),
     ("worker", "dead-letters", AclOperation.READ),
+    ("worker", "dead-letters", AclOperation.DESCRIBE_CONFIGS),
+    ("worker", "rankings", AclOperation.DESCRIBE_CONFIGS),
     *(("worker", topic, what) for topic in ("rates", "rates-windows") for what in (AclOperation.READ, AclOperation.WRITE)),
 ]
 
@@ -124,7 +126,7 @@ def test_each_role_works_with_no_more_than_its_rights(world, secured):
     producer = ActionProducer(as_user(secured, "producer"), DOMAIN, world.topics.actions)
     producer.produce_many(*random_load(1_000, 30, seed=1))
     producer.flush()
-    config = replace(world.config, kafka=as_user(secured, "worker"))
+    config = replace(world.config, kafka=as_user(secured, "worker"), erasure_deadline_ms=30 * 24 * 3600 * 1000)
     with worker(config) as running:
         rates = running.ready()["health"].replace("/health/", "/rates/")
         reader = world.reader()

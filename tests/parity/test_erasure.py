@@ -138,7 +138,7 @@ class Home:
 
     def close(self):
         for partition, (store, view) in self.held.items():
-            self.erasures.closed(partition)
+            self.erasures.closed(partition, store)
             view.close()
             store.close()
 
