@@ -111,8 +111,6 @@ class Store(Protocol):
     def newest_snapshot(self, partition: int, log_epoch: int) -> int | None:
         """Offset of the newest snapshot of a partition that could be restored; None: there is none.
 
-        `first`: the log's first record; a snapshot that waits for an earlier one is of no use.
-
         Raises:
             SnapshotError: the snapshots cannot be reached.
         """
