@@ -58,7 +58,8 @@ def erase(
     finally:
         producer.close()
     print(position_text(erased))
-    print(f"event id {identity}; nothing is left anywhere by {_time(erased.append_time_ms + erasure_deadline_ms(settings))}")
+    deadline = _time(erased.append_time_ms + erasure_deadline_ms(settings))
+    console.print(f"event id {identity}; nothing is left anywhere by {deadline}", soft_wrap=True)  # not to what scripts read
 
 
 @jobs.command()
