@@ -455,6 +455,7 @@ class BatchLoop:
                 consumer.incremental_unassign(self._places({number} & self._fetched))
                 self._fetched.discard(number)
                 self._unfollow({number} & self._followed)
+                del self._missing_since_s[number]
                 self._begin_opening(number)
 
     # Dead letters.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -364,7 +364,12 @@ def records_of(messages: Seq[Message]) -> Records:
     )
 
 
-_SETTLING = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART)
+_SETTLING = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_PARTITION,
+)
 
 
 def _is_settling(error: BaseException) -> bool:
@@ -379,7 +384,13 @@ def _is_settling(error: BaseException) -> bool:
 )
 def log_range(consumer: Consumer, topic: str, partition: int, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[int, int]:
     """(first offset there is, offset of the next record) of a partition; a leader that is being elected is waited for."""
-    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
+    except KafkaException as error:
+        if _is_settling(error):  # a consumer without partitions does not look by itself whether what it once heard still holds
+            with suppress(KafkaException):
+                consumer.list_topics(topic, timeout=timeout_s)
+        raise
     return low, high
 
 
