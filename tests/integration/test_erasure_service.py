@@ -102,9 +102,9 @@ def test_an_erasure_that_is_asked_for_again_is_one(kafka, tmp_path, monkeypatch)
         monkeypatch.setenv("FRESHRANK_KAFKA_BOOTSTRAP", kafka.bootstrap)
         monkeypatch.setenv("FRESHRANK_TOPIC_ACTIONS", world.topics.actions)
         arguments = ["erase", "--user", "42", "--event-id", "99", "--home", str(tmp_path)]
-        printed = CliRunner().invoke(cli.app, arguments).output.splitlines()
-        assert printed[0] == f"{world.identity.epoch:016x}:{partition}:2"
-        assert printed[1].startswith("event id 99; nothing is left anywhere by 20")
+        printed = CliRunner().invoke(cli.app, arguments)
+        assert printed.stdout == f"{world.identity.epoch:016x}:{partition}:2\n", "what scripts read is the position alone"
+        assert printed.stderr.startswith("event id 99; nothing is left anywhere by 20")
         assert CliRunner().invoke(cli.app, ["erase", "--user", "42", "--home", str(tmp_path)]).exit_code == 0
 
         job = ErasureJob(home=tmp_path, domain=DOMAIN, deadline_ms=DEADLINE_MS, kafka=world.kafka, topics=world.topics)
