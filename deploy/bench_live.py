@@ -30,7 +30,7 @@ from features.domain import Domain, parse_domain
 from features.ids import user_key
 from streams.batch_loop import WorkerConfig
 from streams.kafka import KafkaConfig, Topics, end_offsets, ensure_topics, new_producer
-from streams.producer import ActionProducer
+from streams.producer import LINGER_MS, ActionProducer
 from streams.reader_service import ReaderConfig, run_reader
 from streams.view_reader import ViewReader
 from streams.worker import run_worker
@@ -40,10 +40,11 @@ PARTITIONS, USERS, HISTORY = 4, 50_000, 1_000_000
 EVENTS_PER_S = 5_000
 HALF_LOAD_EVENTS_PER_S = 125_000
 """Half of what a worker folds on the 2 cores that the bars are for (`bench ingest`, events_per_s)."""
+WARM_UP_S = 20.0
+"""A broker that has just started spends a third of a core on compiling itself for about this long."""
 TICK_S = 0.002
 """The producer sends what is due this often."""
 
-_LINGER_MS = 1
 _LATE_S_MAX = 1.0
 _START_DELAY_S = 5.0  # for a process that follows the load, and computes it first
 _CATCH_UP_TIMEOUT_S = 180.0
@@ -153,7 +154,11 @@ def live(folder: Path, console: Console, **given: Any) -> Iterator[Live]:
         stack.callback(stop, reader)
         address = _get(ready, reader)
         pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_measure))
-        yield Live(kafka, topics, config, address, pool)
+        world = Live(kafka, topics, config, address, pool)
+        console.print(f"lets the broker's compiler come to rest: {WARM_UP_S:.0f} s of {EVENTS_PER_S} events/s")
+        with world.producing(world.load(EVENTS_PER_S, WARM_UP_S)):
+            pass
+        yield world
 
 
 def wait_applied(config: WorkerConfig, count: int) -> None:
@@ -232,7 +237,7 @@ def _produce(kafka: KafkaConfig, topic: str, load: Load, ready: "Queue[float]") 
     users, events = load.events()
     values, keys = encode_events(users, events), {user: user_key(user) for user in set(users.tolist())}
     records = [(value, keys[user]) for value, user in zip(values, users.tolist(), strict=True)]
-    producer = new_producer(kafka, "bench", linger_ms=_LINGER_MS, queue_buffering_max_messages=1_000_000)
+    producer = new_producer(kafka, "bench", linger_ms=LINGER_MS, queue_buffering_max_messages=1_000_000)
     producer.list_topics(topic, timeout=10)
     quiet_process()
     begin_s = time.monotonic() + _START_DELAY_S

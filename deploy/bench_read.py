@@ -19,7 +19,8 @@ from features.domain import Domain
 from streams.remote_reader import RemoteReader
 from streams.view_reader import ViewReader
 
-READS_PER_S, SECONDS, USERS_AT_ONCE = 200, 10.0, 100
+READS_PER_S, CALLS_PER_S, SECONDS, USERS_AT_ONCE = 500, 200, 10.0, 100
+"""Local reads of one user; reads of USERS_AT_ONCE, and gRPC calls."""
 SPIN_S = 0.0003
 _FIRST_S = 0.5
 _MARGIN_S = 1.0
@@ -27,7 +28,8 @@ _MARGIN_S = 1.0
 
 def bench_read(runs: int, folder: Path, console: Console) -> list[dict[str, float]]:
     """Latencies of the local reader and of gRPC, without and with ingest."""
-    console.print(f"{READS_PER_S} reads/s, open loop, {SECONDS:.0f} s each; ingest at {EVENTS_PER_S} and {HALF_LOAD_EVENTS_PER_S} events/s")
+    console.print(f"{READS_PER_S} reads/s ({CALLS_PER_S} a second of {USERS_AT_ONCE} users and by gRPC), open loop, {SECONDS:.0f} s each")
+    console.print(f"ingest at {EVENTS_PER_S} and {HALF_LOAD_EVENTS_PER_S} events/s")
     with live(folder, console) as world:
         return [_run(world, console) for _ in range(runs)]
 
@@ -60,7 +62,7 @@ def read_local(view_folder: Path, domain: Domain, users_at_once: int) -> list[fl
     """Latencies of a local reader, ms."""
     reader = ViewReader(view_folder, domain, PARTITIONS)
     try:
-        return _open_loop(lambda users: reader.read("main", users), users_at_once)
+        return _open_loop(lambda users: reader.read("main", users), users_at_once, READS_PER_S if users_at_once == 1 else CALLS_PER_S)
     finally:
         reader.close()
 
@@ -69,19 +71,19 @@ def read_grpc(address: str, domain: Domain) -> list[float]:
     """Latencies of a remote reader, ms, for one user a call."""
     reader = RemoteReader(address, domain)
     try:
-        return _open_loop(lambda users: reader.read("main", users), 1)
+        return _open_loop(lambda users: reader.read("main", users), 1, CALLS_PER_S)
     finally:
         reader.close()
 
 
-def _open_loop(read: Callable[[list[int]], Any], users_at_once: int) -> list[float]:
-    count = int(READS_PER_S * SECONDS)
+def _open_loop(read: Callable[[list[int]], Any], users_at_once: int, reads_per_s: int) -> list[float]:
+    count = int(reads_per_s * SECONDS)
     users = np.unique(make_load(10 * USERS, USERS, 1)[0])
     asked = np.random.default_rng(2).choice(users, (count, users_at_once)).tolist()
     read(asked[0])
     begin_s, found_ms = time.monotonic() + _FIRST_S, []
     for i, of in enumerate(asked):
-        due_s = begin_s + i / READS_PER_S
+        due_s = begin_s + i / reads_per_s
         sleep_until(due_s - SPIN_S)
         while time.monotonic() < due_s:
             pass

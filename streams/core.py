@@ -43,6 +43,8 @@ Headers = Seq[tuple[str, bytes | None]]
 RetentionPolicy = Literal["fail", "earliest", "latest"]
 _RESTORE_AHEAD_RECORDS = 1_000_000
 """How far a snapshot must be ahead of a state to be worth its download."""
+_FLUSH_AGE_S = 30.0
+"""A killed worker reads at most this much of the log again, however few the actions are; where they are many, RocksDB flushes before."""
 _WRITE_BYTES_MAX = 16 << 20
 """Most bytes of rows in one write: what a batch is when users repeat in it, and several writes where each record has its own user."""
 
@@ -343,6 +345,7 @@ class WorkerCore:
         held = self._held[partition]
         try:
             try:
+                held.store.flush_old(_FLUSH_AGE_S)
                 for each in (self._eviction, self._erasures):
                     if each is not None and each.due(partition, held.store):
                         each.run(partition, held.store, held.view)

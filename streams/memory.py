@@ -80,6 +80,9 @@ class MemoryPartition:
         """See `PartitionStore.scan`."""
         yield from sorted((key, row) for key, row in self._rows.items() if key > after)
 
+    def flush_old(self, age_s: float) -> None:
+        """See `PartitionStore.flush_old`: memory is all there is."""
+
     def purge(self, keys: Seq[bytes] | None) -> None:
         """See `PartitionStore.purge`: a replaced row is gone."""
 

@@ -1,8 +1,8 @@
 """The durable state: one RocksDB database a partition, rows and applied offset in one WriteBatch. The only home of `rocksdict`.
 
-A database is the truth of its partition; the view (streams/view.py) is a copy of it that readers may see. Writes go to RocksDB's log
-without an fsync: a killed process loses nothing, a machine that loses power loses the last moments, and the worker reads those again from
-Kafka, from the offset that the database then has.
+A database is the truth of its partition; the view (streams/view.py) is a copy of it that readers may see. RocksDB keeps no log of its
+own: Kafka is the log. What is written stands in memory until RocksDB flushes it, or the worker does by its age; a killed process goes back
+to the last flush, rows and applied offset together, and reads on from there. It costs half as much as writing everything twice.
 """
 
 import bisect
@@ -37,6 +37,9 @@ _TICKERS = {
     "rocksdb_written_bytes": ("rocksdb.flush.write.bytes", "rocksdb.compact.write.bytes"),
     "rocksdb_stall_us": ("rocksdb.stall.micros",),
 }
+_NO_LOG = rocksdict.WriteOptions()
+"""For every write: what is logged and what is not would come back from a crash in another order than it was written."""
+_NO_LOG.disable_wal = True
 _TICKER = re.compile(r"^(\S+) COUNT : (\d+)$", re.MULTILINE)
 
 
@@ -54,7 +57,7 @@ class PartitionStore(Protocol):
         ...
 
     def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
-        """Rows and meta, all or nothing, also through a crash.
+        """Rows and meta, all or nothing; a crash may undo the newest writes, never one and not those behind it.
 
         Raises:
             SequenceCorruptError: a file is damaged, and no write is taken any more.
@@ -72,6 +75,10 @@ class PartitionStore(Protocol):
         Raises:
             SequenceCorruptError: a file is damaged; it never just ends there.
         """
+        ...
+
+    def flush_old(self, age_s: float) -> None:
+        """Begins to make safe from a crash what has not been for `age_s`. Raises as `write`."""
         ...
 
     def purge(self, keys: Seq[bytes] | None) -> None:
@@ -340,6 +347,8 @@ class RocksPartition:
     def __init__(self, database: rocksdict.Rdict, meta: Meta) -> None:
         self._database, self._where = database, database.path()
         self.meta = meta
+        self._unflushed_since_s: float | None = None
+        """Since when there may be something in memory alone."""
 
     def get(self, keys: Seq[bytes]) -> list[bytes | None]:
         """See `PartitionStore.get`. A list get leaves the GIL to other threads."""
@@ -355,10 +364,7 @@ class RocksPartition:
         for key, row in zip(keys, rows, strict=True):
             put(key, row)
         put(META_KEY, meta.encode())
-        try:
-            self._database.write(batch)
-        except Exception as error:
-            raise _failure(self._where, error) from error
+        self._write(batch)
         self.meta = meta
 
     def load(self, tables: Iterable[Path], meta: Meta) -> None:
@@ -379,10 +385,15 @@ class RocksPartition:
                 batch.put(key, row)
             else:
                 batch.delete(key)
+        self._write(batch)
+
+    def _write(self, batch: rocksdict.WriteBatch) -> None:
         try:
-            self._database.write(batch)
+            self._database.write(batch, _NO_LOG)
         except Exception as error:
             raise _failure(self._where, error) from error
+        if self._unflushed_since_s is None:
+            self._unflushed_since_s = time.monotonic()
 
     def scan(self, after: bytes = META_KEY) -> Iterator[tuple[bytes, bytes]]:
         """See `PartitionStore.scan`. A pass over everything leaves the cache to the rows that are asked for."""
@@ -391,7 +402,7 @@ class RocksPartition:
     def purge(self, keys: Seq[bytes] | None) -> None:
         """See `PartitionStore.purge`. It takes the GIL only between keys; writes and reads go on meanwhile.
 
-        The flush ends the write-ahead logs that hold old rows. The compaction goes down to the last level and rewrites it, too (`force`):
+        The compaction goes down to the last level and rewrites it, too (`force`):
         each file that overlaps the key's range, at most one a level, is written anew without them, and the old one unlinked.
         """
         try:
@@ -425,8 +436,14 @@ class RocksPartition:
         """See `PartitionStore.stop_purge`."""
         self._database.cancel_all_background(False)
 
+    def flush_old(self, age_s: float) -> None:
+        """See `PartitionStore.flush_old`."""
+        if self._unflushed_since_s is not None and time.monotonic() - self._unflushed_since_s >= age_s:
+            self.start_flush()
+
     def start_flush(self) -> None:
         """Begins to write to tables what is in memory, without waiting, so that a checkpoint soon after has little left to do."""
+        self._unflushed_since_s = None
         try:
             self._database.flush(False)
         except Exception as error:

@@ -104,14 +104,17 @@ def main() -> int:
     outcome, started_s = Outcome(), time.monotonic()
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("seeds", total=given.seeds)
-        for found in play_in_processes(range(given.first, given.first + given.seeds), given.processes):
-            outcome.add(found)
-            for seed, error in found.failures.items():
-                console.print(f"[red]seed {seed}[/]: {error}\n  {replay_alone(seed)}", highlight=False, soft_wrap=True)
-            progress.update(task, completed=outcome.seeds)
-            if len(outcome.failures) > _FAILURES_MAX:
-                console.print("[red]too many failures: stopped[/]")
-                break
+        try:
+            for found in play_in_processes(range(given.first, given.first + given.seeds), given.processes):
+                outcome.add(found)
+                for seed, error in found.failures.items():
+                    console.print(f"[red]seed {seed}[/]: {error}\n  {replay_alone(seed)}", highlight=False, soft_wrap=True)
+                progress.update(task, completed=outcome.seeds)
+                if len(outcome.failures) > _FAILURES_MAX:
+                    console.print("[red]too many failures: stopped[/]")
+                    break
+        except KeyboardInterrupt:
+            console.print("interrupted: the report is of the seeds that were played")
     text = report(outcome, time.monotonic() - started_s, f"python -m tests.simulation.run {' '.join(sys.argv[1:])}")
     console.print(text, highlight=False)
     if given.report is not None:

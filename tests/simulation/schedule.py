@@ -256,8 +256,7 @@ class Simulation:
         if kind == "freeze":
             self._freeze(process)
         elif kind == "kill":
-            self._end(process)
-            self.happened["kills"] += 1
+            self._kill_worker(process)
             raise KilledError(process)
         else:
             self._lose_power(process.machine)
@@ -294,13 +293,22 @@ class Simulation:
         self.happened.update(fences=int(found["fenced"]), repairs=int(found["repairs"]), restores=worker.store.restored)
         self.happened["retention_gaps"] += found["records_missed"] > 0
 
+    def _kill_worker(self, worker: SimWorker) -> None:
+        """What it wrote since the last flush goes with it; the view, of which every page is the kernel's, stays."""
+        self._end(worker)
+        self.happened["kills"] += 1
+        self.happened["lost_write_crashes"] += self._lose_writes(worker.seat) > 0
+
+    def _lose_writes(self, seat: Seat) -> int:
+        return sum(disk.crash(self.draw.randint(0, len(disk.unsynced))) for disk in seat.disks.values())
+
     def _lose_power(self, machine: Machine) -> None:
         lost = 0
         for seat in self.seats:
             if seat.machine is machine:
                 if seat.worker is not None:
                     self._end(seat.worker)
-                lost += sum(disk.lose_power(self.draw.randint(0, len(disk.unsynced))) for disk in seat.disks.values())
+                lost += self._lose_writes(seat)
         machine.boot += 1
         for view in machine.views.values():
             view.tear(self.draw.choice)
@@ -389,8 +397,7 @@ class Simulation:
     def _kill(self) -> None:
         running = [seat.worker for seat in self.seats if seat.worker is not None]
         if running:
-            self._end(self.draw.choice(running))
-            self.happened["kills"] += 1
+            self._kill_worker(self.draw.choice(running))
 
     def _cut_power(self) -> None:
         self._lose_power(self.draw.choice(self.machines))

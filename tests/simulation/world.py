@@ -75,7 +75,7 @@ class SimLog:
 
 @dataclass
 class Disk:
-    """One partition's state on a worker's disk. A write is in RocksDB's log at once, and safe from a power loss once it is synced."""
+    """One partition's state on a worker's disk. A write is safe from a kill and from a power loss once it is synced."""
 
     content: Content = field(default_factory=dict)
     synced: Content = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Disk:
         """Everything is safe."""
         self.synced, self.unsynced = self.content, []
 
-    def lose_power(self, kept: int) -> int:
+    def crash(self, kept: int) -> int:
         """Keeps the first `kept` of the unsynced writes; returns how many are lost."""
         lost = len(self.unsynced) - kept
         for batch in self.unsynced[:kept]:

@@ -120,6 +120,8 @@ def world(tmp_path):
 
 def test_erased_bytes_are_in_no_file_after_the_purge(world):
     world.act()
+    world.close()  # what was in memory goes into a table
+    world.open()
     world.erase()
     assert world.found(world.state)
     assert world.found(world.views) == {"data.mdb"}
