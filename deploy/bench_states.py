@@ -207,14 +207,13 @@ def _measure_worker(config: WorkerConfig, identity: LogIdentity, events: int, se
         count = last - first
         if count <= 0:
             raise BenchError(f"the worker made no progress behind record {first} within {seconds_max:.0f} s")
-        rest = counted["write_bytes"] - counted["table_bytes"] - counted["log_bytes"]
+        rest = counted["write_bytes"] - counted["table_bytes"]
         return {
             "events_per_s": count / counted["wall_s"],
             "cpu_us_per_event": counted["cpu_s"] / count * 1e6,
             "bytes_written_per_event": counted["write_bytes"] / count,
             "bytes_read_per_event": counted["read_bytes"] / count,
             "table_bytes_written_per_event": counted["table_bytes"] / count,
-            "log_bytes_written_per_event": counted["log_bytes"] / count,
             "view_bytes_written_per_event": max(rest, 0) / count,
             "resident_mb": _memory_mb(pid, "RssAnon"),
             "mapped_mb": _memory_mb(pid, "RssFile"),
@@ -226,21 +225,19 @@ def _counters(pid: int, state: Path) -> dict[str, float]:
     """What is counted over the measurement: seconds, CPU seconds of all threads, and bytes.
 
     write_bytes, read_bytes: what the process made the disk write and read: direct ones, and pages that it was the first to make dirty.
-    table_bytes: what RocksDB's flushes and compactions say they wrote; log_bytes: what it flushed, which went through its log before.
+    table_bytes: what RocksDB's flushes and compactions say they wrote.
     """
     fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
     found = {"wall_s": time.monotonic(), "cpu_s": (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS}
     lines = Path(f"/proc/{pid}/io").read_text("ascii").splitlines()
     found |= {name: float(value) for name, _, value in (line.partition(":") for line in lines) if name in ("read_bytes", "write_bytes")}
-    found |= {"table_bytes": 0.0, "log_bytes": 0.0}
+    found["table_bytes"] = 0.0
     for path in state.glob("*/LOG"):
         for line in path.read_text("utf-8", errors="replace").splitlines():
             _, mark, text = line.partition("EVENT_LOG_v1 ")
             event = json.loads(text) if mark else {}
             if event.get("event") == "table_file_creation":
                 found["table_bytes"] += event["file_size"]
-            elif event.get("event") == "flush_started":
-                found["log_bytes"] += event["total_data_size"]
     return found
 
 

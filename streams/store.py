@@ -2,7 +2,7 @@
 
 A database is the truth of its partition; the view (streams/view.py) is a copy of it that readers may see. RocksDB keeps no log of its
 own: Kafka is the log. What is written stands in memory until RocksDB flushes it, or the worker does by its age; a killed process goes back
-to the last flush, rows and applied offset together, and reads on from there. It costs half as much as writing everything twice.
+to the last flush, rows and applied offset together, and reads on from there.
 """
 
 import bisect
