@@ -8,8 +8,8 @@ Of each partition's records, in offset order:
  3. fold: the stored rows of the touched users and the batch become their new rows (features.sequence);
  4. store: rows, applied offset and log clock in one WriteBatch;
  5. view: the same rows and meta in one transaction, which readers see as one moment, unless a newer owner has taken the view over.
-A crash between any two steps repeats at most the last batch, which gives the same rows again. Anything unexpected leaves `apply` as an
-exception, before the store passes the record.
+A crash between any two steps repeats what the store had not flushed, which gives the same rows again; the view, which is ahead then, stays
+as it is until the store passes it. Anything unexpected leaves `apply` as an exception, before the store passes the record.
 """
 
 import logging

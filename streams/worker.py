@@ -248,6 +248,13 @@ def create_app(
         async for value in stream:
             letters.add(value)
 
+    _add_pages(app, batch_loop, metrics, letters, windows)
+    return app
+
+
+def _add_pages(app: faust.App, batch_loop: BatchLoop, metrics: WorkerMetrics, letters: DeadLetters, windows: RateWindows | None) -> None:
+    """What an operator, a probe and a scraper ask for."""
+
     @app.page("/health/")  # type: ignore[untyped-decorator]
     async def health(web: Any, _: Any) -> Any:
         report = {**batch_loop.health(), "dead_letters": dict(letters.counts), "statistics": batch_loop.statistics()}
@@ -271,8 +278,6 @@ def create_app(
     async def rates_page(web: Any, _: Any) -> Any:
         shown = page(windows.rates(), held=windows.held) if windows is not None else page({}, held=False)
         return web.text(json.dumps(shown), content_type="application/json")
-
-    return app
 
 
 def run_worker(
