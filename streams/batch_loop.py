@@ -486,6 +486,9 @@ class BatchLoop:
             self._failures.append(unavailable(self._config.kafka, error))
 
     def _open_view(self, partition: int) -> PartitionView:
+        abandoned = self._abandoned.get(partition)
+        if abandoned is not None and not abandoned.done():
+            raise FencedError("it was taken away while it was opened")  # its view is the new owner's
         view = PartitionView(self._config.view_folder, partition, map_bytes=self._config.view_map_bytes)
         view.clear_dead_readers()
         return view
