@@ -2,8 +2,8 @@
 
 2 million users with full sequences of 100, by Zipf 1.05 over all of them. RocksDB reads and writes beside the page cache with a block cache
 of 512 MB, so that the page cache does not hide the disk. The view is a mapped file of about 8 GB: the pages that a batch touches are in the
-page cache, and count among the bytes written as the kernel writes them. bytes_written_per_event_large is everything that the process wrote;
-of it table_bytes_ are RocksDB's flushes and compactions, and view_bytes_ the rest.
+page cache, and count among the bytes written when the kernel writes them. bytes_written_per_event_large is everything that the disk was
+given; of it table_bytes_ are RocksDB's flushes and compactions, and view_bytes_ the rest.
 """
 
 from pathlib import Path
