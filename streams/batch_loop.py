@@ -99,7 +99,7 @@ class WorkerConfig:
     cache_bytes: int = 256 << 20
     write_buffer_bytes: int = 256 << 20
     direct_reads: bool = False
-    """RocksDB reads and writes its files beside the page cache."""
+    """RocksDB reads and writes its files beside the page cache, and a batch takes the old rows from it, not from the view."""
     view_map_bytes: int = MAP_BYTES
     answer_timeout_s: float = 10.0
     """How long Kafka may take to answer when the worker starts."""
@@ -145,6 +145,7 @@ class BatchLoop:
             at=at,
             observe=observe,
             erasures=ErasurePass(config.state_folder, list(definitions(config.domain))) if store is None else None,
+            folds_on_view=not config.direct_reads,
         )
         self._stop = threading.Event()
         self._owned: set[int] | None = None

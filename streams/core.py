@@ -129,21 +129,31 @@ class Applied:
 
 
 def fold_batch(
-    kept: Mapping[int, Definition], store: PartitionStore, batch: Batch, leader_epoch: int = -1
+    kept: Mapping[int, Definition], store: PartitionStore, batch: Batch, leader_epoch: int = -1, view: View | None = None
 ) -> tuple[list[bytes], list[bytes], Meta]:
     """What a batch makes of the stored rows: (keys, new rows, new meta), to be written together. `kept`: definitions by sequence id.
+
+    `view`: where the rows come from if it shows the store's moment and they are whole; they are the same there.
 
     Raises:
         SequenceCorruptError: a stored row is damaged.
     """
+    before = store.meta
     users = touched_users(batch)
     keys: list[bytes] = []
     rows: list[bytes] = []
     for sequence_id, what in kept.items():
         own = row_keys(sequence_id, users)
         keys += own
-        rows += apply_batch(what, batch, store.get(own), store.meta.log_clock_ms)
-    before = store.meta
+        seen = None if view is None else view.rows(own, before)
+        if seen is not None:
+            try:
+                rows += apply_batch(what, batch, seen, before.log_clock_ms)
+            except SequenceCorruptError as error:
+                log.warning("partition %d: the view is damaged, the store's rows are taken: %s", before.partition, error)
+            else:
+                continue
+        rows += apply_batch(what, batch, store.get(own), before.log_clock_ms)
     clock_ms, last = clock_after(batch, before.log_clock_ms), int(batch.offsets[-1])
     return keys, rows, replace(before, applied_offset=last, log_clock_ms=clock_ms, leader_epoch=leader_epoch)
 
@@ -164,12 +174,14 @@ class WorkerCore:
         at: Callable[[str], None] = lambda _: None,
         observe: Callable[[Applied], None] = lambda _: None,
         erasures: ErasurePass | None = None,
+        folds_on_view: bool = True,
     ) -> None:
         """`bury` stores dead letters, (key, value) each, and returns when they are safe.
 
         `at` is told the step that a batch has reached: decoded, stored, viewed. `erasures` takes the bytes of erased users out of the
-        files; a state without files has none.
+        files; a state without files has none. `folds_on_view`: see `fold_batch`.
         """
+        self._folds_on_view = folds_on_view
         self._future_tolerance_ms, self._encodings = domain.future_tolerance_ms, domain.encodings
         self._kept = definitions(domain)
         self._users_max = max(1, _WRITE_BYTES_MAX // sum(row_bytes_max(what.length) for what in self._kept.values()))
@@ -472,7 +484,7 @@ class WorkerCore:
     def _fold_part(self, partition: int, held: Held, batch: Batch, leader_epoch: int, started_s: float) -> None:
         expected = held.next_offset
         decoded_s = time.perf_counter()
-        keys, rows, meta = fold_batch(self._kept, held.store, batch, leader_epoch)
+        keys, rows, meta = fold_batch(self._kept, held.store, batch, leader_epoch, held.view if self._folds_on_view else None)
         folded_s = time.perf_counter()
         if self._erasures is not None:
             self._erasures.note(partition, batch)

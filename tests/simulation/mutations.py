@@ -72,8 +72,8 @@ def offset_in_a_write_after(patch: Patch) -> None:
 
 
 def _offset_moved(by: int) -> Callable[[Patch], None]:
-    def moved(kept, store, batch, leader_epoch=-1):
-        keys, rows, meta = fold_batch(kept, store, batch, leader_epoch)
+    def moved(kept, store, batch, leader_epoch=-1, view=None):
+        keys, rows, meta = fold_batch(kept, store, batch, leader_epoch, view)
         return keys, rows, replace(meta, applied_offset=meta.applied_offset + by)
 
     return lambda patch: patch.setattr(streams.core, "fold_batch", moved)
@@ -131,6 +131,14 @@ def later_view_not_adopted(patch: Patch) -> None:
     patch.setattr(PartitionView, "sync", sync)
 
 
+def folds_on_any_view(patch: Patch) -> None:
+    def rows(self, keys, _):
+        with self._environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+    patch.setattr(PartitionView, "rows", rows)
+
+
 def torn_view_read(patch: Patch) -> None:
     def environment(self, partition):
         if partition not in self._machine.views:
@@ -163,6 +171,7 @@ MUTATIONS: dict[str, Callable[[Patch], None]] = {
     "an erase applied behind its batch": _erase_moved(first=False),
     "a read that pairs a row with another moment's watermark": row_and_watermark_of_two_moments,
     "a later view overwritten by an earlier state": later_view_not_adopted,
+    "a batch folded on a view of another moment": folds_on_any_view,
     "a view read that a power loss may have torn": torn_view_read,
     "a view written that another worker has replaced": replaced_view_written,
 }

@@ -60,6 +60,7 @@ class SimWorker(Process):
             self._bury,
             offset_below_retention=seat.policy,
             at=lambda step: sim.point(self, step),
+            folds_on_view=sim.draw.random() < 0.7,
         )
         self.core.follow(Log(TOPIC, EPOCH, len(sim.logs), lambda partition: sim.logs[partition].first_and_next()))
         self.positions: dict[int, int] = {}

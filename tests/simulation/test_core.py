@@ -43,7 +43,9 @@ class World:
         self.disks: dict[int, Disk] = {}
         self.snapshots: dict[int, dict[int, Snapshot]] = {0: {}}
         self.store = SimStore(self.disks, self.snapshots, self.plan.kept, self.process, Nothing())
-        self.core = WorkerCore(self.plan.domain, self.store, self.open_view, lambda _: None, offset_below_retention=policy)
+        self.core = WorkerCore(
+            self.plan.domain, self.store, self.open_view, lambda _: None, offset_below_retention=policy, folds_on_view=False
+        )
         self.core.follow(Log(TOPIC, EPOCH, 1, lambda _: (self.first, self.plan.offsets[-1] + 1)))
 
     def open_view(self, partition: int) -> SimView:
