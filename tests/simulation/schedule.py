@@ -26,7 +26,7 @@ from streams.state import META_KEY, Meta, row_key
 from streams.view import BEAT_KEY
 
 from .plan import EPOCH, TOPIC, Plan, draw_plan
-from .world import Content, Disk, KilledError, Machine, Process, SimLog, SimReader, SimStore, SimView, Snapshot
+from .world import Content, Disk, KilledError, Machine, Process, Seat, SimLog, SimReader, SimStore, SimView, Snapshot
 
 MUST_HAPPEN = (
     *("lost_write_crashes", "power_losses", "kills", "freezes", "fences", "two_owners", "rebalances", "batches", "redeliveries"),
@@ -49,7 +49,7 @@ class WrongError(AssertionError):
 class SimWorker(Process):
     """A worker's process: the core, and what `streams.batch_loop` does around it."""
 
-    def __init__(self, seat: "Seat", sim: "Simulation") -> None:
+    def __init__(self, seat: Seat, sim: "Simulation") -> None:
         super().__init__(seat.machine, seat.name)
         self.seat, self.sim = seat, sim
         self.store = SimStore(seat.disks, sim.snapshots, sim.plan.partitions[0].kept, self, sim)
@@ -145,15 +145,6 @@ class SimWorker(Process):
         """Asks where the log ends."""
         for partition in list(self.core.held()):
             self.core.saw_end(partition, self.sim.logs[partition].first_and_next()[1], self.sim.now())
-
-
-class Seat:
-    """What is left of a worker when its process ends: its disk, and its settings."""
-
-    def __init__(self, name: str, machine: Machine, *, standby: bool, policy: RetentionPolicy) -> None:
-        self.name, self.machine, self.standby, self.policy = name, machine, standby, policy
-        self.disks: dict[int, Disk] = {}
-        self.worker: SimWorker | None = None
 
 
 class Simulation:

@@ -15,6 +15,7 @@ import lmdb
 
 from features.ports import SequenceCorruptError, SequenceUnavailableError
 from features.sequence import Definition
+from streams.core import RetentionPolicy
 from streams.errors import FencedError, StateError
 from streams.state import META_KEY, Meta
 from streams.store import check_meta, initial_meta
@@ -320,6 +321,15 @@ class Transaction:
             keys = [max(self.data, default=b""), *(key for key, _ in items)]
             assert keys == sorted(set(keys)), "appended keys must ascend"
         self.data = self.data | dict(items)
+
+
+class Seat:
+    """What is left of a worker when its process ends: its disk, and its settings."""
+
+    def __init__(self, name: str, machine: Machine, *, standby: bool, policy: RetentionPolicy) -> None:
+        self.name, self.machine, self.standby, self.policy = name, machine, standby, policy
+        self.disks: dict[int, Disk] = {}
+        self.worker: Any = None
 
 
 class SimView(PartitionView):
