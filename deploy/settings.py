@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     )
     rocksdb_cache_mb: PositiveInt = Field(256, description="Block cache, shared by all partitions of a worker.")
     rocksdb_direct_reads: bool = Field(
-        False, description="RocksDB reads and writes its files beside the page cache: its memory is the block cache alone."
+        False, description="RocksDB reads and writes its files beside the page cache, and batches take old rows from it, not from the view."
     )
     rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
