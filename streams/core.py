@@ -21,9 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from features.actions import Batch, append_time_ms, decode_batch
 from features.domain import Domain
 from features.ports import SequenceCorruptError, SequenceForeignError
@@ -33,13 +30,13 @@ from streams.errors import FencedError, SnapshotError, StateError
 from streams.eviction import EvictionPass
 from streams.health import lag_s
 from streams.purge import ErasurePass
+from streams.records import Records
 from streams.state import Meta, check_base, definitions, row_keys
 from streams.store import PartitionStore, Store
 from streams.view import View
 
 log = logging.getLogger(__name__)
 
-Headers = Seq[tuple[str, bytes | None]]
 RetentionPolicy = Literal["fail", "earliest", "latest"]
 _RESTORE_AHEAD_RECORDS = 1_000_000
 """How far a snapshot must be ahead of a state to be worth its download."""
@@ -47,35 +44,6 @@ _FLUSH_AGE_S = 30.0
 """A killed worker reads at most this much of the log again, however few the actions are; where they are many, RocksDB flushes before."""
 _WRITE_BYTES_MAX = 16 << 20
 """Most bytes of rows in one write: what a batch is when users repeat in it, and several writes where each record has its own user."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """Records of one partition as they came, in offset order; one entry a record.
-
-    offsets int64 [n], ascending; broker_times_ms int64 [n]; headers: by index, of the records that have any; leader_epoch: of the last
-    record, -1 for unknown.
-    """
-
-    offsets: npt.NDArray[np.int64]
-    keys: list[bytes | None]
-    values: list[bytes | None]
-    broker_times_ms: npt.NDArray[np.int64]
-    headers: Mapping[int, Headers] = field(default_factory=dict)
-    leader_epoch: int = -1
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def from_offset(self, offset: int) -> "Records":
-        """The records at `offset` and behind it."""
-        start = int(np.searchsorted(self.offsets, offset))
-        if not start:
-            return self
-        headers = {i - start: found for i, found in self.headers.items() if i >= start}
-        return Records(
-            self.offsets[start:], self.keys[start:], self.values[start:], self.broker_times_ms[start:], headers, self.leader_epoch
-        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +115,10 @@ def fold_batch(
         keys += own
         seen = None if view is None else view.rows(own, before)
         if seen is not None:
+            # The store has the last word on who has no row: nothing vouches for a key that is not there.
+            missing = [i for i, row in enumerate(seen) if row is None]
+            for i, row in zip(missing, store.get([own[i] for i in missing]), strict=True):
+                seen[i] = row
             try:
                 rows += apply_batch(what, batch, seen, before.log_clock_ms)
             except SequenceCorruptError as error:
@@ -234,12 +206,12 @@ class WorkerCore:
     def _prepare_from(self, store: PartitionStore) -> Held:
         partition = store.meta.partition
         try:
-            end_offset = self._following.first_and_next(partition)[1]
             view = self._open_view(partition)
         except BaseException:
             store.close()
             raise
         try:
+            end_offset = self._following.first_and_next(partition)[1]  # asked now that no other owner can write beyond it
             copied = view.sync(store.meta, store.scan, end_offset)
         except SequenceCorruptError as error:
             view.close()
@@ -357,7 +329,8 @@ class WorkerCore:
         held = self._held[partition]
         try:
             try:
-                held.store.flush_old(_FLUSH_AGE_S)
+                if self._erasures is None or not self._erasures.is_purging(partition):  # a flush may wait for a compaction
+                    held.store.flush_old(_FLUSH_AGE_S)
                 for each in (self._eviction, self._erasures):
                     if each is not None and each.due(partition, held.store):
                         each.run(partition, held.store, held.view)
@@ -393,7 +366,8 @@ class WorkerCore:
             return held.next_offset
         try:
             try:
-                self._fold(partition, held, records)
+                for part in records.cut_behind(held.view.adopted):
+                    self._fold(partition, held, part)
             except SequenceForeignError as error:
                 raise StateError(f"partition {partition}: {error}") from error
             except SequenceCorruptError as error:
@@ -492,7 +466,9 @@ class WorkerCore:
         self._at("stored")
         stored_s = time.perf_counter()
         held.end_offset = max(held.end_offset, held.next_offset)
-        held.view.write(keys, rows, meta)
+        if not held.view.write(keys, rows, meta):
+            log.error("partition %d: THE LOG LOST RECORDS that readers have seen; the view is made anew", partition)
+            held.view.rebuild(held.store.scan(), meta)
         self._at("viewed")
         viewed_s = time.perf_counter()
         held.progress_s = time.monotonic()

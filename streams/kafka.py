@@ -22,8 +22,8 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_exponenti
 
 from features.domain import DAY_MS
 from features.ids import log_epoch
-from streams.core import Headers, Records
 from streams.errors import KafkaUnavailableError, MissingTopicError, TopicError
+from streams.records import Headers, Records
 
 __all__ = ["OFFSET_BEGINNING", "Consumer", "KafkaError", "KafkaException", "Message", "Producer", "TopicPartition"]
 

@@ -1,6 +1,6 @@
 """The worker's part of an erasure behind the record itself: the user's old bytes leave the files of its stores and views.
 
-The fold has taken the user's past from the row already; older files of RocksDB, its write-ahead log and LMDB's free space still hold it. A
+The fold has taken the user's past from the row already; older files of RocksDB and LMDB's free space still hold it. A
 file in each partition's state folder, written before the store passes an erasure, says what is still to be purged, so that no crash
 forgets one. It lies in the folder that it speaks of: a folder restored from a snapshot has none, and is purged whole.
 """
@@ -127,6 +127,11 @@ class ErasurePass:
         if held.cycle is not None:
             return True
         return bool(held.purged.whole or self._ready(held, store)) and self._now_s() >= held.not_before_s
+
+    def is_purging(self, partition: int) -> bool:
+        """Whether a purge of the partition is under way."""
+        held = self._held.get(partition)
+        return held is not None and held.cycle is not None
 
     def run(self, partition: int, store: PartitionStore, view: ScrubbedView) -> bool:
         """The next step: begins the compaction in a thread, then copies the view; True when a purge has come to its end.

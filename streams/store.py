@@ -240,7 +240,7 @@ class RocksStore:
         set_aside(self._folder / str(partition))
         held = self.open(partition, log_epoch)
         if start_offset:
-            held.write([], [], initial_meta(partition, log_epoch, self._kept, start_offset))
+            held.load([], initial_meta(partition, log_epoch, self._kept, start_offset))  # flushed: a crash must not choose another start
         return held
 
     @staticmethod

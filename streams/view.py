@@ -58,8 +58,15 @@ class View(Protocol):
         """Brings the view to the store's moment, or adopts a later one; returns how many rows were copied."""
         ...
 
-    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
-        """Rows and meta in one transaction. Raises FencedError: a newer owner has taken over."""
+    adopted: int
+    """Offset of a later moment that it shows already, -2 for none."""
+
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> bool:
+        """Rows and meta in one transaction; False: it must be rebuilt. Raises FencedError: a newer owner has taken over."""
+        ...
+
+    def rebuild(self, items: Iterable[tuple[bytes, bytes]], meta: Meta) -> int:
+        """Makes it anew from the store's rows; returns how many. Raises FencedError."""
         ...
 
     def rows(self, keys: Seq[bytes], meta: Meta) -> list[bytes | None] | None:
@@ -106,8 +113,8 @@ class PartitionView:
         """
         self._path = Path(folder) / str(partition)
         self._map_bytes, self._lock_wait_s = map_bytes, lock_wait_s
-        self._adopted = _NOTHING
-        """A later moment that the view shows already: nothing is written until the store passes it."""
+        self.adopted = _NOTHING
+        """Offset of a later moment that the view shows already: nothing is written until the store reaches it."""
         self._fresh: _Fresh | None = None
         self._mended = _FIRST_ROW
         try:
@@ -218,18 +225,31 @@ class PartitionView:
         """Brings the view to the store's moment; returns how many rows were copied from `scan()`, the store's rows, ascending.
 
         A row depends on the log and on the last record that touched it alone. So a view of an earlier moment lacks only the rows whose last
-        record came later, and a view of a later moment (another owner's, up to the log's `next_offset`) stays as it is until the store
-        passes it: readers never go back.
+        record came later, and a view of a later moment (another owner's, or of before a crash, up to the log's `next_offset`) stays as it
+        is until the store reaches it: readers never go back.
+
+        Raises:
+            FencedError: another worker has taken the view over.
+            StateError: the view shows records that the log does not have.
         """
         shown = self.meta()
-        self._adopted = _NOTHING
-        if shown is None or shown.lineage() != meta.lineage() or shown.applied_offset >= next_offset:
+        self.adopted = _NOTHING
+        if shown is None or shown.lineage() != meta.lineage():
             return self.rebuild(scan(), meta)
+        if shown.applied_offset >= next_offset:
+            with self._writing() as transaction:
+                check_owner(transaction.get(OWNER_KEY), self._token)  # a newer owner knows a later end
+            raise StateError(
+                f"{self._path}: readers have seen offset {shown.applied_offset}, the log ends before {next_offset}: it lost records (or is "
+                "another one). Give the worker new folders for state and view to rebuild from this log"
+            )
         if shown.applied_offset > meta.applied_offset:
-            self._adopted = shown.applied_offset
+            self.adopted = shown.applied_offset
             return 0
         if shown == meta:
             return 0
+        if shown.applied_offset == meta.applied_offset and shown.log_clock_ms != meta.log_clock_ms:
+            return self.rebuild(scan(), meta)  # of records that the log has lost
         behind = (
             item for item in _checked(scan()) if int.from_bytes(item[1][_OFFSET_AT : _OFFSET_AT + 8], "little") > shown.applied_offset
         )
@@ -241,26 +261,39 @@ class PartitionView:
         self._put([*chunk, (META_KEY, meta.encode())])
         return count + len(chunk)
 
-    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> None:
+    def write(self, keys: Seq[bytes], rows: Seq[bytes], meta: Meta) -> bool:
         """Rows and meta in one transaction: readers see all of it or nothing. A view that shows a later moment is left as it is.
+
+        The store must come to the very offset that was adopted: only there the two can be compared. False: they are not of one log (it was
+        truncated, and has grown again), or the store has passed that offset by: the view must be rebuilt.
 
         Raises:
             FencedError: another worker has taken the view over.
             ViewError: the view has no room.
         """
-        if meta.applied_offset <= self._adopted:
-            return
+        if meta.applied_offset < self.adopted:
+            return True
+        if self.adopted != _NOTHING:
+            shown, adopted, self.adopted = self.meta(), self.adopted, _NOTHING
+            if shown is None or (adopted, shown.log_clock_ms) != (meta.applied_offset, meta.log_clock_ms):
+                return False
+            keys, rows = (), ()
         self._put([*zip(keys, rows, strict=True), (META_KEY, meta.encode())])
+        return True
 
     def rows(self, keys: Seq[bytes], meta: Meta) -> list[bytes | None] | None:
         """Its rows with these keys, unchecked, None for one that is not there; None for all where it does not show just the moment `meta`.
 
         A tenth of what RocksDB takes for the same row, from memory that readers need anyway.
         """
-        with self._environment.begin() as transaction:
-            if transaction.get(META_KEY) != meta.encode():
-                return None
-            return [transaction.get(key) for key in keys]
+        try:
+            with self._environment.begin() as transaction:
+                if transaction.get(META_KEY) != meta.encode():
+                    return None
+                return [transaction.get(key) for key in keys]
+        except lmdb.Error as error:
+            log.warning("%s: the store is asked instead: %s", self._path, error)
+            return None
 
     def beat(self, caught_up_ms: int) -> None:
         """Tells readers that the state included the log's end at this moment. Raises as `write`."""
@@ -340,7 +373,7 @@ class PartitionView:
 
     def rebuild(self, items: Iterable[tuple[bytes, bytes]], meta: Meta) -> int:
         """Makes the view anew from the store's rows; returns how many. Readers get SequenceUnavailableError until it is complete."""
-        self._adopted = _NOTHING
+        self.adopted = _NOTHING
         self._drop_fresh()
         database = self._environment.open_db()
         with self._writing() as transaction:
@@ -360,7 +393,7 @@ class PartitionView:
         """Checks the next `rows` rows, and writes damaged ones again from the store at `meta`; returns how many. Each call goes on where
         the last one ended, round and round. `store(keys)`: the store's rows. Raises as `write`.
         """
-        if meta.applied_offset < self._adopted:  # the store's rows are older than the view's
+        if meta.applied_offset < self.adopted:  # the store's rows are older than the view's
             return 0
         with self._environment.begin() as transaction, transaction.cursor() as cursor:
             there = cursor.set_range(self._mended)
@@ -373,7 +406,9 @@ class PartitionView:
         self._mended = found[-1][0] + b"\x00" if found else _FIRST_ROW
         if damaged:
             log.error("%s: %d DAMAGED ROWS, written again from the store", self._path, len(damaged))
-            good = dict(zip(damaged, store(damaged), strict=True))
+            named = {key[:1] + row[16:24][::-1] for key, row in found if is_whole(row)}  # a key may be what is damaged
+            wanted = [*damaged, *sorted(named - {key for key, _ in found})]
+            good = dict(zip(wanted, store(wanted), strict=True))
             self._put([(key, row) for key, row in good.items() if row is not None])
             self._delete([key for key, row in good.items() if row is None])
         return len(damaged)

@@ -19,7 +19,7 @@ from features.ports import Position, Reading, SequenceCorruptError, SequenceUnav
 from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_row
 from protos.v1.sequence_pb2 import GetSequencesRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
-from streams.errors import FencedError, StreamError, ViewError
+from streams.errors import FencedError, StateError, StreamError, ViewError
 from streams.reader_service import ReaderConfig
 from streams.remote_reader import RemoteReader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
@@ -177,7 +177,7 @@ def one_row(user: int, offset: int) -> tuple[bytes, bytes]:
     return row_key(1, user), encode_row(row)
 
 
-def test_a_view_of_another_definition_or_log_end_is_made_anew(tmp_path):
+def test_a_view_of_another_definition_is_made_anew_and_one_beyond_the_log_is_refused(tmp_path):
     build_view(tmp_path, batches(1))
     view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
     meta = view.meta()
@@ -186,8 +186,34 @@ def test_a_view_of_another_definition_or_log_end_is_made_anew(tmp_path):
     assert (view.meta(), keys_in(view)) == (other, [row_key(1, 7)])
     # What it shows is behind the log's end: that log lost records, and its other rows may be of the lost ones.
     shorter = replace(other, applied_offset=1)
-    assert view.sync(shorter, lambda: iter([one_row(8, 1)]), other.applied_offset) == 1
-    assert (view.meta(), keys_in(view)) == (shorter, [row_key(1, 8)])
+    with pytest.raises(StateError, match="it lost records"):
+        view.sync(shorter, lambda: iter([one_row(8, 1)]), other.applied_offset)
+    assert (view.meta(), keys_in(view)) == (other, [row_key(1, 7)])
+    view.close()
+
+
+def test_a_view_of_a_log_that_was_truncated_and_has_grown_again_is_made_anew(tmp_path):
+    build_view(tmp_path, batches(1))
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    shown = view.meta()
+    behind = replace(shown, applied_offset=shown.applied_offset - 2, log_clock_ms=shown.log_clock_ms - 2)
+
+    def adopt():
+        view.rebuild([one_row(7, 3)], shown)
+        view.sync(behind, lambda: iter(()), shown.applied_offset + 10)
+        assert view.adopted == shown.applied_offset
+
+    adopt()
+    assert view.write([], [], replace(behind, applied_offset=shown.applied_offset - 1)), "not there yet"
+    assert view.write([row_key(1, 7)], [b"not written"], replace(shown, leader_epoch=9))
+    assert view.meta() == replace(shown, leader_epoch=9)
+    adopt()
+    assert not view.write([], [], replace(shown, log_clock_ms=shown.log_clock_ms + 1)), "of another log"
+    adopt()
+    assert not view.write([], [], replace(shown, applied_offset=shown.applied_offset + 1)), "passed by"
+    # A crash between the store's write and the view's: the same offset, another log.
+    assert view.sync(replace(shown, log_clock_ms=shown.log_clock_ms + 1), lambda: iter([one_row(8, 1)]), shown.applied_offset + 1) == 1
+    assert keys_in(view) == [row_key(1, 8)]
     view.close()
 
 

@@ -14,7 +14,7 @@ from features.domain import Domain, parse_domain
 from features.ids import partition_of, user_key
 from features.oracle import NaiveUser, naive_fold
 from features.sequence import NEVER_ERASED, Row, encode_row
-from streams.core import Records
+from streams.records import Records
 from streams.state import definitions
 
 EPOCH = 0x5EED

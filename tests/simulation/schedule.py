@@ -91,7 +91,7 @@ class SimWorker(Process):
                 self.sim.happened["fences"] += 1  # taken over meanwhile: it is opened again if the group still says so
                 continue
             self.opening[partition] = held
-            self.sim.happened["adoptions"] += held.view._adopted >= 0
+            self.sim.happened["adoptions"] += held.view.adopted >= 0
 
     def finish(self) -> None:
         """What was opened is fetched from where its state waits."""

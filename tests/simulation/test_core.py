@@ -16,10 +16,11 @@ from features.ids import user_key
 from features.sequence import decode_row
 from protos.v1.actions_pb2 import Action, DeadLetter
 from streams.batch_loop import BatchLoop, WorkerConfig
-from streams.core import Log, Records, RetentionPolicy, WorkerCore
+from streams.core import Log, RetentionPolicy, WorkerCore
 from streams.errors import FencedError
 from streams.kafka import KafkaConfig, Topics
 from streams.memory import MemoryStore
+from streams.records import Records
 from streams.state import META_KEY, definitions, row_key
 
 

@@ -181,6 +181,7 @@ class SimStore:
         held = self.open(partition, log_epoch)
         if start_offset:
             held.write([], [], initial_meta(partition, log_epoch, self.kept, start_offset))
+            held.disk.sync()
         return held
 
     def _replace(self, partition: int, disk: Disk) -> None:

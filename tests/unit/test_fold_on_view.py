@@ -7,8 +7,9 @@ from streams_world import DOMAIN
 from features.actions import encode_action
 from features.ids import user_key
 from features.sequence import decode_row
-from streams.core import Log, Records, WorkerCore
+from streams.core import Log, WorkerCore
 from streams.memory import MemoryStore
+from streams.records import Records
 from streams.state import definitions, row_key
 from streams.view import PartitionView
 
