@@ -9,8 +9,10 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import socket
 import ssl
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
@@ -43,10 +45,15 @@ class HotPath(Service):  # type: ignore[misc]
     """Runs the batch loop in a thread; where the loop fails, the app crashes, and with it the process."""
 
     def __init__(
-        self, batch_loop: BatchLoop, is_web_up: Callable[[], Awaitable[bool]], on_ready: Callable[[], None], **kwargs: Any
+        self,
+        batch_loop: BatchLoop,
+        is_web_up: Callable[[], Awaitable[bool]],
+        on_ready: Callable[[], None],
+        on_crash: Callable[[], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._batch_loop, self._is_web_up, self._on_ready = batch_loop, is_web_up, on_ready
+        self._batch_loop, self._is_web_up, self._on_ready, self._on_crash = batch_loop, is_web_up, on_ready, on_crash
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batch-loop")
         self._ended = asyncio.Event()
 
@@ -54,8 +61,10 @@ class HotPath(Service):  # type: ignore[misc]
     async def _run(self) -> None:
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._batch_loop.run)
-        except StreamError as error:
-            log.critical("the worker stops: %s", error)
+        except Exception as error:
+            if isinstance(error, StreamError):
+                log.critical("the worker stops: %s", error)
+            self._on_crash()
             raise
         finally:
             self._ended.set()
@@ -186,11 +195,12 @@ def create_app(
     config: WorkerConfig,
     *,
     on_ready: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_crash: Callable[[], None] = lambda: None,
     at: Callable[[str], None] = lambda _: None,
 ) -> faust.App:
     """The worker's Faust app. `on_ready` is called once, when the state has caught up with the log's end at start, with the web address.
 
-    `at`: see `BatchLoop`.
+    `on_crash`: when the hot path has failed, before the app stops. `at`: see `BatchLoop`.
     """
     web_port = config.web_port or _free_port(config.web_host)
     app = faust.App(
@@ -238,7 +248,7 @@ def create_app(
 
     # A dependency starts with the app; what @app.service adds would wait for the first assignment of Faust's own group, which after a crash
     # comes only when the dead member's session has ended. (A static member does not help: Faust refuses an assignment with an old address.)
-    app.add_dependency(HotPath(batch_loop, is_web_up, ready))
+    app.add_dependency(HotPath(batch_loop, is_web_up, ready, on_crash))
     if windows is not None:
         app.add_dependency(RateSender(reporter, config))
     topic = app.topic(config.topics.dead_letters, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
@@ -291,11 +301,13 @@ def run_worker(
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     config.state_folder.mkdir(parents=True, exist_ok=True)
+    deadline = threading.Timer(_STOP_TIMEOUT_S, _leave)
+    deadline.daemon = True
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
         log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)  # Faust would say it in a long trace
-        app = create_app(config, on_ready=on_ready, at=at)
+        app = create_app(config, on_ready=on_ready, on_crash=deadline.start, at=at)
     except StreamError as error:
         log.critical("the worker does not start: %s", error)
         return 1
@@ -309,7 +321,15 @@ def run_worker(
         worker.execute_from_commandline()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
+    finally:
+        deadline.cancel()
     return 0
+
+
+def _leave() -> None:
+    """Better an end that looks like a kill than none: Faust waits for ever for a coordinator that is gone, and a supervisor for the end."""
+    log.critical("the worker's services do not end within %.0f s: the process ends without them", _STOP_TIMEOUT_S)
+    os._exit(1)
 
 
 def _has_rates_topics(config: WorkerConfig) -> bool:
