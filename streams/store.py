@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -314,6 +315,8 @@ def _property(database: rocksdict.Rdict, name: str) -> int:
         return database.property_int_value(name) or 0
     except rocksdict.DbClosedError:
         return 0
+    except RuntimeError:  # "Already mutably borrowed": it is being closed
+        return 0
 
 
 def open_for_reading(folder: str | Path, partition: int) -> "RocksPartition":
@@ -466,6 +469,8 @@ class RocksPartition:
 
     def close(self) -> None:
         """See `PartitionStore.close`."""
+        with suppress(Exception):  # whatever it is, closing meets it, too
+            self._database.flush(True)  # closing would do it, but lets nobody ask for figures meanwhile
         try:
             self._database.close()
         except rocksdict.DbClosedError:
