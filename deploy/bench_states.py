@@ -230,7 +230,10 @@ def _counters(pid: int, state: Path) -> dict[str, float]:
     and compactions say they wrote.
     """
     device = state.stat().st_dev
-    sectors = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text("ascii").split()[6]
+    disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+    if not disk.exists():
+        raise BenchError(f"{state}: no disk whose writes the kernel counts (a tmpfs or an overlay?): set TMPDIR to a folder on one")
+    sectors = disk.read_text("ascii").split()[6]
     fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
     found = {"wall_s": time.monotonic(), "cpu_s": (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS}
     lines = Path(f"/proc/{pid}/io").read_text("ascii").splitlines()

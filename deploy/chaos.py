@@ -255,9 +255,7 @@ class _Chaos:
     # Faults.
 
     def _kill(self, child: Child, kind: str) -> None:
-        deadline_s = time.monotonic() + FRESH_WITHIN_S
-        while child.pid is None and time.monotonic() < deadline_s:  # it is being restarted, from an earlier fault
-            time.sleep(0.01)
+        _await_process(child)  # it may be being restarted, from an earlier fault
         child.kill()
         self.report.kills[kind] = self.report.kills.get(kind, 0) + 1
 
@@ -293,9 +291,7 @@ class _Chaos:
         self._kill(restoring, "worker")
         for number in range(PARTITIONS):
             shutil.rmtree(self._home / "state" / "a" / str(number), ignore_errors=True)
-        deadline_s = time.monotonic() + FRESH_WITHIN_S
-        while restoring.pid is None and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+        _await_process(restoring)
         time.sleep(float(self._random.uniform(0.5, 3.0)))  # somewhere between its start and its being ready
         self._kill(other, "worker")
         self._probe("a rebalance while restoring")
@@ -426,6 +422,15 @@ def _small_disk(folder: Path) -> Iterator[Path | None]:
     finally:
         if mounted.returncode == 0:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _await_process(child: Child) -> None:
+    """Until a child that its supervisor may be restarting has a process."""
+    deadline_s = time.monotonic() + FRESH_WITHIN_S
+    while child.pid is None:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"{child.command.name}: not started again within {FRESH_WITHIN_S:.0f} s: see {child.log_path}")
+        time.sleep(0.01)
 
 
 def _await_ready(child: Child) -> None:

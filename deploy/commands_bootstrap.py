@@ -4,13 +4,17 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.options import DomainFile, Home, console, quiet, settings_for
 from deploy.settings import Settings
+
+if TYPE_CHECKING:  # importing them takes longer than --help should
+    from features.base import Base
+    from streams.archive import KafkaLog
 
 
 def register(app: typer.Typer) -> None:
@@ -35,11 +39,9 @@ def bootstrap(
     from deploy.base_file import write_base_file
     from deploy.processes import kafka_config, topics
     from deploy.stack import keep_domain
-    from features.base import Base, BaseError
     from features.domain import load_domain
     from streams.archive import KafkaLog
     from streams.bootstrap import bootstrap as build
-    from streams.bootstrap import check_continues
     from streams.kafka import ensure_topics, log_identity
 
     quiet()
@@ -53,17 +55,6 @@ def bootstrap(
             replication_factor=settings.replication_factor,
             retention_ms=settings.retention_ms,
         )
-
-        def check(base: Base) -> None:
-            now_ms = time.time_ns() // 1_000_000
-            if base.clock_ms > now_ms + base.future_tolerance_ms:
-                raise BaseError(f"{log}: append times reach to {base.clock_ms} ms, which is after now, {now_ms}: correct them first")
-            gap = check_continues(base, actions, round(gap_s * 1000))
-            if gap and not allow_gap:
-                raise BaseError(f"{gap}. Add the history up to there, or accept the loss with --allow-gap")
-            if gap:
-                console.print(f"[yellow]gap accepted[/]  {gap}")
-
         columns = TextColumn("{task.description:>5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         started_s = time.monotonic()
         with contextlib.closing(KafkaLog(kafka, names.actions)) as actions, Progress(*columns, console=console) as bar:
@@ -80,7 +71,7 @@ def bootstrap(
                 identity.partition_count,
                 lambda base_id: log_identity(kafka, names.actions, base_id).epoch,
                 starts={partition: span.start for partition, span in actions.partitions.items()},
-                check=check,
+                check=lambda base: _check(base, log, actions, round(gap_s * 1000), allow_gap=allow_gap),
                 progress=progress,
             )
         keep_domain(settings.domain, settings.home)
@@ -92,6 +83,21 @@ def bootstrap(
         f"{identity.partition_count} partitions in {seconds:.1f} s ({records / seconds:,.0f}/s)"
     )
     print(base.id)
+
+
+def _check(base: "Base", log: str, actions: "KafkaLog", gap_ms: int, *, allow_gap: bool) -> None:
+    """Before anything is built: the history ends before now, and the log continues it."""
+    from features.base import BaseError
+    from streams.bootstrap import check_continues
+
+    now_ms = time.time_ns() // 1_000_000
+    if base.clock_ms > now_ms + base.future_tolerance_ms:
+        raise BaseError(f"{log}: append times reach to {base.clock_ms} ms, which is after now, {now_ms}: correct them first")
+    gap = check_continues(base, actions, gap_ms)
+    if gap and not allow_gap:
+        raise BaseError(f"{gap}. Add the history up to there, or accept the loss with --allow-gap")
+    if gap:
+        console.print(f"[yellow]gap accepted[/]  {gap}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ Of each partition's records, in offset order:
  4. store: rows, applied offset and log clock in one WriteBatch;
  5. view: the same rows and meta in one transaction, which readers see as one moment, unless a newer owner has taken the view over.
 A crash between any two steps repeats what the store had not flushed, which gives the same rows again; the view, which is ahead then, stays
-as it is until the store passes it. Anything unexpected leaves `apply` as an exception, before the store passes the record.
+as it is until the store reaches it. Anything unexpected leaves `apply` as an exception, before the store passes the record.
 """
 
 import logging
@@ -96,12 +96,26 @@ class Applied:
     step_seconds: Mapping[str, float]
 
 
+def old_rows(store: PartitionStore, keys: Seq[bytes], view: View | None) -> list[bytes | None]:
+    """The stored rows of some keys, None where there is none: from the view where that shows the store's moment, for they are the same there.
+
+    The store has the last word on who has no row: nothing vouches for a key that the view lacks.
+    """
+    rows = None if view is None else view.rows(keys, store.meta)
+    if rows is None:
+        return store.get(keys)
+    missing = [i for i, row in enumerate(rows) if row is None]
+    for i, row in zip(missing, store.get([keys[i] for i in missing]), strict=True):
+        rows[i] = row
+    return rows
+
+
 def fold_batch(
     kept: Mapping[int, Definition], store: PartitionStore, batch: Batch, leader_epoch: int = -1, view: View | None = None
 ) -> tuple[list[bytes], list[bytes], Meta]:
     """What a batch makes of the stored rows: (keys, new rows, new meta), to be written together. `kept`: definitions by sequence id.
 
-    `view`: where the rows come from if it shows the store's moment and they are whole; they are the same there.
+    `view`: where the old rows come from if they are whole there (`old_rows`); None: from the store.
 
     Raises:
         SequenceCorruptError: a stored row is damaged.
@@ -113,19 +127,13 @@ def fold_batch(
     for sequence_id, what in kept.items():
         own = row_keys(sequence_id, users)
         keys += own
-        seen = None if view is None else view.rows(own, before)
-        if seen is not None:
-            # The store has the last word on who has no row: nothing vouches for a key that is not there.
-            missing = [i for i, row in enumerate(seen) if row is None]
-            for i, row in zip(missing, store.get([own[i] for i in missing]), strict=True):
-                seen[i] = row
-            try:
-                rows += apply_batch(what, batch, seen, before.log_clock_ms)
-            except SequenceCorruptError as error:
-                log.warning("partition %d: the view is damaged, the store's rows are taken: %s", before.partition, error)
-            else:
-                continue
-        rows += apply_batch(what, batch, store.get(own), before.log_clock_ms)
+        try:
+            rows += apply_batch(what, batch, old_rows(store, own, view), before.log_clock_ms)
+        except SequenceCorruptError as error:
+            if view is None:
+                raise
+            log.warning("partition %d: the view is damaged, the store's rows are taken: %s", before.partition, error)
+            rows += apply_batch(what, batch, store.get(own), before.log_clock_ms)
     clock_ms, last = clock_after(batch, before.log_clock_ms), int(batch.offsets[-1])
     return keys, rows, replace(before, applied_offset=last, log_clock_ms=clock_ms, leader_epoch=leader_epoch)
 

@@ -22,7 +22,7 @@ from streams.errors import ProduceError
 from streams.kafka import KafkaConfig, KafkaError, KafkaException, Message, end_offsets, log_identity, new_producer, unavailable
 
 LINGER_MS = 5
-"""How long a record waits for others to be sent with it: a fifth of the requests of 1 ms, and of what they cost broker and producer."""
+"""How long a record waits for others to be sent with it: librdkafka's default, as requests cost broker and producer more than bytes."""
 _POLL_S = 0.1
 T = TypeVar("T")
 

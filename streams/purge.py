@@ -1,8 +1,8 @@
 """The worker's part of an erasure behind the record itself: the user's old bytes leave the files of its stores and views.
 
-The fold has taken the user's past from the row already; older files of RocksDB and LMDB's free space still hold it. A
-file in each partition's state folder, written before the store passes an erasure, says what is still to be purged, so that no crash
-forgets one. It lies in the folder that it speaks of: a folder restored from a snapshot has none, and is purged whole.
+The fold has taken the user's past from the row already; older files of RocksDB and LMDB's free space still hold it. A file in
+each partition's state folder, written before the store passes an erasure, says what is still to be purged, so that no crash forgets one. It
+lies in the folder that it speaks of: a folder restored from a snapshot has none, and is purged whole.
 """
 
 import json

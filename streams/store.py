@@ -378,7 +378,7 @@ class RocksPartition:
             moving.set_move_files(True)
             self._database.ingest_external_file(paths, moving)
         self.write([], [], meta)
-        self._database.flush()
+        self._flush(wait=True)
 
     def trim(self, keys: Seq[bytes], rows: Seq[bytes]) -> None:
         """See `PartitionStore.trim`."""
@@ -405,8 +405,8 @@ class RocksPartition:
     def purge(self, keys: Seq[bytes] | None) -> None:
         """See `PartitionStore.purge`. It takes the GIL only between keys; writes and reads go on meanwhile.
 
-        The compaction goes down to the last level and rewrites it, too (`force`):
-        each file that overlaps the key's range, at most one a level, is written anew without them, and the old one unlinked.
+        The compaction goes down to the last level and rewrites it, too (`force`): each file that overlaps the key's range, at most one a
+        level, is written anew without them, and the old one unlinked.
         """
         try:
             self._database.flush(True)
@@ -446,9 +446,12 @@ class RocksPartition:
 
     def start_flush(self) -> None:
         """Begins to write to tables what is in memory, without waiting, so that a checkpoint soon after has little left to do."""
+        self._flush(wait=False)
+
+    def _flush(self, *, wait: bool) -> None:
         self._unflushed_since_s = None
         try:
-            self._database.flush(False)
+            self._database.flush(wait)
         except Exception as error:
             raise _failure(self._where, error) from error
 
@@ -461,16 +464,16 @@ class RocksPartition:
             SequenceCorruptError: a file is damaged.
             StateError: the disk takes no write.
         """
+        self._flush(wait=True)  # the checkpoint would do it, too, but with the GIL in its hand
         try:
-            self._database.flush(True)  # the checkpoint would do it, too, but with the GIL in its hand
             rocksdict.Checkpoint(self._database).create_checkpoint(str(path))
         except Exception as error:
             raise _failure(self._where, error) from error
 
     def close(self) -> None:
         """See `PartitionStore.close`."""
-        with suppress(Exception):  # whatever it is, closing meets it, too
-            self._database.flush(True)  # closing would do it, but lets nobody ask for figures meanwhile
+        with suppress(SequenceCorruptError, StateError):  # closing meets it, too
+            self._flush(wait=True)  # closing would do it, but lets nobody ask for figures meanwhile
         try:
             self._database.close()
         except rocksdict.DbClosedError:

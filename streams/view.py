@@ -284,7 +284,7 @@ class PartitionView:
     def rows(self, keys: Seq[bytes], meta: Meta) -> list[bytes | None] | None:
         """Its rows with these keys, unchecked, None for one that is not there; None for all where it does not show just the moment `meta`.
 
-        A tenth of what RocksDB takes for the same row, from memory that readers need anyway.
+        Cheaper than the store's (`tests/bench/ingest_profile.py --store` shows it), from memory that readers need anyway.
         """
         try:
             with self._environment.begin() as transaction:

@@ -120,7 +120,7 @@ def row_and_watermark_of_two_moments(patch: Patch) -> None:
     patch.setattr(ViewReader, "_fetch", fetch)
 
 
-def later_view_notadopted(patch: Patch) -> None:
+def later_view_not_adopted(patch: Patch) -> None:
     real = PartitionView.sync
 
     def sync(self, *arguments):
@@ -170,7 +170,7 @@ MUTATIONS: dict[str, Callable[[Patch], None]] = {
     "an erase applied before its batch": _erase_moved(first=True),
     "an erase applied behind its batch": _erase_moved(first=False),
     "a read that pairs a row with another moment's watermark": row_and_watermark_of_two_moments,
-    "a later view overwritten by an earlier state": later_view_notadopted,
+    "a later view overwritten by an earlier state": later_view_not_adopted,
     "a batch folded on a view of another moment": folds_on_any_view,
     "a view read that a power loss may have torn": torn_view_read,
     "a view written that another worker has replaced": replaced_view_written,
