@@ -97,7 +97,7 @@ class Applied:
 
 
 def old_rows(store: PartitionStore, keys: Seq[bytes], view: View | None) -> list[bytes | None]:
-    """The stored rows of some keys, None where there is none: from the view where that shows the store's moment, for they are the same there.
+    """The stored rows of some keys, None where there is none: from the view where that shows the store's moment, and so the same rows.
 
     The store has the last word on who has no row: nothing vouches for a key that the view lacks.
     """

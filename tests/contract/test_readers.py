@@ -217,6 +217,19 @@ def test_a_view_of_a_log_that_was_truncated_and_has_grown_again_is_made_anew(tmp
     view.close()
 
 
+def test_a_row_under_a_damaged_key_is_found_its_own_again(tmp_path):
+    view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
+    meta = Meta(EPOCH, 0, 5, 50, fingerprints(definitions(DOMAIN)))
+    rows = dict([one_row(7, 3), one_row(9, 4)])
+    view.rebuild(sorted(rows.items()), meta)
+    wrong = row_key(1, 8)
+    view._put([(wrong, rows[row_key(1, 7)])])
+    view._delete([row_key(1, 7)])
+    assert view.mend(lambda keys: [rows.get(key) for key in keys], meta, 100) == 1
+    assert view.rows([row_key(1, 7), wrong, row_key(1, 9)], meta) == [rows[row_key(1, 7)], None, rows[row_key(1, 9)]]
+    view.close()
+
+
 def test_a_view_behind_its_store_gets_the_rows_of_later_records_only(tmp_path):
     view = PartitionView(tmp_path, 0, map_bytes=1 << 24)
     meta = Meta(EPOCH, 0, 5, 50, fingerprints(definitions(DOMAIN)))

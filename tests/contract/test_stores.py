@@ -1,6 +1,8 @@
 """One suite over every store: RocksDB and the one in memory keep the same promises."""
 
 import dataclasses
+import shutil
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
@@ -179,6 +181,62 @@ def test_what_rows_held_before_is_in_no_file_after_a_purge(new_store, tmp_path, 
     assert [row for key, row in held.scan() if key != marker] == others
     held.close()
     assert not in_files()
+
+
+# What a crash leaves of RocksDB's state: a copy of its files at that moment.
+
+
+@pytest.fixture
+def rocks(tmp_path):
+    """`rocks(name)`: the store in that folder."""
+    return lambda name: RocksStore(tmp_path / name, KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20, lock_wait_s=0.0)
+
+
+def crashed(tmp_path, rocks, name):
+    """The meta row that a process finds after this one was killed now."""
+    shutil.copytree(tmp_path / "state", tmp_path / name)
+    held = rocks(name).open(0, EPOCH)
+    held.close()
+    return held.meta
+
+
+def test_a_crash_goes_back_to_the_last_flush(tmp_path, rocks):
+    held = rocks("state").open(0, EPOCH)
+    held.write([row_key(1, 1)], [b"row"], after(held.meta, 5))
+    held.flush_old(3600.0)
+    assert crashed(tmp_path, rocks, "young").applied_offset == -1
+    held.flush_old(0.0)
+    held.checkpoint(tmp_path / "checkpoint")  # waits for the flush
+    assert crashed(tmp_path, rocks, "flushed").applied_offset == 5
+    assert not sum(path.stat().st_size for path in (tmp_path / "state").rglob("*.log")), "RocksDB writes a log"
+    held.close()
+
+
+def test_where_a_state_started_over_stays_through_a_crash(tmp_path, rocks):
+    held = rocks("state").start_over(0, EPOCH, 50)
+    assert crashed(tmp_path, rocks, "crashed").start_offset == 50
+    held.close()
+
+
+def test_figures_are_there_while_partitions_are_closed(rocks):
+    store, stopped, wrong = rocks("state"), threading.Event(), []
+
+    def ask():
+        while not stopped.is_set():
+            try:
+                store.statistics()
+            except Exception as error:
+                wrong.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for offset in range(20):
+        held = store.open(0, EPOCH)
+        held.write(row_keys(1, np.arange(2_000, dtype=np.uint64)), [bytes(1_000)] * 2_000, after(held.meta, offset))
+        held.close()
+    stopped.set()
+    asking.join()
+    assert not wrong
 
 
 # Damage in RocksDB's files.

@@ -1,6 +1,8 @@
 """The worker on a real broker: the fold, dead letters, erasure, crashes, refusals."""
 
+import asyncio
 import json
+import multiprocessing
 import signal
 import time
 import urllib.request
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from streams_world import DOMAIN, World, check_fold, end_offsets, eventually, new_world, other_topic, random_load, read_topic, worker
 
+import streams.worker
 from features.actions import APPEND_TIME_HEADER, EVENT_DTYPE, encode_action, encode_events
 from features.ids import partition_of, user_key
 from features.sequence import decode_row
@@ -260,3 +263,32 @@ def test_an_imported_log_keeps_its_append_times(world, producer):
         assert decode_row(reading.row).events["event_id"].tolist() == [1, 2]  # the third is a day ahead of its append time,
         assert reading.log_clock_ms == 2_000  # and what is rejected moves no clock
         reader.close()
+
+
+def never_ending_services(config):
+    """A worker whose Faust services wait for ever when they are to stop, as they do for a coordinator that is gone."""
+
+    async def wait(_):
+        await asyncio.Event().wait()
+
+    streams.worker.RateSender.on_stop = wait
+    streams.worker._STOP_TIMEOUT_S = 1.0
+    raise SystemExit(streams.worker.run_worker(config))
+
+
+def test_a_worker_whose_services_do_not_end_ends_nevertheless(world, producer, kafka, tmp_path, capfd):
+    producer.produce(user_id=1, entity_kind="item", entity_id=1, action="click").result()
+    with worker(world.config) as running:
+        running.ready()
+        reader = world.reader()
+        world.wait_applied(reader)
+        reader.close()
+    other = new_world(kafka.bootstrap, tmp_path, f"{world.config.group}-stuck")  # the state of another log: the hot path fails
+    process = multiprocessing.get_context("spawn").Process(target=never_ending_services, args=(other.config,))
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode == 1
+    assert "services do not end within 1 s" in capfd.readouterr().err

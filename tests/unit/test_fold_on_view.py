@@ -62,3 +62,16 @@ def test_a_view_of_another_moment_is_not_asked(core):
     before = held.store.meta
     act(core, 2)
     assert held.view.rows([KEY], before) is None
+
+
+def test_a_row_that_the_view_lacks_is_the_stores(core):
+    act(core, 0)
+    core.held()[0].view._delete([KEY])
+    assert act(core, 1) == [0, 1]
+
+
+def test_a_view_that_cannot_be_read_is_not_asked(core):
+    act(core, 0)
+    held = core.held()[0]
+    held.view._environment.close()
+    assert held.view.rows([KEY], held.store.meta) is None

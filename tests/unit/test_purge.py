@@ -14,7 +14,7 @@ from features.actions import ACTION, ERASE, EVENT_DTYPE, Batch
 from features.domain import parse_domain
 from features.ports import SequenceUnavailableError
 from features.sequence import decode_row
-from streams.core import fold_batch
+from streams.core import Log, WorkerCore, fold_batch
 from streams.errors import FencedError
 from streams.purge import PURGED_FILE, ErasurePass, Purged, read_purged
 from streams.state import definitions, row_key
@@ -309,3 +309,25 @@ def test_readers_of_another_process_see_no_gap(world):
     assert (reading.exitcode, unavailable) == (0, 0)
     assert reads > 0
     assert 0 < reopened <= 20
+
+
+def test_no_flush_by_age_waits_for_a_purge(tmp_path):
+    """A flush may wait for the end of a compaction that takes minutes, and the worker's only loop with it."""
+
+    class Purging(ErasurePass):
+        def is_purging(self, _):
+            return under_way
+
+    flushed, under_way = [], True
+    store = RocksStore(tmp_path / "state", KEPT, cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
+    views = lambda partition: PartitionView(tmp_path / "view", partition, map_bytes=1 << 26)  # noqa: E731
+    core = WorkerCore(DOMAIN, store, views, lambda _: None, erasures=Purging(tmp_path / "state", list(KEPT)))
+    core.follow(Log("actions", EPOCH, 1, lambda _: (0, 1)))
+    core.open(0)
+    core.held()[0].store.flush_old = flushed.append
+    core.tend(0)
+    assert not flushed
+    under_way = False
+    core.tend(0)
+    assert flushed == [30.0]
+    core.close()
