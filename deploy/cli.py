@@ -432,9 +432,9 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
 
     Example: `FRESHRANK_TRITON_URL=triton:8001 freshrank server --domain shop.toml`
     """
-    from deploy import processes
+    from deploy import serving
 
-    raise typer.Exit(processes.server(settings_for(home, domain)))
+    raise typer.Exit(serving.server(settings_for(home, domain)))
 
 
 def metrics_table(metrics: dict[str, Any], title: str) -> Table:

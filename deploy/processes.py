@@ -1,31 +1,22 @@
 """The processes that serve. `freshrank worker`, `reader` and `server` run them anywhere; the local stack supervises them."""
 
-import asyncio
 import json
-import logging
-import signal
-import time
 
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
 from features.domain import DAY_MS, Domain, load_domain
-from features.lineage import Predecessor
-from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.batch_loop import WorkerConfig
-from streams.broadcast import Announcements, announce
+from streams.broadcast import announce
 from streams.erasure_audit import AUDIT
 from streams.erasure_service import ErasureServiceConfig
 from streams.kafka import KafkaConfig, Topics, log_identity
-from streams.ranking_log import RankingLog
 from streams.reader_service import ReaderConfig, run_reader
-from streams.view_reader import ViewReader
 from streams.worker import run_worker
 
 RELEASE_KEY, MOVE_KEY = "release/", "log/"
 """What an announcement is about, by its key."""
-WARM_S_MAX = 60.0
 
 
 def kafka_config(settings: Settings) -> KafkaConfig:
@@ -50,7 +41,7 @@ def worker(settings: Settings) -> int:
     config = WorkerConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),
-        domain=_domain(settings),
+        domain=product(settings),
         state_folder=settings.home / "state" / settings.worker_instance,
         view_folder=settings.home / "view",
         instance=settings.worker_instance,
@@ -77,9 +68,9 @@ def reader(settings: Settings) -> int:
     """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
     set_slice(settings.serving_slice_ms)
     config = ReaderConfig(
-        domain=_domain(settings),
+        domain=product(settings),
         view_folder=settings.home / "view",
-        partition_count=_partition_count(settings),
+        partition_count=partition_count(settings),
         host=settings.reader_host,
         port=settings.reader_port,
         certificate=settings.tls_certificate,
@@ -97,7 +88,7 @@ def erasure_service_config(settings: Settings) -> ErasureServiceConfig:
     return ErasureServiceConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),
-        domain=_domain(settings),
+        domain=product(settings),
         audit=settings.home / AUDIT,
         deadline_ms=erasure_deadline_ms(settings),
         token=settings.server_token.get_secret_value() if settings.server_token else None,
@@ -109,85 +100,17 @@ def erasure_deadline_ms(settings: Settings) -> int:
     return int(settings.erasure_deadline_days * DAY_MS)
 
 
-def server(settings: Settings) -> int:
-    """Ranks over gRPC until SIGTERM; returns the exit code."""
-    set_slice(settings.serving_slice_ms)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(_serve(settings))
-    return 0
-
-
-async def _serve(settings: Settings) -> None:
-    view = ViewReader(settings.home / "view", _domain(settings), _partition_count(settings))
-    sink = RankingLog(kafka_config(settings), settings.topic_rankings, queue_max=settings.ranking_log_queue_max)
-    ranking = RankingServer(server_config(settings), view, sink)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    started_ms = time.time_ns() // 1_000_000
-    endpoint = await ranking.start()
-
-    def on_change(key: str, value: bytes | None) -> None:
-        if value is not None and key.startswith(MOVE_KEY):
-            ranking.service.lineage.add(Predecessor.decode(value))
-        if value is None or not key.startswith(RELEASE_KEY):
-            return
-        message = ReleaseAnnouncement.FromString(value)
-        # What was announced before this start is in the release folder already, and the folder's newest release is served.
-        if message.announced_time_ms >= started_ms:
-            ranking.announce(message.ranker, message.release_id, dict(message.generations))
-
-    announcements = await asyncio.to_thread(
-        lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
-    )
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        # Lower tiers answer while the models load: a Triton that does not come up must not keep the server from serving.
-        warming = asyncio.create_task(ranking.warm())
-        await asyncio.wait({warming, stopping}, timeout=WARM_S_MAX, return_when=asyncio.FIRST_COMPLETED)
-        warming.cancel()
-        report_ready(endpoint, rankers=ranking.releases.rankers)
-        await stopping
-    finally:
-        stopping.cancel()
-        announcements.close()
-        await ranking.stop()
-        sink.close()
-        view.close()
-
-
-def server_config(settings: Settings) -> ServerConfig:
-    """The ranking server's part of the settings."""
-    return ServerConfig(
-        releases=settings.home / "releases",
-        tables=settings.home / "tables",
-        repository=settings.home / "triton" / "repository",
-        triton=settings.triton_url,
-        host=settings.server_host,
-        port=settings.server_port,
-        certificate=settings.tls_certificate,
-        key=settings.tls_key,
-        token=settings.server_token.get_secret_value() if settings.server_token else None,
-        reflection=settings.reflection,
-        timeout_s=settings.rank_timeout_ms / 1000,
-        deadline_s_max=settings.rank_deadline_ms_max / 1000,
-        after_wait_s_max=settings.after_wait_ms_max / 1000,
-        model_threads=settings.torch_threads,
-        rankings_max=settings.rankings_max,
-        message_bytes_max=settings.message_bytes_max,
-        inline_share=settings.inline_share,
-    )
-
-
 def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: int) -> None:
     """Tells every server to serve a release. Raises ProduceError."""
     message = ReleaseAnnouncement(ranker=ranker, release_id=release_id, announced_time_ms=now_ms)
     announce(kafka_config(settings), settings.topic_announcements, RELEASE_KEY + ranker, message.SerializeToString())
 
 
-def _domain(settings: Settings) -> Domain:
+def product(settings: Settings) -> Domain:
+    """The domain file that the settings name."""
     return load_domain(settings.domain)
 
 
-def _partition_count(settings: Settings) -> int:
+def partition_count(settings: Settings) -> int:
+    """Partitions of the actions topic."""
     return log_identity(kafka_config(settings), settings.topic_actions).partition_count

@@ -67,6 +67,43 @@ class SequenceReader(Protocol):
         ...
 
 
+class SequenceSource(Protocol):
+    """What the ranking server reads from: wherever a user's sequence is, without ever blocking the event loop."""
+
+    async def read(self, sequence: str, user_ids: Seq[int], *, timeout_s: float) -> list[Reading]:
+        """See `SequenceReader.read`; an answer, or SequenceUnavailableError, comes within `timeout_s`."""
+        ...
+
+    async def position(self, user_id: int, *, timeout_s: float) -> Position:
+        """See `SequenceReader.position`."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start."""
+        ...
+
+
+class ImmediateSource:
+    """A `SequenceSource` over a reader that answers from memory."""
+
+    def __init__(self, reader: SequenceReader) -> None:
+        self._reader = reader
+
+    async def read(self, sequence: str, user_ids: Seq[int], *, timeout_s: float) -> list[Reading]:
+        """See `SequenceSource.read`."""
+        del timeout_s
+        return self._reader.read(sequence, user_ids)
+
+    async def position(self, user_id: int, *, timeout_s: float) -> Position:
+        """See `SequenceSource.position`."""
+        del timeout_s
+        return self._reader.position(user_id)
+
+    def statistics(self) -> dict[str, float]:
+        """See `SequenceSource.statistics`."""
+        return self._reader.statistics()
+
+
 class RankingSink(Protocol):
     """Takes ranking-log records without ever delaying an answer: bounded, drops are counted."""
 

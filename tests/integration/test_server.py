@@ -20,7 +20,7 @@ from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, ListSink, MemoryReader, 
 from deploy.triton_server import TritonServer
 from features.ids import partition_of, user_key
 from features.pack import Packer
-from features.ports import Position, SequenceCorruptError, SequenceUnavailableError
+from features.ports import ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
 from features.request import inputs_from_request
 from features.sequence import decode_row
 from features.tables import TableSet
@@ -98,7 +98,7 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
         )
         reader, sink = MemoryReader(), ListSink()
         reader.put(USER, make_events(100))
-        server = RankingServer(config, reader, sink)
+        server = RankingServer(config, ImmediateSource(reader), sink)
         stack = Stack(config, reader, sink, triton, loop, server, "", generations)
         stack.address = stack.run(server.start())
         stack.run(server.warm(), 120.0)
@@ -448,7 +448,7 @@ def test_triton_killed_is_a_named_tier_and_comes_back_by_itself(stack):
 def test_it_starts_without_triton_and_is_ready_when_triton_is(stack, tmp_path):
     triton = TritonServer(tmp_path / "triton", tmp_path / "repository", threads=1)
     config = replace(stack.config, triton=triton.grpc_url, repository=tmp_path / "repository", token="secret")
-    server = RankingServer(config, stack.reader, stack.sink)
+    server = RankingServer(config, ImmediateSource(stack.reader), stack.sink)
     address = stack.run(server.start())
     with grpc.insecure_channel(address) as channel, RankingClient(address, timeout_s=10, token="secret") as client:
         health = health_pb2_grpc.HealthStub(channel)

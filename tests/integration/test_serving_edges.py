@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving_world import VIDEO, ListSink, MemoryReader
 
+from features.ports import ImmediateSource
 from inference.client import RankError, RankingClient
 from inference.server import ServerConfig, serve
 from protos.v1.ranking_pb2 import RankRequest, RankResponse
@@ -71,7 +72,7 @@ def test_a_server_that_is_not_there_is_unavailable_when_the_deadline_is_over():
 
 
 def config_of(folder) -> ServerConfig:
-    return ServerConfig(folder / "releases", folder / "tables", folder / "repository", "127.0.0.1:1")
+    return ServerConfig(releases=folder / "releases", tables=folder / "tables", repository=folder / "repository", triton="127.0.0.1:1")
 
 
 def with_server(config, check):
@@ -81,7 +82,7 @@ def with_server(config, check):
     async def run():
         stop, ready = asyncio.Event(), asyncio.Queue()
         server = asyncio.create_task(
-            serve(config, MemoryReader(), ListSink(), announcements=announced.append, on_ready=ready.put_nowait, stop=stop)
+            serve(config, ImmediateSource(MemoryReader()), ListSink(), announcements=announced.append, on_ready=ready.put_nowait, stop=stop)
         )
         getting = asyncio.create_task(ready.get())
         await asyncio.wait((server, getting), timeout=20, return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +118,7 @@ def test_a_damaged_release_stops_the_start_and_is_named(tmp_path):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=folder.name):
-        asyncio.run(serve(config_of(tmp_path), MemoryReader(), ListSink(), stop=asyncio.Event()))
+        asyncio.run(serve(config_of(tmp_path), ImmediateSource(MemoryReader()), ListSink(), stop=asyncio.Event()))
 
 
 @pytest.mark.skipif(not shutil.which("openssl") and "CI" not in os.environ, reason="makes its certificate with openssl")

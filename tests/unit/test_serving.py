@@ -9,18 +9,21 @@ import pytest
 from serving_world import DOMAIN, NOW_MS, ListSink, MemoryReader, write_ranker, write_tables
 
 from features.ids import string_id
+from features.ports import ImmediateSource
 from features.request import RequestError
 from inference.client import feature_column
 from inference.release import Release
 from inference.scoring import best_first, embedding_scores, final_scores, head_weights
 from inference.served import ModelGate, Releases
-from inference.server import STATUS, RankingService, ServerConfig, Timings, is_sampled, parse_request, server_credentials
+from inference.server import ServerConfig, server_credentials
+from inference.service import STATUS, RankingService, is_sampled, parse_request
+from inference.telemetry import Timings
 from inference.triton import ModelTimeoutError, ModelUnavailableError
 from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
 
 RELEASE = Release(Path(), "related-20231114T221320Z-00000000", "related", NOW_MS, DOMAIN, {}, {}, {})
 REQUEST = {"candidate_embedding": np.zeros((3, 16), np.float16)}
-CONFIG = ServerConfig(Path(), Path(), Path(), "127.0.0.1:1")
+CONFIG = ServerConfig(releases=Path(), tables=Path(), repository=Path(), triton="127.0.0.1:1")
 
 
 def test_a_requests_weights_replace_those_of_the_heads_they_name():
@@ -179,7 +182,7 @@ def test_a_far_deadline_neither_waits_nor_asks_for_so_long(tmp_path):
         releases = Releases(config.releases, config.tables, config.repository, triton)
         await releases.start()
         await asyncio.wait_for(releases.warm(), 10)
-        service = RankingService(config, releases, reader, ListSink())
+        service = RankingService(config, releases, ImmediateSource(reader), ListSink())
         request = RankRequest(ranker="related", user_id=7, candidate_ids=bytes(8), candidate_kind=1, request_time_ms=NOW_MS)
         at = reader.position(7)
         request.after.add(partition=at.partition, offset=at.offset + 1)

@@ -1,0 +1,90 @@
+"""The ranking server's process: settings in, a served port out. `freshrank server` runs it anywhere; the local stack supervises it."""
+
+import asyncio
+import logging
+import signal
+import time
+
+from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
+from deploy.scheduling import set_slice
+from deploy.settings import Settings
+from deploy.supervisor import report_ready
+from features.lineage import Predecessor
+from features.ports import ImmediateSource
+from inference.server import RankingServer, ServerConfig
+from protos.v1.ranking_pb2 import ReleaseAnnouncement
+from streams.broadcast import Announcements
+from streams.ranking_log import RankingLog
+from streams.view_reader import ViewReader
+
+WARM_S_MAX = 60.0
+
+
+def server(settings: Settings) -> int:
+    """Ranks over gRPC until SIGTERM; returns the exit code."""
+    set_slice(settings.serving_slice_ms)
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    view = ViewReader(settings.home / "view", product(settings), partition_count(settings))
+    sink = RankingLog(kafka_config(settings), settings.topic_rankings, queue_max=settings.ranking_log_queue_max)
+    ranking = RankingServer(server_config(settings), ImmediateSource(view), sink)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    started_ms = time.time_ns() // 1_000_000
+    endpoint = await ranking.start()
+
+    def on_change(key: str, value: bytes | None) -> None:
+        if value is not None and key.startswith(MOVE_KEY):
+            ranking.service.lineage.add(Predecessor.decode(value))
+        if value is None or not key.startswith(RELEASE_KEY):
+            return
+        message = ReleaseAnnouncement.FromString(value)
+        # What was announced before this start is in the release folder already, and the folder's newest release is served.
+        if message.announced_time_ms >= started_ms:
+            ranking.announce(message.ranker, message.release_id, dict(message.generations))
+
+    announcements = await asyncio.to_thread(
+        lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
+    )
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        # Lower tiers answer while the models load: a Triton that does not come up must not keep the server from serving.
+        warming = asyncio.create_task(ranking.warm())
+        await asyncio.wait({warming, stopping}, timeout=WARM_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+        warming.cancel()
+        report_ready(endpoint, rankers=ranking.releases.rankers)
+        await stopping
+    finally:
+        stopping.cancel()
+        announcements.close()
+        await ranking.stop()
+        sink.close()
+        view.close()
+
+
+def server_config(settings: Settings) -> ServerConfig:
+    """The ranking server's part of the settings."""
+    return ServerConfig(
+        releases=settings.home / "releases",
+        tables=settings.home / "tables",
+        repository=settings.home / "triton" / "repository",
+        triton=settings.triton_url,
+        host=settings.server_host,
+        port=settings.server_port,
+        certificate=settings.tls_certificate,
+        key=settings.tls_key,
+        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        reflection=settings.reflection,
+        timeout_s=settings.rank_timeout_ms / 1000,
+        deadline_s_max=settings.rank_deadline_ms_max / 1000,
+        after_wait_s_max=settings.after_wait_ms_max / 1000,
+        model_threads=settings.torch_threads,
+        rankings_max=settings.rankings_max,
+        message_bytes_max=settings.message_bytes_max,
+        inline_share=settings.inline_share,
+    )

@@ -1,0 +1,360 @@
+"""One ranking: read the sequence, join and pack, ask the model, order, log, answer.
+
+Errors that a caller sees have a status from one table, `STATUS`. A model that does not answer is not an error but a lower tier.
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from google.protobuf.message import DecodeError
+
+from features.actions import EVENT_DTYPE
+from features.ids import user_key
+from features.lineage import Lineage
+from features.pack import Packed, RankInputs
+from features.ports import Position, RankingSink, Reading, SequenceCorruptError, SequenceSource, SequenceUnavailableError
+from features.request import RequestError, inputs_from_request
+from features.sequence import decode_row
+from inference.scoring import best_first, embedding_scores, final_scores, head_weights
+from inference.served import Releases, Served
+from inference.telemetry import Telemetry
+from inference.triton import ModelTimeoutError, TritonError
+from protos.v1.actions_pb2 import Position as WirePosition
+from protos.v1.ranking_pb2 import (
+    TIER_CALLER_ORDER,
+    TIER_EMBEDDING,
+    TIER_MODEL,
+    RankingRecord,
+    RankRequest,
+    RankResponse,
+    Tier,
+)
+
+log = logging.getLogger(__name__)
+
+_NO_EVENTS = np.zeros(0, EVENT_DTYPE)
+_POLL_S_MIN, _POLL_S_MAX = 0.001, 0.008
+
+
+class UnauthenticatedError(RuntimeError):
+    """The call does not carry the server's token."""
+
+
+class OverloadedError(RuntimeError):
+    """As many rankings as allowed are under way: shed at the door."""
+
+
+class NotKeptError(ValueError):
+    """The request looks back at a moment that the store no longer keeps, or at a state of another definition."""
+
+
+STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotKeptError, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (SequenceUnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (SequenceCorruptError, grpc.StatusCode.DATA_LOSS),
+)
+"""Error to gRPC status. Anything else is a bug: INTERNAL, with the traceback in the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What a ranking may take; `deploy` reads it from settings.
+
+    timeout_s is the deadline of calls that state none, and deadline_s_max counts for calls that state a later one. A wait for `after` ends
+    after after_wait_s_max at the latest, and before that when only after_reserve_s is left for ranking: a caller who asks for a position
+    that never comes must not hold one of the rankings_max places. answer_reserve_s is kept for the answer while waiting for the model.
+    inline_share is the share of users (by hash) whose row and tensors are in the ranking log.
+    """
+
+    token: str | None = None
+    timeout_s: float = 1.0
+    deadline_s_max: float = 10.0
+    after_wait_s_max: float = 2.0
+    after_reserve_s: float = 0.25
+    answer_reserve_s: float = 0.02
+    model_timeout_s: float = 2.0
+    rankings_max: int = 64
+    message_bytes_max: int = 4 << 20
+    inline_share: float = 0.01
+
+
+class RankingService:
+    """Answers Rank calls. Everything that it needs is handed in; `clock_ms` only fills request_time_ms where the caller left it 0."""
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        releases: Releases,
+        source: SequenceSource,
+        sink: RankingSink,
+        clock_ms: Callable[[], int] | None = None,
+    ) -> None:
+        self._config, self._releases, self._source, self._sink = config, releases, source, sink
+        self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self.lineage = Lineage()
+        """Logs that led to the present one: positions of them are understood in `after`."""
+        self._in_flight = 0
+        self._telemetry = Telemetry()
+
+    async def rank(self, data: bytes, context: Any) -> RankResponse:
+        """The Rank method: serialized RankRequest in, answer out, errors as a status."""
+        left_s = context.time_remaining()
+        deadline_s = time.monotonic() + (self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
+        try:
+            self._admit(context)
+            self._in_flight += 1
+            try:
+                return await self._rank(data, deadline_s)
+            finally:
+                self._in_flight -= 1
+        except Exception as error:
+            code, message = self._status(error)
+        await context.abort(code, message)
+        raise AssertionError("unreachable: abort raises")
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
+        figures: dict[str, float] = {"in_flight": self._in_flight, **self._telemetry.statistics()}
+        for part, of in (("releases", self._releases), ("reader", self._source), ("sink", self._sink)):
+            figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
+        return figures
+
+    def _admit(self, context: Any) -> None:
+        if self._config.token is not None:
+            given = dict(context.invocation_metadata() or ()).get("authorization", "")
+            if not hmac.compare_digest(str(given).encode(), f"Bearer {self._config.token}".encode()):
+                raise UnauthenticatedError("authorization: this server needs its bearer token")
+        if self._in_flight >= self._config.rankings_max:
+            raise OverloadedError(f"{self._in_flight} rankings are under way: retry later, or at another server")
+
+    def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
+        code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+        self._telemetry.count(f"status_{code.name.lower()}")
+        if code is grpc.StatusCode.INTERNAL:
+            log.exception("a ranking failed: this is a bug")
+            return code, f"internal error: {type(error).__name__}"
+        if code is grpc.StatusCode.DATA_LOSS:
+            log.error("state is damaged: %s", error)
+        return code, str(error)
+
+    async def _rank(self, data: bytes, deadline_s: float) -> RankResponse:
+        started_s = time.monotonic()
+        request = parse_request(data, self._config.message_bytes_max)
+        if request.ranker not in self._releases.rankers:
+            names = ", ".join(self._releases.rankers) or "none; publish a release"
+            raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
+        with self._releases.use(request.ranker) as served:
+            request.request_id = request.request_id or secrets.randbits(64) or 1
+            request.request_time_ms = request.request_time_ms or self._clock_ms()
+            # Checked before anything is waited for or read; the events are put in when they are there.
+            inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
+            weights = _weights(served, request)
+            after_reached = await self._wait_for(request, deadline_s)
+            reading, inputs = await self._read(served, request, inputs, deadline_s)
+            lap_s = time.monotonic()
+            packed = served.packer.pack(inputs)
+            self._telemetry.time("join_pack", time.monotonic() - lap_s)
+            tier, probability, scores = await self._score(served, packed, weights, deadline_s)
+            self._count(inputs, packed, tier)
+            response = _response(served, request, inputs, packed, reading, tier, probability, scores)
+            response.after_reached = after_reached
+            self._log(served, request, packed, reading, probability, scores, response)
+        self._telemetry.time("total", time.monotonic() - started_s)
+        return response
+
+    async def _wait_for(self, request: RankRequest, deadline_s: float) -> bool:
+        """Waits until the user's state includes every position of `after`, after_wait_s_max at most, and leaves time to rank."""
+        if not request.after:
+            return True
+        started_s = time.monotonic()
+        left_s = deadline_s - started_s
+        until_s = started_s + min(left_s - min(self._config.after_reserve_s, left_s / 2), self._config.after_wait_s_max)
+        poll_s = _POLL_S_MIN
+        while True:
+            at = await self._source.position(request.user_id, timeout_s=until_s - time.monotonic())
+            wanted = max(_offset_of(i, position, at, self.lineage) for i, position in enumerate(request.after))
+            reached = at.offset >= wanted
+            if reached or time.monotonic() >= until_s:
+                self._telemetry.time("wait_after", time.monotonic() - started_s)
+                self._telemetry.count("after_not_reached", not reached)
+                return reached
+            await asyncio.sleep(min(poll_s, max(until_s - time.monotonic(), 0)))
+            poll_s = min(2 * poll_s, _POLL_S_MAX)
+
+    async def _read(self, served: Served, request: RankRequest, inputs: RankInputs, deadline_s: float) -> tuple[Reading, RankInputs]:
+        lap_s = time.monotonic()
+        (reading,) = await self._source.read(served.ranker.sequence, [request.user_id], timeout_s=deadline_s - lap_s)
+        if served.late_ms_max is not None and request.request_time_ms < reading.log_clock_ms - served.late_ms_max:
+            kept_ms = reading.log_clock_ms - served.late_ms_max
+            raise NotKeptError(f"request_time_ms: {request.request_time_ms} is older than what the store keeps; not before {kept_ms}")
+        if reading.row:
+            row = decode_row(reading.row, request.user_id)
+            if row.fingerprint != served.sequence_fingerprint:
+                raise NotKeptError(
+                    f"ranker: release {served.release.release_id} reads sequences of definition {served.sequence_fingerprint:016x}, "
+                    f"the store keeps {row.fingerprint:016x}: publish a release for this state"
+                )
+            inputs = replace(inputs, events=row.events, erased_before_ms=row.erased_before_ms)
+        self._telemetry.time("read", time.monotonic() - lap_s)
+        return reading, inputs
+
+    async def _score(
+        self, served: Served, packed: Packed, weights: npt.NDArray[np.float64], deadline_s: float
+    ) -> tuple[int, npt.NDArray[np.float32] | None, npt.NDArray[np.float32]]:
+        """(tier, probabilities [C, H] or None, final scores [C])."""
+        lap_s = time.monotonic()
+        timeout_s = min(deadline_s - lap_s - self._config.answer_reserve_s, self._config.model_timeout_s)
+        try:
+            if timeout_s <= 0:
+                raise ModelTimeoutError("no time left to ask the model")
+            probability = await served.gate.infer(packed.tensors, timeout_s=timeout_s)
+        except TritonError as error:
+            self._telemetry.count("model_timeouts" if isinstance(error, ModelTimeoutError) else "model_unavailable")
+        else:
+            self._telemetry.time("triton", time.monotonic() - lap_s)
+            return TIER_MODEL, probability, final_scores(probability, weights)
+        if served.ranker.user_space is not None and not packed.missing_user:
+            return TIER_EMBEDDING, None, embedding_scores(packed.tensors)
+        return TIER_CALLER_ORDER, None, np.zeros(len(packed.tensors["candidate_embedding"]), np.float32)
+
+    def _count(self, inputs: RankInputs, packed: Packed, tier: int) -> None:
+        count = self._telemetry.count
+        count("rankings")
+        count(Tier.Name(tier).lower())
+        count("cold_starts", not len(inputs.events))
+        count("candidates", len(inputs.candidate_ids))
+        count("missing_candidates", packed.missing_candidates)
+        count("missing_sequence_items", packed.missing_sequence_items)
+        count("missing_users", packed.missing_user)
+        count("taken_down_candidates", packed.taken_down_candidates)
+
+    def _log(
+        self,
+        served: Served,
+        request: RankRequest,
+        packed: Packed,
+        reading: Reading,
+        probability: npt.NDArray[np.float32] | None,
+        scores: npt.NDArray[np.float32],
+        response: RankResponse,
+    ) -> None:
+        lap_s = time.monotonic()
+        record = RankingRecord(
+            request=request,
+            release_id=served.release.release_id,
+            generations=served.generations,
+            watermark=[_wire(reading.watermark)],
+            tier=response.tier,
+            digest=served.packer.digest(packed.tensors),
+            tensor_digests=served.packer.tensor_digests(packed.tensors),
+            head_scores=_by_head(served, probability),
+            scores=scores.tobytes(),
+            inline=is_sampled(request.user_id, self._config.inline_share),
+            served_time_ms=self._clock_ms(),
+            sequence_fingerprint=served.sequence_fingerprint,
+            row_digest=xxhash.xxh3_64_intdigest(reading.row),
+            after_reached=response.after_reached,
+        )
+        if record.inline:
+            record.inline_row = reading.row
+            for name, value in packed.tensors.items():
+                record.inline_tensors[name] = value.tobytes()
+        self._telemetry.count("log_dropped", not self._sink.put(request.user_id, record.SerializeToString()))
+        self._telemetry.time("log", time.monotonic() - lap_s)
+
+
+def parse_request(data: bytes, bytes_max: int) -> RankRequest:
+    """Reads a request. Raises RequestError: not a request, or larger than `bytes_max`, naming its largest field."""
+    try:
+        request = RankRequest.FromString(data)
+    except DecodeError as error:
+        raise RequestError("request", "these bytes are not a freshrank.v1.RankRequest") from error
+    if len(data) > bytes_max:
+        sizes = {}
+        for descriptor, _ in request.ListFields():
+            alone = RankRequest()
+            alone.CopyFrom(request)
+            for other, _ in request.ListFields():
+                if other.name != descriptor.name:
+                    alone.ClearField(other.name)
+            sizes[descriptor.name] = alone.ByteSize()
+        largest = max(sizes, key=sizes.__getitem__, default="request")
+        raise RequestError(largest, f"the request has {len(data)} bytes, most of them here; allowed are {bytes_max}")
+    return request
+
+
+def is_sampled(user_id: int, share: float) -> bool:
+    """Whether the ranking log holds this user's inputs themselves: by a hash of the user, so always or never."""
+    return xxhash.xxh3_64_intdigest(user_key(user_id)) < share * 2**64
+
+
+def _weights(served: Served, request: RankRequest) -> npt.NDArray[np.float64]:
+    for name, weight in request.head_weights.items():
+        if not np.isfinite(weight):
+            raise RequestError(f"head_weights[{name!r}]", "must be finite")
+    try:
+        return head_weights(served.ranker, request.head_weights)
+    except KeyError as error:
+        raise RequestError(f"head_weights[{error.args[0]!r}]", f"no such head; heads: {', '.join(served.ranker.heads)}") from error
+
+
+def _offset_of(i: int, position: WirePosition, at: Position, lineage: Lineage) -> int:
+    """The offset that after[i] asks for. Raises RequestError if it is not a place in this user's log, or in one that led to it."""
+    included = lineage.includes(at.log_epoch, Position(position.log_epoch, position.partition, position.offset))
+    if included:
+        return -1
+    if included is False:
+        raise RequestError(f"after[{i}].offset", f"{position.offset} of partition {position.partition} came after that log was left")
+    if position.log_epoch not in (0, at.log_epoch):
+        raise RequestError(f"after[{i}].log_epoch", f"{position.log_epoch} is not the log's, {at.log_epoch}; 0 is the current one")
+    if position.partition != at.partition:
+        raise RequestError(f"after[{i}].partition", f"{position.partition} does not hold this user, {at.partition} does")
+    return int(position.offset)
+
+
+def _wire(position: Position) -> WirePosition:
+    return WirePosition(log_epoch=position.log_epoch, partition=position.partition, offset=position.offset)
+
+
+def _by_head(served: Served, probability: npt.NDArray[np.float32] | None) -> dict[str, bytes]:
+    return {} if probability is None else {name: probability[:, head].tobytes() for head, name in enumerate(served.ranker.heads)}
+
+
+def _response(
+    served: Served,
+    request: RankRequest,
+    inputs: RankInputs,
+    packed: Packed,
+    reading: Reading,
+    tier: int,
+    probability: npt.NDArray[np.float32] | None,
+    scores: npt.NDArray[np.float32],
+) -> RankResponse:
+    order = best_first(scores)
+    return RankResponse(
+        request_id=request.request_id,
+        ranked_ids=inputs.candidate_ids[order].tobytes(),
+        ranked_kinds=inputs.candidate_kinds[order].tobytes(),
+        scores=scores[order].tobytes(),
+        head_scores=_by_head(served, None if probability is None else probability[order]),
+        tier=tier,
+        release_id=served.release.release_id,
+        generations=served.generations,
+        watermark=[_wire(reading.watermark)],
+        sequence_age_ms=packed.sequence_age_ms,
+        sequence_count=packed.sequence_count,
+        cold_start=not len(inputs.events),
+    )
