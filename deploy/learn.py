@@ -16,7 +16,9 @@ from features.erasures import LEDGER, erased_users, read_ledger
 from inference.dataset import split_times
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
+from inference.popularity import publish_popularity
 from inference.release import Release, write_release
+from inference.small import SMALL_FILE
 from inference.train import TrainOptions, TrainResult, load_trained, train
 from streams.importer import import_log
 
@@ -72,6 +74,7 @@ def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume:
     domain = work.domain
     validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
     folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=work.erased)
+    publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=work.erased)
     out = work.training(ranker) if out is None else out
     generations = newest_generations(folders)
     return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=work.erased)
@@ -95,6 +98,7 @@ def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict
 def release(work: Workspace, ranker: str) -> Release:
     """Writes the trained ranker as a release. Raises TrainError, ReleaseError."""
     model, metrics = load_trained(work.domain, ranker, work.training(ranker))
+    small = work.training(ranker) / SMALL_FILE
     return write_release(
         work.releases,
         model=model,
@@ -103,6 +107,7 @@ def release(work: Workspace, ranker: str) -> Release:
         created_ms=now_ms(),
         generations=metrics["generations"],
         metrics=metrics["test"],
+        small=small.read_bytes() if small.is_file() else None,
     )
 
 

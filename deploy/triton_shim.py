@@ -35,24 +35,53 @@ class TritonPythonModel:
         self.model = load_model(self.release, device=device)
         for candidates in WARM_CANDIDATES:
             blank = blank_request(self.release.domain, self.release.ranker, candidates)
-            self._run({name: torch.from_numpy(value) for name, value in blank.items()})
+            self._run([{name: torch.from_numpy(value)[None] for name, value in blank.items()}])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request. One that fails gets its error; the others are not touched."""
-        return [self._answer(request) for request in requests]
+        """Answers the requests that Triton has joined, all at once. One that fails gets its error; the others are not touched."""
+        answers: list[Any] = [None] * len(requests)
+        batch: dict[int, dict[str, torch.Tensor]] = {}
+        for i, request in enumerate(requests):
+            if request.is_cancelled():
+                answers[i] = _failed("cancelled", pb_utils.TritonError.CANCELLED)
+                continue
+            try:
+                batch[i] = self._tensors(request)
+            except Exception as error:
+                answers[i] = _failed(f"{type(error).__name__}: {error}")
+        for i, answer in self._answer(batch).items():
+            answers[i] = answer
+        return answers
 
-    def _answer(self, request: Any) -> Any:
-        if request.is_cancelled():
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError("cancelled", pb_utils.TritonError.CANCELLED))
+    def _tensors(self, request: Any) -> dict[str, torch.Tensor]:
+        """The table's tensors of one request, each with a leading 1."""
+        return {tensor.name: from_dlpack(pb_utils.get_input_tensor_by_name(request, tensor.name).to_dlpack()) for tensor in self.inputs}
+
+    def _answer(self, batch: dict[int, dict[str, torch.Tensor]]) -> dict[int, Any]:
         try:
-            given = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in self.inputs}
-            tensors = {name: from_dlpack(value.to_dlpack()) for name, value in given.items()}
-            probability = self._run(tensors)
-            return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(self.output.name, probability)])
+            found = self._run(list(batch.values())) if batch else []
         except Exception as error:  # the caller sees it and answers from another tier; the instance must live on
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))
+            if len(batch) == 1:
+                return dict.fromkeys(batch, _failed(f"{type(error).__name__}: {error}"))
+            return {i: self._answer({i: tensors})[i] for i, tensors in batch.items()}
+        return {
+            i: pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(self.output.name, probability[None])])
+            for i, probability in zip(batch, found, strict=True)
+        }
 
-    def _run(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _run(self, requests: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Probabilities of each request, float32 [C, H]: the user's tensors are stacked, those of candidates concatenated."""
+        counts = [request["candidate_embedding"].shape[1] for request in requests]
+        tensors = {}
+        for tensor in self.inputs:
+            parts = [request[tensor.name][0] if tensor.per_candidate else request[tensor.name] for request in requests]
+            tensors[tensor.name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+        request_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         with torch.inference_mode():
-            probability = self.model.probabilities({name: value.to(self.device) for name, value in tensors.items()})
-        return probability.cpu().contiguous()
+            probability = self.model.probabilities(tensors, request_row)
+        return [part.contiguous() for part in torch.split(probability.cpu(), counts)]
+
+
+def _failed(message: str, code: int | None = None) -> Any:
+    error = pb_utils.TritonError(message) if code is None else pb_utils.TritonError(message, code)
+    return pb_utils.InferenceResponse(error=error)

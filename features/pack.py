@@ -158,11 +158,15 @@ class Packer:
 
     def digest(self, tensors: Mapping[str, Array]) -> bytes:
         """See `digest`."""
-        return _digest(self.table, tensors)
+        return _digests(self.table, tensors)[0]
 
     def tensor_digests(self, tensors: Mapping[str, Array]) -> dict[str, int]:
         """See `tensor_digests`."""
-        return _tensor_digests(self.table, tensors)
+        return _digests(self.table, tensors)[1]
+
+    def digests(self, tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, int]]:
+        """Both in one pass."""
+        return _digests(self.table, tensors)
 
     def visible(self, inputs: RankInputs) -> npt.NDArray[np.int64]:
         """Rules 1 to 6: index of each event that the model sees, newest first, int64."""
@@ -315,31 +319,25 @@ def digest(domain: Domain, ranker_name: str, tensors: Mapping[str, Array]) -> by
     Raises:
         ValueError: a tensor is absent or differs in dtype or rank from the table.
     """
-    return _digest(tensor_table(domain, ranker_name), tensors)
+    return _digests(tensor_table(domain, ranker_name), tensors)[0]
 
 
 def tensor_digests(domain: Domain, ranker_name: str, tensors: Mapping[str, Array]) -> dict[str, int]:
     """xxh3-64 of each tensor by name, over the same bytes: tells which one differs."""
-    return _tensor_digests(tensor_table(domain, ranker_name), tensors)
+    return _digests(tensor_table(domain, ranker_name), tensors)[1]
 
 
-def _digest(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> bytes:
-    hasher = xxhash.xxh3_128()
+def _digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, int]]:
+    of_all, of_each = xxhash.xxh3_128(), dict[str, int]()
     for row in table:
         array = _checked(row, tensors)
-        hasher.update(_head(row, array))
-        hasher.update(array.data)
-    return hasher.digest()
-
-
-def _tensor_digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> dict[str, int]:
-    digests: dict[str, int] = {}
-    for row in table:
-        array = _checked(row, tensors)
-        hasher = xxhash.xxh3_64(_head(row, array))
-        hasher.update(array.data)
-        digests[row.name] = hasher.intdigest()
-    return digests
+        head, data = _head(row, array), array.data
+        of_all.update(head)
+        of_all.update(data)
+        hasher = xxhash.xxh3_64(head)
+        hasher.update(data)
+        of_each[row.name] = hasher.intdigest()
+    return of_all.digest(), of_each
 
 
 def _head(row: Tensor, array: Array) -> bytes:

@@ -116,6 +116,13 @@ class Dataset:
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         return Batch(tensors, torch.from_numpy(request_row), labels, torch.from_numpy(self.weights[rows]))
 
+    def request(self, i: int) -> dict[str, Array]:
+        """The tensors of request i as the table shapes them, its sequence without padding. Views."""
+        rows, places = slice(self.starts[i], self.starts[i + 1]), slice(self.sequence_starts[i], self.sequence_starts[i + 1])
+        tensors = {name: values[i] for name, values in self.of_request.items()}
+        tensors |= {name: values[rows] for name, values in self.of_candidate.items()}
+        return tensors | {name: values[places] for name, values in self.of_sequence.items()}
+
     def rows_for_normalisation(self, requests: I64) -> dict[str, Tensor]:
         """Number features of these requests and their candidates, for `fit_normalisation`."""
         rows = self.candidate_rows(requests)

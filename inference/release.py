@@ -1,6 +1,7 @@
 """A release: one trained ranker with everything that says how it is fed, under one manifest.
 
-`<releases>/<release id>/` holds model.safetensors (weights), domain.toml (what the tensors mean) and manifest.json (tensors, embedding
+`<releases>/<release id>/` holds model.safetensors (weights), perhaps small.safetensors (the small model), domain.toml (what the tensors
+mean) and manifest.json (tensors, embedding
 spaces, sequence, metrics, checksums). The folder never changes once it is there. The Triton model repository is generated from it.
 """
 
@@ -22,13 +23,17 @@ import numpy.typing as npt
 
 from features.domain import Domain, DomainError, load_domain, parse_domain
 from features.tensors import DYNAMIC, Tensor, output_table, tensor_fingerprint, tensor_table
+from inference.small import SMALL_FILE, SmallModel, read_small
 
 if TYPE_CHECKING:
-    from inference.transact import TransActRanker
+    from inference.transact import NoopRanker, TransActRanker
 
 FORMAT_VERSION = 1
+TRANSACT, NOOP = "transact", "noop"
+"""Models that a release may hold, by the name in its manifest."""
 _ID = re.compile(r"(?P<ranker>[a-z][a-z0-9_]{0,39})-(?P<time>\d{8}T\d{6}Z)-(?P<content>[0-9a-f]{8})")
 _FILES = ("domain.toml", "model.safetensors")
+_OPTIONAL_FILES = (SMALL_FILE,)
 _TRITON_TYPES = {"float32": "FP32", "float16": "FP16", "int32": "INT32", "int64": "INT64"}
 
 
@@ -59,12 +64,13 @@ class Release:
 def write_release(
     releases: Path,
     *,
-    model: "TransActRanker",
+    model: "TransActRanker | NoopRanker",
     domain_toml: str,
     ranker: str,
     created_ms: int,
     generations: Mapping[str, str],
     metrics: Mapping[str, Any],
+    small: bytes | None = None,
 ) -> Release:
     """Writes a release folder and opens it.
 
@@ -76,6 +82,7 @@ def write_release(
         created_ms: time of the release, milliseconds; part of its id.
         generations: table generations that it was trained with, by space.
         metrics: what was measured, JSON values; NaN becomes null.
+        small: contents of small.safetensors, the small model; None: the release has none.
 
     Raises:
         ReleaseError: the domain file and the model or generations do not agree.
@@ -91,12 +98,13 @@ def write_release(
     contents = {
         "domain.toml": domain_toml.encode(),
         "model.safetensors": save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}),
+        **({} if small is None else {SMALL_FILE: small}),
     }
     manifest = {
         "format_version": FORMAT_VERSION,
         "ranker": ranker,
         "created_ms": created_ms,
-        "model": {"name": "transact", "use_sequence": model.use_sequence},
+        "model": {"name": model.name, "use_sequence": model.use_sequence},
         **_interface(domain, ranker),
         "generations": dict(sorted(generations.items())),
         "metrics": _without_nan(metrics),
@@ -180,7 +188,17 @@ def newest_releases(releases: Path) -> dict[str, str]:
     return newest
 
 
-def load_model(release: Release, *, device: str = "cpu") -> "TransActRanker":
+def load_small(release: Release) -> SmallModel | None:
+    """The release's small model; None: it has none. Raises ReleaseError: it is not of the ranker that domain.toml describes."""
+    if SMALL_FILE not in release.manifest["files"]:
+        return None
+    try:
+        return read_small(release.domain, release.ranker, release.folder / SMALL_FILE)
+    except ValueError as error:
+        raise ReleaseError(f"{release.release_id}: {error}") from error
+
+
+def load_model(release: Release, *, device: str = "cpu") -> "TransActRanker | NoopRanker":
     """The release's model in eval mode, with its weights, on `device`.
 
     Raises:
@@ -188,10 +206,13 @@ def load_model(release: Release, *, device: str = "cpu") -> "TransActRanker":
     """
     from safetensors.torch import load_file
 
-    from inference.transact import TransActRanker
+    from inference.transact import NoopRanker, TransActRanker
 
-    if release.manifest["model"]["name"] != "transact":
-        raise ReleaseError(f"{release.release_id}: model {release.manifest['model']['name']!r} is not known; known: transact")
+    name = release.manifest["model"]["name"]
+    if name == NOOP:
+        return NoopRanker(release.domain, release.ranker)
+    if name != TRANSACT:
+        raise ReleaseError(f"{release.release_id}: model {name!r} is not known; known: {TRANSACT}, {NOOP}")
     model = TransActRanker(release.domain, release.ranker, use_sequence=release.manifest["model"]["use_sequence"])
     try:
         model.load_state_dict(load_file(release.folder / "model.safetensors"))
@@ -200,7 +221,16 @@ def load_model(release: Release, *, device: str = "cpu") -> "TransActRanker":
     return model.to(device).eval()
 
 
-def write_triton_model(release: Release, repository: Path, *, threads: int = 2, instances: int = 1, device: str = "auto") -> str:
+def write_triton_model(
+    release: Release,
+    repository: Path,
+    *,
+    threads: int = 2,
+    instances: int = 1,
+    device: str = "auto",
+    batch_requests_max: int = 8,
+    batch_delay_us: int = 0,
+) -> str:
     """Generates `<repository>/<release id>` for Triton's Python backend and returns the model's name, which is the release id.
 
     Args:
@@ -209,12 +239,15 @@ def write_triton_model(release: Release, repository: Path, *, threads: int = 2, 
         threads: PyTorch threads of each instance; PyTorch's own default is every core.
         instances: processes that serve the model.
         device: "cpu", "cuda", or "auto": cuda where there is one.
+        batch_requests_max: most requests that the model answers at once.
+        batch_delay_us: how long Triton waits for more of them, microseconds.
     """
     folder = Path(repository) / release.release_id
     (folder / "1").mkdir(parents=True, exist_ok=True)
     _replace(folder / "1" / "model.py", MODEL_PY)
     parameters = {"release_folder": str(release.folder), "threads": str(threads), "device": device}
-    _replace(folder / "config.pbtxt", config_pbtxt(release, parameters=parameters, instances=instances))
+    batching = {"batch_requests_max": batch_requests_max, "batch_delay_us": batch_delay_us}
+    _replace(folder / "config.pbtxt", config_pbtxt(release, parameters=parameters, instances=instances, **batching))
     return release.release_id
 
 
@@ -233,18 +266,26 @@ from deploy.triton_shim import TritonPythonModel  # noqa: E402, F401
 '''
 
 
-def config_pbtxt(release: Release, *, parameters: Mapping[str, str], instances: int) -> str:
-    """Triton's description of the model: its tensors are the domain file's, its batch dimension is none (C is dynamic)."""
+def config_pbtxt(
+    release: Release, *, parameters: Mapping[str, str], instances: int, batch_requests_max: int = 8, batch_delay_us: int = 0
+) -> str:
+    """Triton's description of the model: its tensors are the domain file's, with a batch dimension before them, which is the requests.
+
+    Requests have different numbers of candidates: their tensors are ragged, so each comes as its own [1, C, ...], and `execute` joins them.
+    """
     # KIND_CPU: a Python-backend model places its own tensors, and KIND_GPU does not load where Triton finds no GPU.
     # No queue policy: with one, bursts stall in Triton 2.51; the ranking server sheds load.
-    lines = [f'name: "{release.release_id}"', 'backend: "python"', "max_batch_size: 0"]
+    lines = [f'name: "{release.release_id}"', 'backend: "python"', f"max_batch_size: {batch_requests_max}"]
     for side, tensors in (
         ("input", tensor_table(release.domain, release.ranker)),
         ("output", output_table(release.domain, release.ranker)),
     ):
         for tensor in tensors:
             dims = ", ".join(str(size) for size in tensor.shape)
-            lines.append(f'{side} {{ name: "{tensor.name}" data_type: TYPE_{_TRITON_TYPES[tensor.dtype.name]} dims: [ {dims} ] }}')
+            ragged = " allow_ragged_batch: true" if side == "input" and tensor.per_candidate else ""
+            kind = _TRITON_TYPES[tensor.dtype.name]
+            lines.append(f'{side} {{ name: "{tensor.name}" data_type: TYPE_{kind} dims: [ {dims} ]{ragged} }}')
+    lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {batch_delay_us} }}")
     lines.append(f"instance_group {{ count: {instances} kind: KIND_CPU }}")
     for key, value in sorted(parameters.items()):
         lines.append(f"parameters {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}")
@@ -285,9 +326,12 @@ def _interface(domain: Domain, ranker: str) -> dict[str, Any]:
 
 
 def _verify_contents(folder: Path, manifest: dict[str, Any], content: str) -> None:
-    if set(manifest["files"]) != set(_FILES):
-        raise ReleaseError(f"{folder.name}/manifest.json: files {sorted(manifest['files'])}, a release has {list(_FILES)}")
-    for name in _FILES:
+    listed = set(manifest["files"])
+    if not set(_FILES) <= listed <= {*_FILES, *_OPTIONAL_FILES}:
+        raise ReleaseError(
+            f"{folder.name}/manifest.json: files {sorted(listed)}, a release has {list(_FILES)} and may have {list(_OPTIONAL_FILES)}"
+        )
+    for name in sorted(listed):
         with (folder / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != manifest["files"][name]:

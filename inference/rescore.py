@@ -10,7 +10,7 @@ import torch
 from features.tensors import tensor_table
 from inference.release import Release, load_model
 from inference.scoring import final_scores, head_weights
-from inference.transact import TransActRanker
+from inference.transact import NoopRanker, TransActRanker
 
 TOLERANCE = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-3}
 """Greatest absolute difference of a probability that still agrees, by device and dtype of the arithmetic.
@@ -26,7 +26,9 @@ def tolerance(device: str, dtype: str = "float32") -> float:
     return TOLERANCE[(device.partition(":")[0], dtype)]
 
 
-def probabilities(model: TransActRanker, tensors: Mapping[str, npt.NDArray[Any]], *, device: str = "cpu") -> npt.NDArray[np.float32]:
+def probabilities(
+    model: TransActRanker | NoopRanker, tensors: Mapping[str, npt.NDArray[Any]], *, device: str = "cpu"
+) -> npt.NDArray[np.float32]:
     """Probabilities float32 [C, H] of one request's packed tensors."""
     given = {name: torch.from_numpy(np.array(value)).to(device) for name, value in tensors.items()}
     found: npt.NDArray[np.float32] = model.probabilities(given).cpu().numpy()

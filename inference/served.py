@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,18 @@ from features.domain import Domain, Ranker
 from features.pack import Packer
 from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
-from inference.release import Release, ReleaseError, blank_request, newest_releases, open_release, release_folder, write_triton_model
+from inference.popularity import Popularity, open_popularity
+from inference.release import (
+    Release,
+    ReleaseError,
+    blank_request,
+    load_small,
+    newest_releases,
+    open_release,
+    release_folder,
+    write_triton_model,
+)
+from inference.small import SmallModel
 from inference.triton import ModelTimeoutError, ModelUnavailableError, Tensors, TritonError, TritonModels
 
 log = logging.getLogger(__name__)
@@ -23,6 +35,11 @@ TIMEOUTS_IN_A_ROW_MAX = 3
 FAIR_TIMEOUT_S = 0.25
 """A time-out counts against the model only if it was given this long: a caller in a hurry says nothing about Triton."""
 PROBE_INTERVAL_S = 0.25
+FLAP_S, REST_S_MAX = 10.0, 30.0
+"""A model that fails within FLAP_S of its return rests before the next probe, each time twice as long, up to REST_S_MAX."""
+CANDIDATES_OF_A_CALL = 16
+COST_SHARE, COST_HALF_LIFE_S = 0.1, 5.0
+"""Weight of the newest answer in the time that a candidate takes; without answers the estimate is halved in so many seconds."""
 LOAD_TIMEOUT_S = 120.0
 WARM_TIMEOUT_S = 10.0
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 30.0
@@ -44,6 +61,8 @@ class ModelGate:
         self._blank = blank_request(release.domain, release.ranker, 1)
         self._triton = triton
         self._timeouts = 0
+        self._opened_s, self._rest_s = 0.0, 0.0
+        self._cost_s, self._cost_at_s = 0.0, 0.0
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -59,6 +78,7 @@ class ModelGate:
         """
         if not self.open:
             raise ModelUnavailableError(f"{self.model}: not asked since it failed; it is probed")
+        started_s = time.monotonic()
         try:
             probability = await self._infer(tensors, timeout_s=timeout_s)
         except ModelTimeoutError as error:
@@ -70,14 +90,22 @@ class ModelGate:
             self._trip(error)
             raise
         self._timeouts = 0
+        self._learn_cost(len(probability), started_s)
         return probability
+
+    def candidates_within(self, timeout_s: float) -> int:
+        """How many candidates the model is likely to answer for in a time, by what it took of late, waiting included."""
+        if timeout_s <= 0:
+            return 0
+        cost_s = self._cost_s * 0.5 ** ((time.monotonic() - self._cost_at_s) / COST_HALF_LIFE_S)
+        return int(min(max(timeout_s / cost_s - CANDIDATES_OF_A_CALL, 0), 1e9)) if cost_s > 0 else int(1e9)
 
     async def bring_up(self) -> None:
         """Loads the model where it is not, asks it once, and opens. Raises TritonError."""
         if not await self._triton.ready(self.model):
             await self._triton.load(self.model, timeout_s=LOAD_TIMEOUT_S)
         await self._infer(self._blank, timeout_s=WARM_TIMEOUT_S)
-        self._timeouts = 0
+        self._timeouts, self._opened_s = 0, time.monotonic()
         self.opened.set()
 
     def probe(self) -> None:
@@ -92,15 +120,25 @@ class ModelGate:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
 
+    def _learn_cost(self, candidates: int, started_s: float) -> None:
+        now_s = time.monotonic()
+        # A call has a cost of its own: counted as some candidates, or a request of one would make all others look dear.
+        cost_s = (now_s - started_s) / (candidates + CANDIDATES_OF_A_CALL)
+        self._cost_s = cost_s if not self._cost_s else self._cost_s + COST_SHARE * (cost_s - self._cost_s)
+        self._cost_at_s = now_s
+
     def _trip(self, error: TritonError) -> None:
         if self.open:
             self.opened.clear()
             self.trips += 1
+            again = time.monotonic() - self._opened_s < FLAP_S + self._rest_s
+            self._rest_s = min(max(2 * self._rest_s, 2 * PROBE_INTERVAL_S), REST_S_MAX) if again else 0.0
             log.warning("model %s is out of use until a probe succeeds: %s", self.model, error)
         self.probe()
 
     async def _probe_until_open(self) -> None:
         reported = ""
+        await asyncio.sleep(self._rest_s)
         while not self.open:
             try:
                 await self.bring_up()
@@ -112,7 +150,7 @@ class ModelGate:
                 await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def _infer(self, tensors: Tensors, *, timeout_s: float) -> npt.NDArray[np.float32]:
-        answer = (await self._triton.infer(self.model, tensors, (self._output.name,), timeout_s=timeout_s))[self._output.name]
+        answer = await self._triton.infer(self.model, tensors, self._output.name, timeout_s=timeout_s)
         shape = (len(tensors["candidate_embedding"]), self._heads)
         if answer.shape != shape or answer.dtype != self._output.dtype:
             raise ModelUnavailableError(
@@ -130,18 +168,23 @@ class Served:
     release: Release
     packer: Packer
     gate: ModelGate
+    small: SmallModel | None = None
+    popularity: Popularity | None = None
     domain: Domain = field(init=False)
     ranker: Ranker = field(init=False)
     generations: Mapping[str, str] = field(init=False)
     sequence_fingerprint: int = field(init=False)
     late_ms_max: int | None = field(init=False)
     """How far request_time_ms may lie behind the log's clock before evicted events are missed, milliseconds; None: nothing is evicted."""
+    utilities: npt.NDArray[np.float32] = field(init=False)
+    """Weight of each head in the domain file's final score, float32 [H]."""
     in_flight: int = 0
 
     def __post_init__(self) -> None:
         self.domain = self.release.domain
         self.ranker = self.domain.ranker[self.release.ranker]
         self.generations = self.packer.tables.generations
+        self.utilities = np.array([head.utility for head in self.ranker.heads.values()], np.float32)
         self.sequence_fingerprint = self.release.sequence_fingerprint
         sequence = self.domain.sequence[self.ranker.sequence]
         self.late_ms_max = None if sequence.evict_age_ms is None else sequence.evict_age_ms - sequence.age_ms_max
@@ -275,7 +318,8 @@ class Releases:
         tables = TableSet.open(self._tables, release.domain, ranker, fitting, verify=True)
         write_triton_model(release, self._repository, threads=self._threads)
         packer = Packer(release.domain, ranker, tables)
-        return Served(release, packer, ModelGate(self._triton, release))
+        popularity = open_popularity(self._tables, release.domain)
+        return Served(release, packer, ModelGate(self._triton, release), load_small(release), popularity)
 
     async def _follow(self, ranker: str) -> None:
         delay_s, done = RETRY_S_MIN, None

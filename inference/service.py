@@ -25,14 +25,14 @@ from features.pack import Packed, RankInputs
 from features.ports import Position, RankingSink, Reading, SequenceCorruptError, SequenceSource, SequenceUnavailableError
 from features.request import RequestError, inputs_from_request
 from features.sequence import decode_row
-from inference.scoring import best_first, embedding_scores, final_scores, head_weights
+from inference.admission import Admission, OverloadedError, Stay
+from inference.ladder import Scored, checked_tier, score
+from inference.scoring import best_first, final_scores, head_weights
 from inference.served import Releases, Served
 from inference.telemetry import Telemetry
-from inference.triton import ModelTimeoutError, TritonError
 from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import (
-    TIER_CALLER_ORDER,
-    TIER_EMBEDDING,
+    TIER_FEWER,
     TIER_MODEL,
     RankingRecord,
     RankRequest,
@@ -48,10 +48,6 @@ _POLL_S_MIN, _POLL_S_MAX = 0.001, 0.008
 
 class UnauthenticatedError(RuntimeError):
     """The call does not carry the server's token."""
-
-
-class OverloadedError(RuntimeError):
-    """As many rankings as allowed are under way: shed at the door."""
 
 
 class NotKeptError(ValueError):
@@ -87,6 +83,7 @@ class ServiceConfig:
     answer_reserve_s: float = 0.02
     model_timeout_s: float = 2.0
     rankings_max: int = 64
+    rankings_waiting_max: int = 256
     message_bytes_max: int = 4 << 20
     inline_share: float = 0.01
 
@@ -106,39 +103,43 @@ class RankingService:
         self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self.lineage = Lineage()
         """Logs that led to the present one: positions of them are understood in `after`."""
-        self._in_flight = 0
+        self._admission = Admission(config.rankings_max, config.rankings_waiting_max)
         self._telemetry = Telemetry()
 
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
         left_s = context.time_remaining()
-        deadline_s = time.monotonic() + (self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
+        left_s = self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max)
+        deadline_s = time.monotonic() + left_s
         try:
-            self._admit(context)
-            self._in_flight += 1
-            try:
-                return await self._rank(data, deadline_s)
-            finally:
-                self._in_flight -= 1
+            self._check_caller(context)
+            await self._admission.enter(left_s)
+            with self._admission.taken() as stay:
+                return await self._rank(data, deadline_s, stay)
+        except asyncio.CancelledError:  # the caller is gone: what was under way for it has been cancelled with this task
+            self._telemetry.count("cancelled")
+            raise
         except Exception as error:
             code, message = self._status(error)
+            if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
         await context.abort(code, message)
         raise AssertionError("unreachable: abort raises")
 
     def statistics(self) -> dict[str, float]:
         """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
-        figures: dict[str, float] = {"in_flight": self._in_flight, **self._telemetry.statistics()}
+        door = self._admission
+        figures: dict[str, float] = {"in_flight": door.in_work, "waiting": door.waiting, "limit": door.limit, "shed": door.shed}
+        figures |= self._telemetry.statistics()
         for part, of in (("releases", self._releases), ("reader", self._source), ("sink", self._sink)):
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
 
-    def _admit(self, context: Any) -> None:
+    def _check_caller(self, context: Any) -> None:
         if self._config.token is not None:
             given = dict(context.invocation_metadata() or ()).get("authorization", "")
             if not hmac.compare_digest(str(given).encode(), f"Bearer {self._config.token}".encode()):
                 raise UnauthenticatedError("authorization: this server needs its bearer token")
-        if self._in_flight >= self._config.rankings_max:
-            raise OverloadedError(f"{self._in_flight} rankings are under way: retry later, or at another server")
 
     def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
@@ -150,7 +151,7 @@ class RankingService:
             log.error("state is damaged: %s", error)
         return code, str(error)
 
-    async def _rank(self, data: bytes, deadline_s: float) -> RankResponse:
+    async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
         started_s = time.monotonic()
         request = parse_request(data, self._config.message_bytes_max)
         if request.ranker not in self._releases.rankers:
@@ -161,21 +162,25 @@ class RankingService:
             request.request_time_ms = request.request_time_ms or self._clock_ms()
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
-            weights = _weights(served, request)
-            after_reached = await self._wait_for(request, deadline_s)
+            weights, wanted = _weights(served, request), checked_tier(request.tier)
+            after_reached = await self._wait_for(request, deadline_s, stay)
             reading, inputs = await self._read(served, request, inputs, deadline_s)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
             self._telemetry.time("join_pack", time.monotonic() - lap_s)
-            tier, probability, scores = await self._score(served, packed, weights, deadline_s)
-            self._count(inputs, packed, tier)
-            response = _response(served, request, inputs, packed, reading, tier, probability, scores)
+            timeout_s = min(deadline_s - time.monotonic() - self._config.answer_reserve_s, self._config.model_timeout_s)
+            scored = await score(
+                served, packed, inputs, wanted, lambda probability, _: final_scores(probability, weights), timeout_s, self._telemetry
+            )
+            stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
+            self._count(inputs, packed, scored.tier)
+            response = _response(served, request, inputs, packed, reading, scored)
             response.after_reached = after_reached
-            self._log(served, request, packed, reading, probability, scores, response)
+            self._log(served, request, packed, reading, scored, response)
         self._telemetry.time("total", time.monotonic() - started_s)
         return response
 
-    async def _wait_for(self, request: RankRequest, deadline_s: float) -> bool:
+    async def _wait_for(self, request: RankRequest, deadline_s: float, stay: Stay) -> bool:
         """Waits until the user's state includes every position of `after`, after_wait_s_max at most, and leaves time to rank."""
         if not request.after:
             return True
@@ -188,6 +193,7 @@ class RankingService:
             wanted = max(_offset_of(i, position, at, self.lineage) for i, position in enumerate(request.after))
             reached = at.offset >= wanted
             if reached or time.monotonic() >= until_s:
+                stay.aside_s += time.monotonic() - started_s
                 self._telemetry.time("wait_after", time.monotonic() - started_s)
                 self._telemetry.count("after_not_reached", not reached)
                 return reached
@@ -211,25 +217,6 @@ class RankingService:
         self._telemetry.time("read", time.monotonic() - lap_s)
         return reading, inputs
 
-    async def _score(
-        self, served: Served, packed: Packed, weights: npt.NDArray[np.float64], deadline_s: float
-    ) -> tuple[int, npt.NDArray[np.float32] | None, npt.NDArray[np.float32]]:
-        """(tier, probabilities [C, H] or None, final scores [C])."""
-        lap_s = time.monotonic()
-        timeout_s = min(deadline_s - lap_s - self._config.answer_reserve_s, self._config.model_timeout_s)
-        try:
-            if timeout_s <= 0:
-                raise ModelTimeoutError("no time left to ask the model")
-            probability = await served.gate.infer(packed.tensors, timeout_s=timeout_s)
-        except TritonError as error:
-            self._telemetry.count("model_timeouts" if isinstance(error, ModelTimeoutError) else "model_unavailable")
-        else:
-            self._telemetry.time("triton", time.monotonic() - lap_s)
-            return TIER_MODEL, probability, final_scores(probability, weights)
-        if served.ranker.user_space is not None and not packed.missing_user:
-            return TIER_EMBEDDING, None, embedding_scores(packed.tensors)
-        return TIER_CALLER_ORDER, None, np.zeros(len(packed.tensors["candidate_embedding"]), np.float32)
-
     def _count(self, inputs: RankInputs, packed: Packed, tier: int) -> None:
         count = self._telemetry.count
         count("rankings")
@@ -247,21 +234,21 @@ class RankingService:
         request: RankRequest,
         packed: Packed,
         reading: Reading,
-        probability: npt.NDArray[np.float32] | None,
-        scores: npt.NDArray[np.float32],
+        scored: Scored,
         response: RankResponse,
     ) -> None:
         lap_s = time.monotonic()
+        digest, tensor_digests = served.packer.digests(packed.tensors)
         record = RankingRecord(
             request=request,
             release_id=served.release.release_id,
             generations=served.generations,
             watermark=[_wire(reading.watermark)],
             tier=response.tier,
-            digest=served.packer.digest(packed.tensors),
-            tensor_digests=served.packer.tensor_digests(packed.tensors),
-            head_scores=_by_head(served, probability),
-            scores=scores.tobytes(),
+            digest=digest,
+            tensor_digests=tensor_digests,
+            head_scores=_by_head(served, scored.probability),
+            scores=scored.scores.tobytes(),
             inline=is_sampled(request.user_id, self._config.inline_share),
             served_time_ms=self._clock_ms(),
             sequence_fingerprint=served.sequence_fingerprint,
@@ -339,10 +326,9 @@ def _response(
     inputs: RankInputs,
     packed: Packed,
     reading: Reading,
-    tier: int,
-    probability: npt.NDArray[np.float32] | None,
-    scores: npt.NDArray[np.float32],
+    scored: Scored,
 ) -> RankResponse:
+    probability, scores = scored.probability, scored.scores
     order = best_first(scores)
     return RankResponse(
         request_id=request.request_id,
@@ -350,7 +336,7 @@ def _response(
         ranked_kinds=inputs.candidate_kinds[order].tobytes(),
         scores=scores[order].tobytes(),
         head_scores=_by_head(served, None if probability is None else probability[order]),
-        tier=tier,
+        tier=scored.tier,
         release_id=served.release.release_id,
         generations=served.generations,
         watermark=[_wire(reading.watermark)],

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -28,6 +29,8 @@ from features.tensors import tensor_fingerprint
 from inference.dataset import Dataset, build_dataset, split_times
 from inference.metrics import head_metrics
 from inference.plots import plot_curves
+from inference.small import SMALL_FILE
+from inference.train_small import EPOCHS, train_small
 from inference.transact import TransActRanker
 
 I64 = npt.NDArray[np.int64]
@@ -192,6 +195,7 @@ class _Run:
         generations: dict[str, str],
     ) -> None:
         self.dataset, self.options, self.out, self.bar = dataset, options, out, bar
+        self._of = domain, ranker_name
         limits = (0, *part_times, TIME_MS_MAX)
         self.parts = {name: dataset.part(*limits[i : i + 2]) for i, name in enumerate(("train", "validation", "test"))}
         for name, part in self.parts.items():
@@ -286,10 +290,25 @@ class _Run:
             "epochs": state.history,
             "test": self._figures("test"),
         }
+        if self.options.use_sequence:
+            metrics["test_small"] = self._train_small()
         save_file(self.model.eval().state_dict(), self.out / "model.safetensors")
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
         plot_curves(metrics, self.out / "curves.png")
         return metrics
+
+    def _train_small(self) -> dict[str, Any]:
+        """Trains the small model on the same part, writes it, and measures the test part."""
+        task = self.bar.add_task("small model", total=EPOCHS)
+        report = partial(self.bar.advance, task)
+        small = train_small(*self._of, self.dataset, self.parts["train"], seed=self.options.seed, report=report)
+        save_numpy(small.weights, self.out / SMALL_FILE)
+        part = self.parts["test"]
+        probabilities = np.concatenate([small.probabilities(self.dataset.request(i)) for i in part.tolist()])
+        labels, sizes = self.dataset.labels[self.dataset.candidate_rows(part)], np.diff(self.dataset.starts)[part]
+        request_row = np.repeat(np.arange(len(part)), sizes)
+        heads = head_metrics(probabilities, labels, request_row, self.dataset.user_id[part], self.model.head_names)
+        return {"heads": {name: figures.as_dict() for name, figures in heads.items()}}
 
     def _share_done(self, step: int, seconds: float) -> float:
         of_time = 0.0 if self.options.seconds_max is None else seconds / self.options.seconds_max

@@ -36,6 +36,8 @@ class TransActRanker(nn.Module):
     `use_sequence=False` is the same model without the realtime sequence: what `evaluate` compares with.
     """
 
+    name = "transact"
+
     def __init__(self, domain: Domain, ranker_name: str, *, use_sequence: bool = True) -> None:
         super().__init__()
         ranker = domain.ranker[ranker_name]
@@ -96,13 +98,22 @@ class TransActRanker(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None) -> Tensor:
-        """Probability of each head's label, float32 [N, H], in pieces of candidates that fit a CPU's cache."""
+        """Probability of each head's label, float32 [N, H], in pieces of candidates that fit a CPU's cache.
+
+        `request_row` int64 [N] ascends: a piece computes only the requests that its candidates belong to.
+        """
         count = tensors["candidate_embedding"].shape[0]
         pieces = []
         for start in range(0, count, CANDIDATES_AT_ONCE):
             piece = slice(start, start + CANDIDATES_AT_ONCE)
-            part = {name: value[piece] if self.per_candidate[name] else value for name, value in tensors.items()}
-            pieces.append(torch.sigmoid(self(part, None if request_row is None else request_row[piece])))
+            if request_row is None:
+                requests, rows = slice(None), None
+            else:
+                rows = request_row[piece]
+                first = int(rows[0])
+                requests, rows = slice(first, int(rows[-1]) + 1), rows - first
+            part = {name: value[piece if self.per_candidate[name] else requests] for name, value in tensors.items()}
+            pieces.append(torch.sigmoid(self(part, rows)))
         return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names), device=tensors["candidate_embedding"].device)
 
     @torch.no_grad()
@@ -121,6 +132,22 @@ def vector_scale(dimension: int) -> float:
     Deviates: the paper does not say. Without it the action table outweighs the items, and attention learns to match them much later.
     """
     return math.sqrt(dimension)
+
+
+class NoopRanker(nn.Module):
+    """Says one half for every head and candidate: what a ranking costs without its model (`freshrank bench service`)."""
+
+    name = "noop"
+    use_sequence = False
+
+    def __init__(self, domain: Domain, ranker_name: str) -> None:
+        super().__init__()
+        self.heads = len(domain.ranker[ranker_name].heads)
+
+    def probabilities(self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None) -> Tensor:
+        """Float32 [N, H]."""
+        del request_row
+        return torch.full((len(tensors["candidate_embedding"]), self.heads), 0.5)
 
 
 class SequenceEncoder(nn.Module):

@@ -1,13 +1,20 @@
 """The client of Triton: raw tensors out and back, model control, typed errors."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import grpc
+import grpc.aio
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import InferInput, InferRequestedOutput
-from tritonclient.grpc.aio import InferenceServerClient
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.grpc.service_pb2 import (
+    ModelInferRequest,
+    ModelReadyRequest,
+    RepositoryModelLoadRequest,
+    RepositoryModelUnloadRequest,
+)
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 
@@ -36,38 +43,44 @@ class ModelTimeoutError(TritonError):
 
 
 class TritonModels:
-    """All models of one Triton server. One for each process and event loop, for its whole life: re-creating the client leaks."""
+    """All models of one Triton server. One for each process and event loop, for its whole life.
+
+    The messages are Triton's own (its client's InferInput classes cost more than the call): tensors go out as raw bytes, one request is a
+    batch of one, and Triton joins requests that come together (`config_pbtxt`).
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._client = InferenceServerClient(address, channel_args=_CHANNEL)
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._stub = GRPCInferenceServiceStub(self._channel)
 
-    async def infer(self, model: str, tensors: Tensors, outputs: Sequence[str], *, timeout_s: float) -> dict[str, npt.NDArray[np.generic]]:
-        """Runs a model once on `tensors`; returns `outputs` by name.
+    async def infer(self, model: str, tensors: Tensors, output: str, *, timeout_s: float) -> npt.NDArray[np.generic]:
+        """Runs a model once on the `tensors` of one request, as the tensor table shapes them; returns the tensor `output`.
 
         Raises:
             ModelTimeoutError: no answer within `timeout_s`.
             ModelUnavailableError: no Triton, no such model, or the model failed.
         """
-        inputs = []
+        request = ModelInferRequest(model_name=model)
         for name, value in tensors.items():
-            tensor = InferInput(name, value.shape, np_to_triton_dtype(value.dtype))
-            tensor.set_data_from_numpy(value)
-            inputs.append(tensor)
-        wanted = [InferRequestedOutput(name) for name in outputs]
+            request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=(1, *value.shape))
+            request.raw_input_contents.append(value.tobytes())
+        request.outputs.add(name=output)
         try:
-            # The client's own time-out leaves the work in Triton's queue; cancelling the task takes it out.
+            # A deadline of the call leaves the work in Triton's queue; cancelling the task takes it out.
             async with asyncio.timeout(timeout_s):
-                result = await self._client.infer(model, inputs, outputs=wanted)
+                answer = await self._stub.ModelInfer(request)
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: no answer within {timeout_s * 1e3:.0f} ms") from error
-        except InferenceServerException as error:
+        except grpc.RpcError as error:
             raise _unavailable(model, error) from error
-        answer = {name: result.as_numpy(name) for name in outputs}
-        for name, value in answer.items():
-            if value is None:
-                raise ModelUnavailableError(f"{model}: answered without {name}")
-        return answer
+        if len(answer.outputs) != 1 or answer.outputs[0].name != output or len(answer.raw_output_contents) != 1:
+            raise ModelUnavailableError(f"{model}: answered without {output}")
+        found = np.frombuffer(answer.raw_output_contents[0], triton_to_np_dtype(answer.outputs[0].datatype))
+        shape = tuple(answer.outputs[0].shape)[1:]
+        if found.size != np.prod(shape, dtype=np.int64):
+            raise ModelUnavailableError(f"{model}: answered {found.size} numbers for {output} of shape {list(shape)}")
+        return found.reshape(shape)
 
     async def load(self, model: str, *, timeout_s: float) -> None:
         """Loads a model of the repository (explicit model control) and returns when it is ready.
@@ -78,36 +91,36 @@ class TritonModels:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._client.load_model(model)
-                if not await self._client.is_model_ready(model):
+                await self._stub.RepositoryModelLoad(RepositoryModelLoadRequest(model_name=model))
+                if not (await self._stub.ModelReady(ModelReadyRequest(name=model))).ready:
                     raise ModelUnavailableError(f"{model}: loaded, but not ready")
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: not loaded within {timeout_s:.0f} s") from error
-        except InferenceServerException as error:
+        except grpc.RpcError as error:
             raise _unavailable(model, error) from error
 
     async def unload(self, model: str, *, timeout_s: float = 10.0) -> None:
         """Unloads a model. Raises as `load`."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._client.unload_model(model)
+                await self._stub.RepositoryModelUnload(RepositoryModelUnloadRequest(model_name=model))
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: not unloaded within {timeout_s:.0f} s") from error
-        except InferenceServerException as error:
+        except grpc.RpcError as error:
             raise _unavailable(model, error) from error
 
     async def ready(self, model: str, *, timeout_s: float = 1.0) -> bool:
         """Whether Triton is there and has the model ready."""
         try:
             async with asyncio.timeout(timeout_s):
-                return bool(await self._client.is_model_ready(model))
-        except (TimeoutError, InferenceServerException):
+                return bool((await self._stub.ModelReady(ModelReadyRequest(name=model))).ready)
+        except (TimeoutError, grpc.RpcError):
             return False
 
     async def close(self) -> None:
         """Closes the connection."""
-        await self._client.close()
+        await self._channel.close()
 
 
-def _unavailable(model: str, error: InferenceServerException) -> ModelUnavailableError:
-    return ModelUnavailableError(f"{model}: {error.status() or 'error'}: {error.message()}")
+def _unavailable(model: str, error: grpc.RpcError) -> ModelUnavailableError:
+    return ModelUnavailableError(f"{model}: {error.code().name}: {error.details()}")

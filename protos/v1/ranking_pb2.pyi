@@ -14,13 +14,19 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_MODEL: _ClassVar[Tier]
     TIER_EMBEDDING: _ClassVar[Tier]
     TIER_CALLER_ORDER: _ClassVar[Tier]
+    TIER_FEWER: _ClassVar[Tier]
+    TIER_SMALL: _ClassVar[Tier]
+    TIER_POPULARITY: _ClassVar[Tier]
 TIER_UNSPECIFIED: Tier
 TIER_MODEL: Tier
 TIER_EMBEDDING: Tier
 TIER_CALLER_ORDER: Tier
+TIER_FEWER: Tier
+TIER_SMALL: Tier
+TIER_POPULARITY: Tier
 
 class RankRequest(_message.Message):
-    __slots__ = ("ranker", "user_id", "identities", "candidate_ids", "candidate_kinds", "candidate_kind", "candidate_features", "request_features", "head_weights", "request_time_ms", "after", "request_id")
+    __slots__ = ("ranker", "user_id", "identities", "candidate_ids", "candidate_kinds", "candidate_kind", "candidate_features", "request_features", "head_weights", "request_time_ms", "after", "request_id", "tier")
     class CandidateFeaturesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +60,7 @@ class RankRequest(_message.Message):
     REQUEST_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     ranker: str
     user_id: int
     identities: _containers.RepeatedScalarFieldContainer[int]
@@ -66,7 +73,8 @@ class RankRequest(_message.Message):
     request_time_ms: int
     after: _containers.RepeatedCompositeFieldContainer[_actions_pb2.Position]
     request_id: int
-    def __init__(self, ranker: _Optional[str] = ..., user_id: _Optional[int] = ..., identities: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., candidate_kinds: _Optional[bytes] = ..., candidate_kind: _Optional[int] = ..., candidate_features: _Optional[_Mapping[str, FeatureColumn]] = ..., request_features: _Optional[_Mapping[str, FeatureColumn]] = ..., head_weights: _Optional[_Mapping[str, float]] = ..., request_time_ms: _Optional[int] = ..., after: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., request_id: _Optional[int] = ...) -> None: ...
+    tier: Tier
+    def __init__(self, ranker: _Optional[str] = ..., user_id: _Optional[int] = ..., identities: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., candidate_kinds: _Optional[bytes] = ..., candidate_kind: _Optional[int] = ..., candidate_features: _Optional[_Mapping[str, FeatureColumn]] = ..., request_features: _Optional[_Mapping[str, FeatureColumn]] = ..., head_weights: _Optional[_Mapping[str, float]] = ..., request_time_ms: _Optional[int] = ..., after: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., request_id: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
 
 class FeatureColumn(_message.Message):
     __slots__ = ("number", "category", "list_length")

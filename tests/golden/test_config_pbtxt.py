@@ -13,7 +13,7 @@ from inference.scoring import final_scores, head_weights
 CONFIG = """\
 name: "home-20231114T221320Z-0123abcd"
 backend: "python"
-max_batch_size: 0
+max_batch_size: 8
 input { name: "sequence_count" data_type: TYPE_INT32 dims: [ 1 ] }
 input { name: "sequence_action" data_type: TYPE_INT32 dims: [ 100 ] }
 input { name: "sequence_kind" data_type: TYPE_INT32 dims: [ 100 ] }
@@ -21,14 +21,15 @@ input { name: "sequence_age_ms" data_type: TYPE_INT64 dims: [ 100 ] }
 input { name: "sequence_surface" data_type: TYPE_INT32 dims: [ 100 ] }
 input { name: "sequence_value" data_type: TYPE_FP32 dims: [ 100 ] }
 input { name: "sequence_embedding" data_type: TYPE_FP16 dims: [ 100, 32 ] }
-input { name: "candidate_embedding" data_type: TYPE_FP16 dims: [ -1, 32 ] }
+input { name: "candidate_embedding" data_type: TYPE_FP16 dims: [ -1, 32 ] allow_ragged_batch: true }
 input { name: "user_embedding" data_type: TYPE_FP16 dims: [ 32 ] }
-input { name: "candidate_kind" data_type: TYPE_INT32 dims: [ -1 ] }
+input { name: "candidate_kind" data_type: TYPE_INT32 dims: [ -1 ] allow_ragged_batch: true }
 input { name: "user_number" data_type: TYPE_FP32 dims: [ 1 ] }
-input { name: "item_list_tags" data_type: TYPE_INT32 dims: [ -1, 4 ] }
+input { name: "item_list_tags" data_type: TYPE_INT32 dims: [ -1, 4 ] allow_ragged_batch: true }
 input { name: "request_category" data_type: TYPE_INT32 dims: [ 1 ] }
-input { name: "candidate_number" data_type: TYPE_FP32 dims: [ -1, 1 ] }
+input { name: "candidate_number" data_type: TYPE_FP32 dims: [ -1, 1 ] allow_ragged_batch: true }
 output { name: "probability" data_type: TYPE_FP32 dims: [ -1, 2 ] }
+dynamic_batching { max_queue_delay_microseconds: 0 }
 instance_group { count: 1 kind: KIND_CPU }
 parameters { key: "release_folder" value: { string_value: "/releases/home" } }
 parameters { key: "threads" value: { string_value: "2" } }

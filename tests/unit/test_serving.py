@@ -124,11 +124,11 @@ class ScriptedTriton:
         self.loads += 1
         self.loaded = True
 
-    async def infer(self, _model, tensors, outputs, **_):
+    async def infer(self, _model, tensors, _output, **_):
         if isinstance(self.answer, Exception):
             raise self.answer
         given = self.answer if self.answer is not None else 0.5
-        return {outputs[0]: np.full((len(tensors["candidate_embedding"]), 1), given, np.float32)}
+        return np.full((len(tensors["candidate_embedding"]), 1), given, np.float32)
 
 
 def gated(scenario):
@@ -222,8 +222,8 @@ def test_an_answer_that_is_no_probability_is_no_answer(answer):
         triton.answer = answer
         if isinstance(answer, np.ndarray):
 
-            async def infer(_model, _tensors, outputs, **_):
-                return {outputs[0]: answer}
+            async def infer(_model, _tensors, _output, **_):
+                return answer
 
             triton.infer = infer
         with pytest.raises(ModelUnavailableError):
