@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-WAIT_S_MAX, WAIT_S_MIN = 0.1, 0.005
-BURST_S, QUIET_S = 0.05, 0.1
+WAIT_S_MAX, WAIT_S_MIN = 0.5, 0.005
+BURST_S, QUIET_S = 0.25, 0.1
 WINDOW_S, WINDOW_RANKINGS_MIN = 0.25, 8
 BASELINE_WINDOWS = 240
 """The latency without waiting is the least window mean of so many windows: a model that became slower is found out within a minute."""
@@ -70,7 +70,8 @@ class Admission:
         self._waited_s = now_s
         if len(self._waiting) >= self._waiting_max:
             raise self._overloaded("the queue at the door is full")
-        wait_s = min(WAIT_S_MAX if now_s - self._busy_since_s < BURST_S else WAIT_S_MIN, left_s / 2)
+        wait_s = WAIT_S_MAX if now_s - self._busy_since_s < BURST_S else max(WAIT_S_MIN, min(self._means_s, default=0.0) / 2)
+        wait_s = min(wait_s, left_s / 2)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         try:

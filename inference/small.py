@@ -97,7 +97,9 @@ def _code_columns(domain: Domain, ranker_name: str) -> list[CodeColumn]:
     columns = []
     for side in SIDES:
         per_candidate = side in ("item", "candidate")
-        places = [(name, f"{side}_category", i) for i, name in enumerate(feature_names(domain, ranker_name, side, "category"))]
+        places: list[tuple[str, str, int | None]] = [
+            (name, f"{side}_category", i) for i, name in enumerate(feature_names(domain, ranker_name, side, "category"))
+        ]
         places += [(name, f"{side}_list_{name}", None) for name in feature_names(domain, ranker_name, side, "list")]
         columns += [CodeColumn(f"code.{name}", key, i, per_candidate, domain.features[name].cardinality) for name, key, i in places]
     return [column for column in columns if column.codes <= CODES_MAX]

@@ -1,0 +1,158 @@
+"""The door of the ranking service: places, waiting, refusing, and how the limit follows the latency."""
+
+import asyncio
+
+import pytest
+
+from inference import admission
+from inference.admission import Admission, OverloadedError
+
+
+class Clock:
+    """Stands in for `time.monotonic` of the module."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(admission, "time", clock)
+    return clock
+
+
+def rankings(door: Admission, clock: Clock, latency_of, seconds: float) -> None:
+    """A server that always has as many rankings in work as it may; `latency_of(in work)`, seconds each."""
+    end_s = clock.now_s + seconds
+    while clock.now_s < end_s:
+        door._window_full = True
+        latency_s = latency_of(int(door.limit))
+        clock.now_s += latency_s / int(door.limit)
+        door.in_work += 1
+        door.leave(latency_s)
+
+
+def test_the_limit_falls_to_where_rankings_only_wait_for_each_other_and_rises_again(clock):
+    door = Admission(64, 8)
+    # One ranking after the other takes 20 ms, whatever is in work beside it waits: more than two or three are of no use.
+    rankings(door, clock, lambda in_work: 0.02 * in_work, 1.0)
+    door._means_s.append(0.02)  # what an unloaded moment looked like
+    rankings(door, clock, lambda in_work: 0.02 * in_work, 30.0)
+    assert 2 <= int(door.limit) <= 3
+    # The work became parallel (more cores, a GPU): the latency no longer depends on what is in work.
+    rankings(door, clock, lambda _: 0.02, 60.0)
+    assert int(door.limit) > 30
+
+
+def test_a_limit_that_nobody_reaches_says_nothing(clock):
+    door = Admission(64, 8)
+    door.limit = 5.0
+    for _ in range(200):
+        clock.now_s += 0.05
+        door.in_work += 1
+        door.leave(0.01)
+    assert door.limit == 5.0
+
+
+def test_a_slower_model_becomes_the_new_measure(clock):
+    door = Admission(8, 8)
+    rankings(door, clock, lambda _: 0.01, 5.0)
+    rankings(door, clock, lambda _: 0.1, 10.0)
+    assert int(door.limit) == 1 or door.limit < 3
+    rankings(door, clock, lambda _: 0.1, 600.0)
+    assert int(door.limit) == 8
+
+
+def run(scenario) -> None:
+    asyncio.run(scenario())
+
+
+def test_places_go_to_the_waiting_in_their_order():
+    async def scenario() -> None:
+        door, order = Admission(1, 8), []
+
+        async def ranking(name: str) -> None:
+            await door.enter(10.0)
+            with door.taken() as stay:
+                stay.counts = False
+                order.append(name)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(ranking(name) for name in "abcd"))
+        assert order == list("abcd")
+        assert (door.in_work, door.waiting, door.shed) == (0, 0, 0)
+
+    run(scenario)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
+    async def scenario() -> None:
+        door = Admission(1, 1)
+        await door.enter(10.0)
+        waiting = asyncio.create_task(door.enter(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="queue at the door is full") as refused:
+            await door.enter(10.0)
+        assert refused.value.retry_after_ms > 0
+        door.leave(None)
+        await waiting
+        assert door.in_work == 1
+
+    run(scenario)
+
+
+def test_a_wait_ends_in_time_and_leaves_no_place_taken():
+    async def scenario() -> None:
+        door = Admission(1, 8)
+        await door.enter(10.0)
+        with pytest.raises(OverloadedError, match="no place within 10 ms"):
+            await door.enter(0.02)
+        assert (door.in_work, door.waiting, door.shed) == (1, 0, 1)
+        door.leave(None)
+        assert door.in_work == 0
+
+    run(scenario)
+
+
+def test_who_gives_up_waiting_takes_no_place_along():
+    async def scenario() -> None:
+        door = Admission(1, 8)
+        await door.enter(10.0)
+        gone, stays = (asyncio.create_task(door.enter(10.0)) for _ in range(2))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        door.leave(None)
+        await stays
+        # A place that comes in the same turn of the loop as the cancellation is passed on as well.
+        third, fourth = (asyncio.create_task(door.enter(10.0)) for _ in range(2))
+        await asyncio.sleep(0)
+        door.leave(None)
+        third.cancel()
+        await asyncio.gather(third, return_exceptions=True)
+        await asyncio.wait_for(fourth, 5.0)
+        assert (door.in_work, door.waiting) == (1, 0)
+
+    run(scenario)
+
+
+def test_in_a_standing_queue_nobody_waits_long(clock):
+    async def scenario() -> None:
+        door = Admission(1, 100)
+        await door.enter(10.0)
+        waits = []
+        for _ in range(40):  # somebody has to wait every 20 ms: a busy time that does not end
+            clock.now_s += 0.02
+            waiting = asyncio.create_task(door.enter(0.0))
+            await asyncio.gather(waiting, return_exceptions=True)
+            waits.append(clock.now_s - door._busy_since_s)
+        assert waits[-1] > admission.BURST_S
+        clock.now_s += admission.QUIET_S * 2
+        await asyncio.gather(asyncio.create_task(door.enter(0.0)), return_exceptions=True)
+        assert door._busy_since_s == clock.now_s  # a new busy time begins: its first ones may wait
+
+    run(scenario)
