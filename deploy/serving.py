@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import os
 import signal
+import socket
+import sys
 import time
 
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
-from deploy.supervisor import report_ready
+from deploy.supervisor import Command, Supervisor, report_ready
 from features.lineage import Predecessor
 from features.ports import ImmediateSource
 from inference.server import RankingServer, ServerConfig
@@ -18,13 +21,38 @@ from streams.ranking_log import RankingLog
 from streams.view_reader import ViewReader
 
 WARM_S_MAX = 60.0
+REUSE_VARIABLE = "FRESHRANK_SERVER_REUSES_PORT"
+"""Set for the processes of a server that has several."""
 
 
 def server(settings: Settings) -> int:
     """Ranks over gRPC until SIGTERM; returns the exit code."""
+    if settings.server_processes > 1:
+        return _several(settings)
     set_slice(settings.serving_slice_ms)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_serve(settings))
+    return 0
+
+
+def _several(settings: Settings) -> int:
+    """Several processes at one port: each is this command with one, watched and restarted here, and stopped one after the other."""
+    family = socket.AF_INET6 if ":" in settings.server_host else socket.AF_INET
+    with socket.socket(family) as held:  # bound, not listening: no connection comes here, and the port stays the processes' own
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((settings.server_host.strip("[]"), settings.server_port))
+        port = held.getsockname()[1]
+        environment = settings.model_copy(update={"server_port": port, "server_processes": 1}).as_environment()
+        environment[REUSE_VARIABLE] = "1"
+        with Supervisor(settings.home / "servers" / str(port)) as supervisor:
+            for i in range(settings.server_processes):
+                command = (sys.executable, "-m", "deploy.cli", "server")
+                stop_within_s = settings.server_drain_s + 10
+                supervisor.start(Command(f"server-{i}", command, environment, ready_within_s=120, stop_within_s=stop_within_s))
+            for child in supervisor.children.values():
+                details = child.wait_ready()
+            report_ready(details["endpoint"], pids=[child.pid for child in supervisor.children.values()])
+            supervisor.wait_for_signal()
     return 0
 
 
@@ -76,6 +104,8 @@ def server_config(settings: Settings) -> ServerConfig:
         triton=settings.triton_url,
         host=settings.server_host,
         port=settings.server_port,
+        reuse_port=REUSE_VARIABLE in os.environ,
+        drain_s=settings.server_drain_s,
         certificate=settings.tls_certificate,
         key=settings.tls_key,
         token=settings.server_token.get_secret_value() if settings.server_token else None,
@@ -85,6 +115,9 @@ def server_config(settings: Settings) -> ServerConfig:
         after_wait_s_max=settings.after_wait_ms_max / 1000,
         model_threads=settings.torch_threads,
         rankings_max=settings.rankings_max,
+        rankings_waiting_max=settings.rankings_waiting_max,
+        batch_requests_max=settings.model_batch_requests_max,
+        batch_delay_us=settings.model_batch_delay_us,
         message_bytes_max=settings.message_bytes_max,
         inline_share=settings.inline_share,
     )

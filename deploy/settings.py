@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
-OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS"}
-"""Variables with the prefix that are no settings: the file, what the supervisor hands to its children, where the jars are."""
+OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS", "FRESHRANK_SERVER_REUSES_PORT"}
+"""Variables with the prefix that are no settings: the file, what the supervisor hands to its children, where the jars are, whether a port is shared."""
 _CHECKOUT = Path(__file__).parents[1]
 
 
@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     )
     server_host: str = Field("127.0.0.1", validate_default=True, description="Address the ranking server binds; without TLS only loopback.")
     server_port: Port = Field(0, description="Port of the ranking server.")
+    server_processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Processes that rank at one port; the kernel shares connections between them, so clients need several channels."
+    )
+    server_drain_s: PositiveFloat = Field(5.0, description="How long a server that is told to stop lets rankings under way end.")
     server_address: Address = Field("", description="host:port of the ranking server that commands call; empty: the local stack's.")
     reader_host: str = Field(
         "127.0.0.1", validate_default=True, description="Address the sequence reader binds; without TLS only loopback."
@@ -96,7 +100,10 @@ class Settings(BaseSettings):
     rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
     rank_deadline_ms_max: PositiveInt = Field(10_000, description="Longest deadline that a caller may set; a longer one counts as this.")
     after_wait_ms_max: PositiveInt = Field(2_000, description="Longest wait for the positions of `after`; then the answer is flagged.")
-    rankings_max: PositiveInt = Field(64, description="Rankings in work at once; more are shed with RESOURCE_EXHAUSTED.")
+    rankings_max: PositiveInt = Field(64, description="Most rankings in work at once in a process; the limit adapts below it.")
+    rankings_waiting_max: PositiveInt = Field(256, description="Most rankings that wait for a place; more get RESOURCE_EXHAUSTED at once.")
+    model_batch_requests_max: PositiveInt = Field(8, description="Most requests that a model in Triton answers at once.")
+    model_batch_delay_us: int = Field(0, ge=0, description="How long Triton waits for more requests of a batch, microseconds.")
     message_bytes_max: PositiveInt = Field(1 << 20, description="Largest request that the ranking server accepts, in bytes.")
     ranking_log_queue_max: PositiveInt = Field(10_000, description="Ranking records that wait for Kafka; more are dropped and counted.")
     inline_share: float = Field(0.01, ge=0, le=1, description="Share of users, by hash, whose packed bytes are logged inline.")

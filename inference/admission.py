@@ -2,9 +2,9 @@
 
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
-for a place, but no queue stand: as long as it was empty within the last WAIT_S_MAX a ranking may wait that long, in a standing queue only
-WAIT_S_MIN (controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015). A server that is asked for more than it can do therefore
-answers what it takes nearly as fast as ever, and refuses the rest at once.
+for a place, but no queue stand: in the first BURST_S of a busy time a ranking may wait for WAIT_S_MAX, after that only for half of what a
+ranking takes, until nobody had to wait for QUIET_S (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015). A server that
+is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
 
 import asyncio

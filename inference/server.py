@@ -30,7 +30,8 @@ SERVICE = "freshrank.v1.Ranking"
 class ServerConfig(ServiceConfig):
     """What the operator decides; `deploy` reads it from settings.
 
-    A host that is not loopback needs a certificate and key (PEM), or insecure=True.
+    A host that is not loopback needs a certificate and key (PEM), or insecure=True. With reuse_port several processes answer at one port,
+    between which the kernel shares connections, not calls.
     """
 
     releases: Path
@@ -42,9 +43,12 @@ class ServerConfig(ServiceConfig):
     certificate: Path | None = None
     key: Path | None = None
     insecure: bool = False
+    reuse_port: bool = False
     reflection: bool = False
     model_threads: int = 2
     unload_delay_s: float = 10.0
+    batch_requests_max: int = 8
+    batch_delay_us: int = 0
     drain_s: float = 5.0
 
 
@@ -69,7 +73,10 @@ class RankingServer:
         config = self._config
         self._triton = TritonModels(config.triton)
         folders = (config.releases, config.tables, config.repository)
-        self.releases = Releases(*folders, self._triton, threads=config.model_threads, unload_delay_s=config.unload_delay_s)
+        batching = {"batch_requests_max": config.batch_requests_max, "batch_delay_us": config.batch_delay_us}
+        self.releases = Releases(
+            *folders, self._triton, threads=config.model_threads, unload_delay_s=config.unload_delay_s, batching=batching
+        )
         try:
             await self.releases.start()
             port = await self._bind(credentials)
@@ -84,7 +91,7 @@ class RankingServer:
         config = self._config
         self.service = RankingService(config, self.releases, self._source, self._sink, self._clock_ms)
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
-        options = [("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", 0)]
+        options = [("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", int(config.reuse_port))]
         self._server = grpc.aio.server(options=options)
         method = grpc.unary_unary_rpc_method_handler(self.service.rank, response_serializer=RankResponse.SerializeToString)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))
