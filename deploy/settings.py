@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 ENVIRONMENT_PREFIX = "FRESHRANK_"
 CONFIG_VARIABLE = "FRESHRANK_CONFIG"
 OTHER_VARIABLES = {CONFIG_VARIABLE, "FRESHRANK_READY_FILE", "FRESHRANK_KAFKA_JARS", "FRESHRANK_SERVER_REUSES_PORT"}
-"""Variables with the prefix that are no settings: the file, what the supervisor hands to its children, where the jars are, whether a port is shared."""
+"""Variables with the prefix that are no settings: the file, what a supervisor hands to its children, where the jars are."""
 _CHECKOUT = Path(__file__).parents[1]
 
 

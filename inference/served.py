@@ -199,7 +199,7 @@ class Releases:
         repository: Triton's model repository.
         triton: the client.
         threads: PyTorch threads of a model in Triton.
-        batching: batch_requests_max and batch_delay_us of `write_triton_model`.
+        batch_requests_max, batch_delay_us: see `write_triton_model`.
         unload_delay_s: how long a model that nothing here uses stays loaded: other servers of the same Triton may still be switching.
     """
 
@@ -212,10 +212,12 @@ class Releases:
         *,
         threads: int = 2,
         unload_delay_s: float = 10.0,
-        batching: Mapping[str, int] | None = None,
+        batch_requests_max: int = 8,
+        batch_delay_us: int = 0,
     ) -> None:
         self._folder, self._tables, self._repository, self._triton = Path(releases), Path(tables), Path(repository), triton
-        self._threads, self._unload_delay_s, self._batching = threads, unload_delay_s, dict(batching or {})
+        self._threads, self._unload_delay_s = threads, unload_delay_s
+        self._batch_requests_max, self._batch_delay_us = batch_requests_max, batch_delay_us
         self._served: dict[str, Served] = {}
         self.any_served = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -325,7 +327,13 @@ class Releases:
             raise ReleaseError(f"{release_id}: is a release of ranker {release.ranker!r}, not of {ranker!r}")
         fitting = fitting_generations(release, self._tables, generations)
         tables = TableSet.open(self._tables, release.domain, ranker, fitting, verify=True)
-        write_triton_model(release, self._repository, threads=self._threads, **self._batching)
+        write_triton_model(
+            release,
+            self._repository,
+            threads=self._threads,
+            batch_requests_max=self._batch_requests_max,
+            batch_delay_us=self._batch_delay_us,
+        )
         packer = Packer(release.domain, ranker, tables)
         popularity = open_popularity(self._tables, release.domain)
         return Served(release, packer, ModelGate(self._triton, release), load_small(release), popularity)

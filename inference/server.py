@@ -73,9 +73,13 @@ class RankingServer:
         config = self._config
         self._triton = TritonModels(config.triton)
         folders = (config.releases, config.tables, config.repository)
-        batching = {"batch_requests_max": config.batch_requests_max, "batch_delay_us": config.batch_delay_us}
         self.releases = Releases(
-            *folders, self._triton, threads=config.model_threads, unload_delay_s=config.unload_delay_s, batching=batching
+            *folders,
+            self._triton,
+            threads=config.model_threads,
+            unload_delay_s=config.unload_delay_s,
+            batch_requests_max=config.batch_requests_max,
+            batch_delay_us=config.batch_delay_us,
         )
         try:
             await self.releases.start()

@@ -13,7 +13,8 @@ from inference.small import HIDDEN, RANGE_MAX, SmallInputs, SmallModel
 
 ROWS_MAX = 100_000
 """Candidates that it is trained on, of the newest requests: the model has some thousand weights, and more change it little."""
-EPOCHS, BATCH_ROWS, LEARNING_RATE, DECAY = 6, 2048, 5e-3, 1e-5
+EPOCHS, BATCHES, BATCH_ROWS_MAX, LEARNING_RATE, DECAY = 6, 50, 2048, 1e-2, 1e-5
+"""A pass has at least BATCHES steps, of BATCH_ROWS_MAX candidates at most."""
 
 
 def train_small(
@@ -47,10 +48,11 @@ def train_small(
     for value in parameters.values():
         value.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=DECAY)
-    steps = EPOCHS * -(-len(dense) // BATCH_ROWS)
+    batch_rows = min(max(len(dense) // BATCHES, 1), BATCH_ROWS_MAX)
+    steps = EPOCHS * -(-len(dense) // batch_rows)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=LEARNING_RATE, total_steps=max(steps, 2))
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(dense), generator=generator).split(BATCH_ROWS):  # type: ignore[no-untyped-call]
+        for rows in torch.randperm(len(dense), generator=generator).split(batch_rows):  # type: ignore[no-untyped-call]
             hidden = functional.relu(dense[rows] @ parameters["hidden"] + parameters["hidden_bias"])
             logits = hidden @ parameters["out"] + parameters["bias"]
             for key, of in codes.items():
