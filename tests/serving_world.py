@@ -97,7 +97,9 @@ def write_tables(tables: Path, *, created_ms: int = NOW_MS, seed: int = 1) -> di
     return names
 
 
-def write_ranker(releases: Path, generations: dict[str, str], ranker: str, *, created_ms: int = NOW_MS, seed: int = 0) -> Release:
+def write_ranker(
+    releases: Path, generations: dict[str, str], ranker: str, *, created_ms: int = NOW_MS, seed: int = 0, small: bytes | None = None
+) -> Release:
     """A release with random weights."""
     return write_release(
         releases,
@@ -107,6 +109,7 @@ def write_ranker(releases: Path, generations: dict[str, str], ranker: str, *, cr
         created_ms=created_ms,
         generations=generations,
         metrics={"test": {"auc": 0.5}},
+        small=small,
     )
 
 

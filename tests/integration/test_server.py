@@ -1,12 +1,9 @@
 """The ranking server with a real Triton and real models: the whole path, refusals, tiers, switches."""
 
-import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from threading import Thread
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -15,7 +12,8 @@ import torch
 import xxhash
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from serving_stack import CANDIDATES, STRANGER, USER, Stack, serving
+from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, write_ranker, write_tables
 
 from deploy.triton_server import TritonServer
 from features.ids import partition_of, user_key
@@ -26,87 +24,17 @@ from features.sequence import decode_row
 from features.tables import TableSet
 from inference.client import RankError, RankingClient
 from inference.release import load_model, open_release, release_folder
-from inference.server import RankingServer, ServerConfig
+from inference.server import RankingServer
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankingRecord, RankRequest
+from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
 
 pytestmark = pytest.mark.servers
-CANDIDATES = list(range(100, 200))
-USER, STRANGER = 7, 999_999
-
-
-@dataclass
-class Stack:
-    """A running server, and what it was given."""
-
-    config: ServerConfig
-    reader: MemoryReader
-    sink: ListSink
-    triton: TritonServer
-    loop: asyncio.AbstractEventLoop
-    server: RankingServer
-    address: str
-    generations: dict[str, str]
-
-    def run(self, coroutine, timeout_s: float = 60.0):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
-
-    def client(self, **settings) -> RankingClient:
-        return RankingClient(self.address, **{"timeout_s": 20.0, **settings})
-
-    def rank(self, **changes):
-        given = {"ranker": "home", "user_id": USER, "candidates": CANDIDATES, "kinds": VIDEO, "request_time_ms": NOW_MS} | changes
-        with self.client() as client:
-            return client.rank(**given)
-
-    def record(self) -> RankingRecord:
-        return RankingRecord.FromString(self.sink.records[-1])
-
-    def eventually_tier(self, tier: str, timeout_s: float = 60.0):
-        """Ranks until an answer is of this tier: the way back is nobody's doing."""
-        until = time.monotonic() + timeout_s
-        while (ranking := self.rank()).tier != tier:
-            assert time.monotonic() < until, f"still {ranking.tier}"
-            time.sleep(0.05)
-        return ranking
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
-    folder: Path = tmp_path_factory.mktemp("serving")
-    generations = write_tables(folder / "tables")
-    for ranker in ("home", "related"):
-        write_ranker(folder / "releases", generations, ranker)
-    (folder / "repository").mkdir()
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    with TritonServer(folder / "triton", folder / "repository", threads=2) as triton:
-        config = ServerConfig(
-            releases=folder / "releases",
-            tables=folder / "tables",
-            repository=folder / "repository",
-            triton=triton.grpc_url,
-            timeout_s=10.0,
-            after_reserve_s=1.5,
-            after_wait_s_max=5.0,
-            model_timeout_s=10.0,
-            unload_delay_s=0.0,
-            reflection=True,
-            inline_share=0.5,
-            rankings_max=8,
-        )
-        reader, sink = MemoryReader(), ListSink()
-        reader.put(USER, make_events(100))
-        server = RankingServer(config, ImmediateSource(reader), sink)
-        stack = Stack(config, reader, sink, triton, loop, server, "", generations)
-        stack.address = stack.run(server.start())
-        stack.run(server.warm(), 120.0)
+    with serving(tmp_path_factory.mktemp("serving")) as stack:
         yield stack
-        stack.run(server.stop())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
 
 
 @pytest.fixture(autouse=True)
