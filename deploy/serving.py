@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 
+from deploy.door import door
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
@@ -76,9 +77,7 @@ def server_config(settings: Settings) -> ServerConfig:
         triton=settings.triton_url,
         host=settings.server_host,
         port=settings.server_port,
-        certificate=settings.tls_certificate,
-        key=settings.tls_key,
-        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        door=door(settings, settings.server_host),
         reflection=settings.reflection,
         timeout_s=settings.rank_timeout_ms / 1000,
         deadline_s_max=settings.rank_deadline_ms_max / 1000,
