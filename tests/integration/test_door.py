@@ -28,7 +28,7 @@ from deploy.settings import Settings, SettingsError, load_settings
 from deploy.tls import ServerIdentity, server_credentials
 from features.ids import partition_of, user_key
 from features.ports import Door, ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
-from inference.client import RankError, RankingClient
+from inference.client import RankError, RankingClient, channel_credentials
 from inference.server import RankingServer, ServerConfig
 from protos.v1.erasure_pb2 import EraseRequest, ErasureStatusRequest
 from protos.v1.erasure_pb2_grpc import ErasureStub
@@ -63,6 +63,7 @@ class World:
     ranking: str
     reader: str
     rows: MemoryReader
+    keeper: Doorkeeper
 
     def rank(self, token: str | None = TOKEN, **given):
         with RankingClient(self.ranking, timeout_s=20, token=token) as client:
@@ -107,6 +108,7 @@ def world(tmp_path_factory) -> Iterator[World]:
         triton="127.0.0.1:1",
         door=door(settings, "127.0.0.1"),
         timeout_s=10.0,
+        after_wait_s_max=20.0,
         message_bytes_max=1 << 20,
     )
     erasure = ErasureServiceConfig(KafkaConfig("127.0.0.1:1"), Topics(), readers_world.DOMAIN, folder / AUDIT, 1)
@@ -115,14 +117,14 @@ def world(tmp_path_factory) -> Iterator[World]:
     )
     with running_loop() as run, readers_world.serving(reading) as reader:
         server = RankingServer(config, ImmediateSource(rows), ListSink())
-        yield World(settings, run(server.start()), reader, rows)
+        yield World(settings, run(server.start()), reader, rows, config.door.interceptors[0])
         run(server.stop())
 
 
 @pytest.fixture(autouse=True)
 def as_it_was(world):
     yield
-    world.rows.error = None
+    world.rows.error, world.rows.offset = None, 10
 
 
 def calls(ranking, reader) -> dict[str, tuple]:
@@ -190,26 +192,23 @@ def test_reflection_is_off_unless_enabled_and_then_needs_its_permission(world):
 # Limits.
 
 
-def test_one_client_does_not_take_all_places(world):
-    """Calls wait for a position that never comes. One caller gets AT_ONCE places; another one, and the same one later, get theirs."""
-    waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)], "timeout_s": 3.0}
-    greedy, modest = signed("greedy", "rank"), signed("modest", "rank")
-    with ThreadPoolExecutor(AT_ONCE + 3) as pool:
-        asked = [pool.submit(world.rank, greedy, **waiting) for _ in range(AT_ONCE + 3)]
-        refused = [call.exception() for call in asked if call.exception()]
-        assert [error.code for error in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
-        assert f"{AT_ONCE} calls of this client" in str(refused[0])
-        held = [pool.submit(world.rank, greedy, **waiting) for _ in range(AT_ONCE)]
-        assert world.rank(modest).tier == "embedding"
-        assert not any(call.exception() for call in held)
-    assert world.rank(greedy).tier == "embedding"
-
-
-def test_callers_without_a_name_are_told_apart_by_their_address(world):
-    waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)], "timeout_s": 3.0}
-    with ThreadPoolExecutor(AT_ONCE + 1) as pool:  # each with a connection of its own
-        failed = [call.exception() for call in [pool.submit(world.rank, **waiting) for _ in range(AT_ONCE + 1)] if call.exception()]
-    assert [error.code for error in failed] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+@pytest.mark.parametrize("token", [signed("greedy", "rank"), TOKEN], ids=["by name", "by address"])
+def test_one_client_does_not_take_all_places(world, token):
+    """Calls wait for a position. One caller gets AT_ONCE places; another one, and the same one later, get theirs."""
+    waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)]}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        held = [pool.submit(world.rank, token, **waiting) for _ in range(AT_ONCE)]
+        until_s = time.monotonic() + 20
+        while world.keeper.statistics()["calls"] < AT_ONCE:
+            assert time.monotonic() < until_s
+        code, text = world.code(token=token)
+        assert (code, f"{AT_ONCE} calls of this client" in text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+        assert world.rank(signed("modest", "rank")).after_reached
+        assert world.keeper.statistics()["calls"] == AT_ONCE
+        world.rows.offset = 11
+        assert all(call.result(20).after_reached for call in held)
+    assert world.rank(token, **waiting).after_reached
+    assert world.keeper.statistics() == {"calls": 0, "clients": 0}
 
 
 def test_metadata_and_messages_are_bounded(world):
@@ -364,28 +363,31 @@ def tls(tmp_path):
 
 @contextmanager
 def secured(folder, *, mutual=True):
-    """A real ranking server without a release, and a reader, behind one identity; yields "can be reached by" for each address."""
+    """A real ranking server without a release, and a reader, behind one identity; yields their addresses."""
     authority = folder / "client.authority.pem" if mutual else None
     doors = [Door(credentials=server_credentials("0.0.0.0", folder / "server.pem", folder / "server.key", authority)) for _ in range(2)]
     paths = {"releases": folder / "releases", "tables": folder / "tables", "repository": folder / "repository"}
     config = ServerConfig(**paths, triton="127.0.0.1:1", host="0.0.0.0", door=doors[0])
     reading = ReaderConfig(readers_world.DOMAIN, folder / "view", readers_world.PARTITIONS, door=doors[1])
+    (folder / "view").mkdir()
+    readers_world.build_view(folder / "view", readers_world.batches(1))
     with running_loop() as run, readers_world.serving(reading) as reader:
         server = RankingServer(config, ImmediateSource(MemoryReader()), ListSink())
         yield run(server.start()).replace("0.0.0.0", "127.0.0.1"), reader
         run(server.stop())
 
 
-def reached(addresses, **given) -> list[bool]:
-    """Whether a client with these files gets an answer of the ranking server, and of the reader."""
-    ranking, reader = addresses
-    with RankingClient(ranking, timeout_s=5, **given) as client, pytest.raises(RankError) as caught:
-        client.rank("home", 1, [1])
-    remote = RemoteReader(reader, readers_world.DOMAIN, timeout_s=0.5, **given)
-    with pytest.raises(SequenceUnavailableError) as unavailable:
-        remote.read("main", [1])
-    remote.close()
-    return [caught.value.code == grpc.StatusCode.INVALID_ARGUMENT, "no view of partition" in str(unavailable.value)]
+def reached(addresses, *, root_certificate=None, certificate=None, key=None) -> list[bool]:
+    """Whether a client with these files gets an answer of the ranking server, and of the reader. It does not try twice."""
+    credentials, found = channel_credentials(root_certificate, certificate, key), []
+    for address in addresses:
+        with grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials) as channel:
+            try:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+                found.append(True)
+            except grpc.RpcError as error:
+                found.append(error.code() is not grpc.StatusCode.UNAVAILABLE)
+    return found
 
 
 def test_clients_must_present_a_certificate_of_the_authority(tls):
@@ -393,6 +395,11 @@ def test_clients_must_present_a_certificate_of_the_authority(tls):
     root = folder / "server.authority.pem"
     own = dict(zip(("certificate", "key"), clients.files(folder, "client"), strict=True))
     with secured(folder) as addresses:
+        with RankingClient(addresses[0], timeout_s=20, root_certificate=root, **own) as client, pytest.raises(RankError, match="publish a"):
+            client.rank("home", 1, [1])
+        remote = RemoteReader(addresses[1], readers_world.DOMAIN, timeout_s=20, root_certificate=root, **own)
+        assert remote.read("main", [100])[0].row
+        remote.close()
         assert reached(addresses, root_certificate=root, **own) == [True, True]
         assert reached(addresses, root_certificate=root) == [False, False]
         assert reached(addresses) == [False, False]
@@ -410,7 +417,7 @@ def test_rotated_certificates_are_seen_by_new_connections_without_a_restart(tls,
     newer = Authority("newer")
     second.write_bytes(newer.pem)
     with secured(folder, mutual=False) as addresses:
-        with RankingClient(addresses[0], timeout_s=5, root_certificate=first) as stays:
+        with RankingClient(addresses[0], timeout_s=20, root_certificate=first) as stays:
 
             def still() -> bool:
                 with pytest.raises(RankError) as caught:
