@@ -79,7 +79,7 @@ class RankingServer:
         config, door = self._config, self._config.door
         self.service = RankingService(config, self.releases, self._source, self._sink, self._clock_ms)
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
-        options = [*door.options, ("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", 0)]
+        options = [*door.options, ("grpc.max_receive_message_length", 2 * config.message_bytes_max), ("grpc.so_reuseport", 0)]
         self._server = grpc.aio.server(interceptors=door.interceptors, options=options)
         method = grpc.unary_unary_rpc_method_handler(self.service.rank, response_serializer=RankResponse.SerializeToString)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))

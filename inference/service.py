@@ -283,14 +283,10 @@ def parse_request(data: bytes, bytes_max: int) -> RankRequest:
     except DecodeError as error:
         raise RequestError("request", "these bytes are not a freshrank.v1.RankRequest") from error
     if len(data) > bytes_max:
-        sizes = {}
-        for descriptor, _ in request.ListFields():
-            alone = RankRequest()
-            alone.CopyFrom(request)
-            for other, _ in request.ListFields():
-                if other.name != descriptor.name:
-                    alone.ClearField(other.name)
-            sizes[descriptor.name] = alone.ByteSize()
+        sizes, left = {}, request.ByteSize()
+        for descriptor, _ in request.ListFields():  # taken out one by one: a copy of a hostile message costs tenths of a second
+            request.ClearField(descriptor.name)
+            sizes[descriptor.name], left = left - request.ByteSize(), request.ByteSize()
         largest = max(sizes, key=sizes.__getitem__, default="request")
         raise RequestError(largest, f"the request has {len(data)} bytes, most of them here; allowed are {bytes_max}")
     return request

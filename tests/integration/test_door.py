@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from threading import Event, Thread
 
 import grpc
 import numpy as np
@@ -221,6 +221,22 @@ def test_metadata_and_messages_are_bounded(world):
     with grpc.insecure_channel(world.reader) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/freshrank.v1.SequenceReader/GetSequences")(bytes(1 << 20), metadata=bearer(TOKEN), timeout=20)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_who_pings_all_the_time_is_disconnected(world):
+    options = (("grpc.keepalive_time_ms", 50), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0))
+    connected, ended = Event(), Event()
+
+    def on_change(state):
+        if state is grpc.ChannelConnectivity.READY:
+            connected.set()
+        elif connected.is_set():
+            ended.set()
+
+    with grpc.insecure_channel(world.ranking, options=(*options, ("grpc.use_local_subchannel_pool", 1))) as channel:
+        channel.subscribe(on_change, try_to_connect=True)
+        assert connected.wait(20)
+        assert ended.wait(20)
 
 
 @pytest.mark.parametrize(
