@@ -235,16 +235,17 @@ class Tokens:
 
 def _public_keys(path: Path) -> KeySet:
     """The keys of a JWKS file. Raises ValueError, naming the key: only public keys of the kinds that ALGORITHMS use may be there."""
-    found: Any = json.loads(path.read_text("utf-8"))
-    if not isinstance(found, dict) or not isinstance(found.get("keys"), list):
+    found = json.loads(path.read_text("utf-8"))
+    listed: Any = found.get("keys") if isinstance(found, dict) else None
+    if not isinstance(listed, list):
         raise ValueError('must be a JSON object with a list "keys"')  # noqa: TRY004
-    for i, key in enumerate(found["keys"]):
+    for i, key in enumerate(listed):
         if not isinstance(key, dict) or key.get("kty") not in ("RSA", "EC", "OKP"):
             raise ValueError(f"keys[{i}].kty: must be RSA, EC or OKP; a shared secret cannot tell issuer and server apart")
         if "d" in key:
             raise ValueError(f"keys[{i}].d: this is a private key; put its public part here, and replace it: it may have been read")
     try:
-        keys = KeySet.import_key_set(found)
+        keys = KeySet.import_key_set({"keys": listed})
         for i, key in enumerate(keys):
             _check_strength(i, key)
     except JoseError as error:
