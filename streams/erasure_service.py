@@ -56,7 +56,9 @@ class ErasureServicer(erasure_pb2_grpc.ErasureServicer):  # type: ignore[misc]
             erased = await asyncio.to_thread(self._erase, request)
         except StreamError as error:
             log.warning("an erasure was not stored: %s", error)
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{error}; send the same request again, with the same event_id")
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the log has not stored it yet: send the same request again, with the same event_id"
+            )
         return erasure_pb2.EraseResponse(
             position=_position(erased), event_id=erased.event_id, deadline_ms=erased.append_time_ms + self._config.deadline_ms
         )
@@ -68,7 +70,8 @@ class ErasureServicer(erasure_pb2_grpc.ErasureServicer):  # type: ignore[misc]
         try:
             entries = await asyncio.to_thread(lambda: Audit(self._config.audit).of_user(request.user_id))
         except LedgerError as error:
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            log.error("the audit cannot be read: %s", error)  # noqa: TRY400  # its message says where
+            await context.abort(grpc.StatusCode.DATA_LOSS, "the audit is damaged: the service's log names file and line")
         return erasure_pb2.ErasureStatusResponse(erasures=map(_status, entries))
 
     def close(self) -> None:

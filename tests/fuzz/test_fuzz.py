@@ -5,7 +5,7 @@ import asyncio
 from fuzz.requests import KINDS, fuzzed
 from fuzz.run import fuzz, replay_alone
 
-REQUESTS, SEED = 3_000, 5
+REQUESTS, SEED = 2_000, 5
 
 
 def test_no_request_does_more_than_be_refused(tmp_path):
