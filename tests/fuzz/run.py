@@ -145,6 +145,8 @@ async def _one(call: Callable[..., object], sent: Fuzzed, outcome: Outcome) -> t
 
 def replay_alone(seed: int, number: int) -> str:
     """The command that sends one request."""
+    if number < 0:
+        return f"it is of the run as a whole: --seed {seed}"
     return f"replay alone: python -m tests.fuzz.run --seed {seed} --only {number}"
 
 
