@@ -2,6 +2,7 @@
 
 import json
 
+from deploy.door import door
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
@@ -73,9 +74,7 @@ def reader(settings: Settings) -> int:
         partition_count=partition_count(settings),
         host=settings.reader_host,
         port=settings.reader_port,
-        certificate=settings.tls_certificate,
-        key=settings.tls_key,
-        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        door=door(settings, settings.reader_host),
         calls_max=settings.reader_calls_max,
         reflection=settings.reflection,
         erasure=erasure_service_config(settings) if settings.erasure_service else None,
@@ -91,7 +90,6 @@ def erasure_service_config(settings: Settings) -> ErasureServiceConfig:
         domain=product(settings),
         audit=settings.home / AUDIT,
         deadline_ms=erasure_deadline_ms(settings),
-        token=settings.server_token.get_secret_value() if settings.server_token else None,
     )
 
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 
+from deploy.door import door
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
@@ -106,9 +107,7 @@ def server_config(settings: Settings) -> ServerConfig:
         port=settings.server_port,
         reuse_port=REUSE_VARIABLE in os.environ,
         drain_s=settings.server_drain_s,
-        certificate=settings.tls_certificate,
-        key=settings.tls_key,
-        token=settings.server_token.get_secret_value() if settings.server_token else None,
+        door=door(settings, settings.server_host),
         reflection=settings.reflection,
         timeout_s=settings.rank_timeout_ms / 1000,
         deadline_s_max=settings.rank_deadline_ms_max / 1000,

@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     )
     reader_port: Port = Field(0, description="Port of the sequence reader.")
     reader_calls_max: PositiveInt = Field(256, description="Calls that the sequence reader answers at once; more get RESOURCE_EXHAUSTED.")
-    reflection: bool = Field(True, description="gRPC reflection, for tools such as grpcurl; switch it off where the server is public.")
+    reflection: bool = Field(
+        False, description="gRPC reflection, for tools such as grpcurl; a local stack on loopback has it on unless it is set."
+    )
 
     rank_timeout_ms: PositiveInt = Field(500, description="Time for a ranking whose caller set no deadline.")
     rank_deadline_ms_max: PositiveInt = Field(10_000, description="Longest deadline that a caller may set; a longer one counts as this.")
@@ -140,6 +142,38 @@ class Settings(BaseSettings):
     rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
 
+    auth_issuer: str = Field("", description="What the claim `iss` of JSON Web Tokens must be; needed with auth_jwks.")
+    auth_audience: str = Field("", description="What the claim `aud` of JSON Web Tokens must include; needed with auth_jwks.")
+    auth_jwks: Path | None = Field(
+        None,
+        description="JWKS file of the public keys that sign callers' JSON Web Tokens (RS256, ES256, EdDSA); read again when it changes.",
+    )
+    admin_methods: bool = Field(False, description="Methods that need the permission `admin` can be called at all.")
+    tls_client_authority: Path | None = Field(
+        None, description="PEM certificates that sign clients' certificates; with it the servers refuse clients without one."
+    )
+    tls_client_certificate: Path | None = Field(None, description="PEM certificate that commands present when they call the server.")
+    tls_client_key: Path | None = Field(None, description="PEM private key of tls_client_certificate.")
+    calls_per_client_max: PositiveInt = Field(
+        256, description="Calls of one caller (by token, else by address) at once, in each server process; more get RESOURCE_EXHAUSTED."
+    )
+    metadata_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 20)] = Field(
+        16 << 10, description="Most bytes of a call's metadata, its token among them; more are refused with RESOURCE_EXHAUSTED."
+    )
+
+    @field_validator("auth_jwks", "tls_client_authority", "tls_client_key")
+    @classmethod
+    def _needs(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        needed = {
+            "auth_jwks": ("auth_issuer", "auth_audience"),
+            "tls_client_authority": ("tls_certificate",),
+            "tls_client_key": ("tls_client_certificate",),
+        }
+        missing = [name for name in needed[str(info.field_name)] if name in info.data and not info.data[name]]
+        if value is not None and missing:
+            raise ValueError(f"needs {' and '.join(missing)} to be set, too")
+        return value
+
     @field_validator("tls_key")
     @classmethod
     def _both_or_neither(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -161,7 +195,7 @@ class Settings(BaseSettings):
     @field_validator("server_host", "reader_host")
     @classmethod
     def _open_only_with_tls(cls, value: str, info: ValidationInfo) -> str:
-        if "tls_key" in info.data and info.data["tls_key"] is None and not _is_loopback(value):
+        if "tls_key" in info.data and info.data["tls_key"] is None and not is_loopback(value):
             raise ValueError(f"{value} is not a loopback address: set tls_certificate and tls_key, or bind 127.0.0.1")
         return value
 
@@ -236,8 +270,9 @@ def _explain(setting: str, message: str, given: dict[str, Any], path: Path) -> s
     return f"setting {setting} (from {source}): {text}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
     try:
-        return host == "localhost" or ip_address(host).is_loopback
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

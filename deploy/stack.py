@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from deploy.kafka_server import KafkaServer
 from deploy.processes import kafka_config, topics
-from deploy.settings import Settings
+from deploy.settings import Settings, is_loopback
 from deploy.supervisor import Command, Supervisor, free_ports
 from deploy.triton_server import TritonServer
 from features.domain import load_domain
@@ -82,6 +82,8 @@ class Stack:
         settings = settings.model_copy(
             update={"server_port": settings.server_port or server_port, "reader_port": settings.reader_port or reader_port}
         )
+        if "reflection" not in self.settings.model_fields_set and all(map(is_loopback, (settings.server_host, settings.reader_host))):
+            settings = settings.model_copy(update={"reflection": True})  # a stack that nobody else reaches is there to be looked at
         self.settings = settings
         for name in self._serving:  # in order: the reader and the server read the view that the worker writes
             details = self.supervisor.start(process(name, settings)).wait_ready()
@@ -127,7 +129,14 @@ def running(settings: Settings, *, needs: str) -> Settings:
 def ranking_client(settings: Settings, *, timeout_s: float) -> RankingClient:
     """A client of the ranking server that the settings name, with their token and authority."""
     token = settings.server_token.get_secret_value() if settings.server_token else None
-    return RankingClient(settings.server_address, timeout_s=timeout_s, root_certificate=settings.tls_authority, token=token)
+    return RankingClient(
+        settings.server_address,
+        timeout_s=timeout_s,
+        root_certificate=settings.tls_authority,
+        certificate=settings.tls_client_certificate,
+        key=settings.tls_client_key,
+        token=token,
+    )
 
 
 def endpoint(home: Path, name: str) -> str:

@@ -1,8 +1,9 @@
 """What the ranking server and replay need from outside of `features` and `inference`: `deploy` hands the real parts in."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, order=True)
@@ -130,3 +131,49 @@ class SequenceCorruptError(RuntimeError):
 
 class SequenceForeignError(SequenceCorruptError):
     """A stored row is whole, but of another log or definition, or of a newer program: nothing to repair, something to configure."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as a `Guard` found out. `name` is empty where callers are not told apart (open calls, one token for all)."""
+
+    name: str
+    permissions: frozenset[str]
+
+
+class Guard(Protocol):
+    """Decides who may call which method. One for every service, over gRPC or not."""
+
+    def check(self, method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
+        """Lets a call pass.
+
+        Args:
+            method: full name of the gRPC method, such as "/freshrank.v1.Ranking/Rank"; another door asks for the method that it stands for.
+            metadata: names in lower case and values; "authorization" is read.
+
+        Raises:
+            UnauthenticatedError: no token, or one that does not count (any more).
+            ForbiddenError: the caller has not the method's permission, or nobody has it here.
+        """
+        ...
+
+
+class UnauthenticatedError(RuntimeError):
+    """The call does not say who calls, or cannot prove it: UNAUTHENTICATED."""
+
+
+class ForbiddenError(RuntimeError):
+    """The caller may not use this method: PERMISSION_DENIED."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a gRPC server lets calls in by: interceptors, channel options and TLS credentials of `grpc`. `deploy/door.py` makes it."""
+
+    interceptors: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    credentials: Any = None
+
+
+OPEN_DOOR = Door()
+"""Lets everybody in, unencrypted: for loopback, and for a server inside of a test."""

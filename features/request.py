@@ -19,6 +19,9 @@ from protos.v1.ranking_pb2 import FeatureColumn, RankRequest
 LIST_VALUES_MAX = 64
 """Most values of a list feature for one candidate in a request; the model sees the first `length_max` of them."""
 
+AFTER_MAX = 64
+"""Most positions of `after`: one for each log and partition that the caller wrote to says all there is to say."""
+
 _TIME_MS_MAX = 2**62
 
 
@@ -41,6 +44,8 @@ def inputs_from_request(domain: Domain, request: RankRequest, events: Events, *,
         raise RequestError("ranker", f"{request.ranker!r} is not known; rankers: {', '.join(domain.ranker)}")
     if request.identities:
         raise RequestError("identities", "is reserved: must be empty")
+    if len(request.after) > AFTER_MAX:
+        raise RequestError("after", f"{len(request.after)} positions; at most {AFTER_MAX}")
     if not 0 < request.request_time_ms < _TIME_MS_MAX:
         raise RequestError("request_time_ms", f"{request.request_time_ms} is not a time in milliseconds since 1970-01-01 UTC")
     ids = _packed("candidate_ids", request.candidate_ids, np.dtype("<u8"))

@@ -58,14 +58,23 @@ class RankingClient:
         address: "host:port".
         timeout_s: deadline of a call that states none.
         root_certificate: PEM file of the server's authority; without it the connection is not encrypted.
+        certificate: PEM file of the client's own certificate chain, for a server that asks for one; with `key`.
+        key: PEM file of its private key.
         token: sent as the bearer token of each call.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 1.0, root_certificate: Path | None = None, token: str | None = None) -> None:
-        if root_certificate is None:
-            self._channel = grpc.insecure_channel(address)
-        else:
-            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificate.read_bytes()))
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 1.0,
+        root_certificate: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        token: str | None = None,
+    ) -> None:
+        credentials = channel_credentials(root_certificate, certificate, key)
+        self._channel = grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
         self._stub = RankingStub(self._channel)
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -133,6 +142,17 @@ class RankingClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def channel_credentials(root_certificate: Path | None, certificate: Path | None, key: Path | None) -> grpc.ChannelCredentials | None:
+    """TLS of a client, from PEM files; None: without. Raises ValueError: a certificate of the client's own needs the other two."""
+    own = (certificate, key)
+    if own != (None, None) and None in (root_certificate, *own):
+        raise ValueError("certificate, key: give both, and root_certificate with them, or none")
+    if root_certificate is None:
+        return None
+    chain, secret = (None if path is None else path.read_bytes() for path in own)
+    return grpc.ssl_channel_credentials(root_certificate.read_bytes(), secret, chain)
 
 
 def feature_column(values: Column) -> FeatureColumn:

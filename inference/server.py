@@ -1,7 +1,6 @@
 """The ranking server: gRPC, health, releases and the Triton client around one `RankingService`."""
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from features.ports import RankingSink, SequenceSource
+from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
 from inference.triton import TritonModels
@@ -30,8 +29,8 @@ SERVICE = "freshrank.v1.Ranking"
 class ServerConfig(ServiceConfig):
     """What the operator decides; `deploy` reads it from settings.
 
-    A host that is not loopback needs a certificate and key (PEM), or insecure=True. With reuse_port several processes answer at one port,
-    between which the kernel shares connections, not calls.
+    What lets calls in is `door`: TLS, who may call, limits of the transport (`deploy/door.py`). With reuse_port several processes answer at
+    one port, between which the kernel shares connections, not calls.
     """
 
     releases: Path
@@ -40,9 +39,7 @@ class ServerConfig(ServiceConfig):
     triton: str
     host: str = "127.0.0.1"
     port: int = 0
-    certificate: Path | None = None
-    key: Path | None = None
-    insecure: bool = False
+    door: Door = OPEN_DOOR
     reuse_port: bool = False
     reflection: bool = False
     model_threads: int = 2
@@ -65,10 +62,8 @@ class RankingServer:
 
         Raises:
             ReleaseError, TableError: a release cannot be served.
-            ValueError: the address must not be used without encryption.
             RuntimeError: the address cannot be bound.
         """
-        credentials = server_credentials(self._config)
         self._loop = asyncio.get_running_loop()
         config = self._config
         self._triton = TritonModels(config.triton)
@@ -83,7 +78,7 @@ class RankingServer:
         )
         try:
             await self.releases.start()
-            port = await self._bind(credentials)
+            port = await self._bind()
         except BaseException:
             await self._close()
             raise
@@ -91,12 +86,16 @@ class RankingServer:
         self._warming = asyncio.create_task(self._warm(), name="warm")
         return f"{config.host}:{port}"
 
-    async def _bind(self, credentials: grpc.ServerCredentials | None) -> int:
-        config = self._config
+    async def _bind(self) -> int:
+        config, door = self._config, self._config.door
         self.service = RankingService(config, self.releases, self._source, self._sink, self._clock_ms)
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
-        options = [("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", int(config.reuse_port))]
-        self._server = grpc.aio.server(options=options)
+        options = [
+            *door.options,
+            ("grpc.max_receive_message_length", 2 * config.message_bytes_max),
+            ("grpc.so_reuseport", int(config.reuse_port)),
+        ]
+        self._server = grpc.aio.server(interceptors=door.interceptors, options=options)
         method = grpc.unary_unary_rpc_method_handler(self.service.rank, response_serializer=RankResponse.SerializeToString)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))
         self._health = health.aio.HealthServicer()
@@ -105,7 +104,7 @@ class RankingServer:
         if config.reflection:
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"{config.host}:{config.port}"
-        port = self._server.add_secure_port(address, credentials) if credentials else self._server.add_insecure_port(address)
+        port = self._server.add_secure_port(address, door.credentials) if door.credentials else self._server.add_insecure_port(address)
         await self._server.start()
         return int(port)
 
@@ -194,22 +193,3 @@ async def serve(
             with suppress(asyncio.CancelledError):
                 await task
         await server.stop()
-
-
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """The server's TLS; None: without, which only loopback may be, or a host that the operator calls insecure.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if (config.certificate is None) != (config.key is None):
-        raise ValueError("certificate, key: give both or none")
-    if config.certificate is not None and config.key is not None:
-        return grpc.ssl_server_credentials([(config.key.read_bytes(), config.certificate.read_bytes())])
-    try:
-        loopback = ipaddress.ip_address(config.host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = config.host == "localhost"
-    if not loopback and not config.insecure:
-        raise ValueError(f"host: {config.host} can be reached from outside: give certificate and key, or set insecure")
-    return None

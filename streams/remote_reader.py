@@ -42,16 +42,30 @@ class RemoteReader:
         domain: the domain file that the service was started with.
         timeout_s: deadline of a call to the service, its retries included. More users than one call takes are read by several.
         root_certificate: PEM file of the service's authority; without it the connection is not encrypted.
+        certificate: PEM file of the client's own certificate chain, for a service that asks for one; with `key`.
+        key: PEM file of its private key.
         token: sent as the bearer token of each call.
     """
 
     def __init__(
-        self, address: str, domain: Domain, *, timeout_s: float = 1.0, root_certificate: Path | None = None, token: str | None = None
+        self,
+        address: str,
+        domain: Domain,
+        *,
+        timeout_s: float = 1.0,
+        root_certificate: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        token: str | None = None,
     ) -> None:
+        if (certificate is None) != (key is None) or (root_certificate is None and key is not None):
+            raise ValueError("certificate, key: give both, and root_certificate with them, or none")
         if root_certificate is None:
             self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificate.read_bytes()), options=_OPTIONS)
+            own = (None, None) if key is None or certificate is None else (key.read_bytes(), certificate.read_bytes())
+            credentials = grpc.ssl_channel_credentials(root_certificate.read_bytes(), *own)
+            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
         self._stub = SequenceReaderStub(self._channel)
         self._address, self._timeout_s = address, timeout_s
         self._fingerprints = {name: definition(domain, name).fingerprint for name in domain.sequence}

@@ -1,5 +1,6 @@
 """The reading end of views: sequences with their watermark, in any process of the machine."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from features.sequence import as_read, decode_row, is_whole
 from streams.errors import StateError
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
 from streams.view import BEAT_KEY, DATA_FILE, FRESH_SUFFIX, MAP_BYTES, READERS_MAX, file_identity, is_of_this_boot
+
+log = logging.getLogger(__name__)
 
 _HASHED_AT_ONCE = 16
 _EXCHANGE_POLLS_MAX = 20
@@ -120,17 +123,17 @@ class ViewReader:
 
     def _meta(self, partition: int, encoded: bytes | None) -> Meta:
         if not encoded:
-            raise SequenceUnavailableError(f"{self._folder / str(partition)}: the worker is rebuilding the view: retry")
+            raise SequenceUnavailableError(f"view of partition {partition}: the worker is rebuilding the view: retry")
         known = self._metas.get(partition)
         if known is not None and known[0] == encoded:
             return known[1]
         try:
-            meta = Meta.decode(encoded, str(self._folder / str(partition)))
+            meta = Meta.decode(encoded, f"view of partition {partition}")
         except StateError as error:
             raise SequenceUnavailableError(str(error)) from error
         if meta.fingerprints != self._fingerprints:
             raise SequenceUnavailableError(
-                f"{self._folder / str(partition)}: the worker keeps other [sequence] definitions than this domain file: start both with one"
+                f"view of partition {partition}: the worker keeps other [sequence] definitions than this domain file: start both with one"
             )
         self._metas[partition] = (encoded, meta)
         return meta
@@ -141,8 +144,7 @@ class ViewReader:
         try:
             identity = _settled_identity(self._files[partition])
         except OSError as error:
-            path = self._folder / str(partition)
-            raise SequenceUnavailableError(f"{path}: no view of partition {partition} yet: is the worker running?") from error
+            raise SequenceUnavailableError(f"no view of partition {partition} yet: is the worker running?") from error
         if known is not None and known[0] == identity:
             return known[1]
         with self._opening:
@@ -157,7 +159,9 @@ class ViewReader:
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:
             if not is_of_this_boot(path):
-                raise SequenceUnavailableError(f"{path}: the view is of an earlier boot of the machine: is the worker running?")
+                raise SequenceUnavailableError(
+                    f"view of partition {partition}: it is of an earlier boot of the machine: is the worker running?"
+                )
             known = self._open.get(partition)
             if known is not None:
                 if known[0] == identity:
@@ -168,9 +172,10 @@ class ViewReader:
             environment = lmdb.open(str(path), map_size=MAP_BYTES, readonly=True, max_readers=READERS_MAX, max_spare_txns=4)
             if file_identity(self._files[partition]) != identity:
                 environment.close()
-                raise SequenceUnavailableError(f"{path}: the worker is replacing the view: retry")
+                raise SequenceUnavailableError(f"view of partition {partition}: the worker is replacing the view: retry")
         except (OSError, lmdb.Error) as error:
-            raise SequenceUnavailableError(f"{path}: the view of partition {partition} cannot be opened yet: {error}") from error
+            log.debug("%s: %s", path, error)  # callers of the services see the message below, and are told no paths
+            raise SequenceUnavailableError(f"view of partition {partition}: it cannot be opened yet: is the worker running?") from error
         environment.reader_check()
         self._open[partition] = (identity, environment)
         return environment
@@ -184,7 +189,7 @@ def check_row(row: bytes, user_id: int) -> None:
     """
     if row and not (is_whole(row) and row[16:24] == user_id.to_bytes(8, "little")):
         decode_row(row, user_id)
-        raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
+        raise SequenceCorruptError("sequence row: its header is of another user")
 
 
 class ViewPartition:

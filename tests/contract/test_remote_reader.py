@@ -1,8 +1,5 @@
 """What only a remote reader can get wrong: deadline, retries, trust, limits. What all readers have in common is in test_readers.py."""
 
-import asyncio
-import datetime
-import ipaddress
 import socket
 import threading
 import time
@@ -13,19 +10,18 @@ import grpc
 import lmdb
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from certificates import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from readers_world import DOMAIN, EPOCH, PARTITIONS, USERS, OracleReader, batches, build_view, partition_for, serving
 
+from deploy.door import Doorkeeper
+from deploy.guard import Tokens
+from deploy.tls import server_credentials
 from features.actions import EVENT_DTYPE
-from features.ports import SequenceCorruptError, SequenceUnavailableError
+from features.ports import Door, SequenceCorruptError, SequenceUnavailableError
 from features.sequence import NEVER_ERASED, Row, definition, encode_row
 from protos.v1 import sequence_pb2, sequence_pb2_grpc
-from streams.errors import StreamError
-from streams.reader_service import ReaderConfig, serve_reader
+from streams.reader_service import ReaderConfig
 from streams.remote_reader import RemoteReader
 from streams.state import Meta, definitions, fingerprints, row_key
 from streams.view import PartitionView
@@ -167,7 +163,7 @@ def test_after_close_nothing_is_read(tmp_path):
 
 def test_only_calls_with_the_token_are_answered(tmp_path):
     build_view(tmp_path, batches(1))
-    with serving(config(tmp_path, token="right")) as address:
+    with serving(config(tmp_path, door=Door((Doorkeeper(Tokens("right"), 9),)))) as address:
         with remote(address, token="right") as reader:
             assert reader.read("main", USERS) == OracleReader(batches(1)).read("main", USERS)
             assert reader.position(USERS[0]).offset == 79
@@ -182,51 +178,17 @@ def test_only_calls_with_the_token_are_answered(tmp_path):
             health_pb2_grpc.HealthStub(channel).Check(CHECK, timeout=30)
 
 
-def certificate(folder):
-    """A self-signed certificate for 127.0.0.1 and its key, as PEM files."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "certificate.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(key.private_bytes(*pem))
-    return folder / "certificate.pem", folder / "key.pem"
-
-
 def test_with_a_certificate_it_serves_beyond_loopback_and_only_encrypted(tmp_path):
     (tmp_path / "view").mkdir()
     build_view(tmp_path / "view", batches(1))
-    chain, key = certificate(tmp_path)
-    with serving(config(tmp_path / "view", host="0.0.0.0", certificate=chain, key=key)) as bound:
+    chain, key = Authority("reader").files(tmp_path, "certificate")
+    door = Door(credentials=server_credentials("0.0.0.0", chain, key))
+    with serving(config(tmp_path / "view", host="0.0.0.0", door=door)) as bound:
         address = bound.replace("0.0.0.0", "127.0.0.1")
-        with remote(address, root_certificate=chain) as reader:
+        with remote(address, root_certificate=tmp_path / "certificate.authority.pem") as reader:
             assert reader.read("main", USERS) == OracleReader(batches(1)).read("main", USERS)
         with remote(address, timeout_s=0.3) as reader, pytest.raises(SequenceUnavailableError, match="UNAVAILABLE"):
             reader.read("main", USERS)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"host": "0.0.0.0"}, "give certificate and key"),
-        ({"host": "example.org"}, "give certificate and key"),
-        ({"key": "x"}, "both or none"),
-    ],
-)
-def test_an_address_that_others_reach_needs_a_certificate(tmp_path, given, says):
-    with pytest.raises(StreamError, match=says):
-        asyncio.run(serve_reader(config(tmp_path, **given)))
 
 
 def test_more_calls_at_once_than_allowed_are_refused(tmp_path):

@@ -12,10 +12,12 @@ from streams_world import DOMAIN, new_world, read_log
 from typer.testing import CliRunner
 
 from deploy import cli
+from deploy.door import Doorkeeper
+from deploy.guard import Tokens
 from features.actions import ERASE
 from features.domain import DAY_MS
 from features.ids import partition_of, user_key
-from features.ports import Position
+from features.ports import OPEN_DOOR, Door, Position
 from protos.v1.erasure_pb2 import PLACE_STATUS_DONE, PLACE_STATUS_DUE, EraseRequest, ErasureStatusRequest
 from protos.v1.erasure_pb2_grpc import ErasureStub
 from streams.erasure import ErasureJob, run_job
@@ -28,11 +30,11 @@ DEADLINE_MS = 30 * DAY_MS
 
 
 @contextmanager
-def serving(folder, erasure):
+def serving(folder, erasure, door=OPEN_DOOR):
     """A channel to a reader process's server."""
     ready: queue.Queue[dict] = queue.Queue()
     loop = asyncio.new_event_loop()
-    running = loop.create_task(serve_reader(ReaderConfig(DOMAIN, folder / "view", 3, erasure=erasure), ready.put))
+    running = loop.create_task(serve_reader(ReaderConfig(DOMAIN, folder / "view", 3, erasure=erasure, door=door), ready.put))
 
     def run():
         with suppress(asyncio.CancelledError):
@@ -61,7 +63,7 @@ def refused(call, *arguments, **options):
 
 def test_what_cannot_be_served_is_said_with_the_field_and_what_to_do(tmp_path):
     nobody = KafkaConfig("127.0.0.1:1", {"socket.connection.setup.timeout.ms": "1000"})
-    with serving(tmp_path, config(tmp_path, nobody, Topics(), token="secret")) as channel:
+    with serving(tmp_path, config(tmp_path, nobody, Topics()), Door((Doorkeeper(Tokens("secret"), 9),))) as channel:
         erase, status = ErasureStub(channel).Erase, ErasureStub(channel).Status
         token = [("authorization", "Bearer secret")]
         for metadata in (None, [("authorization", "Bearer other")]):

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from deploy.bench import write_untrained_release
@@ -32,9 +34,22 @@ def environment(tmp_path_factory):
     command = [sys.executable, "-m", "deploy.cli", "up", "--json", "--domain", str(DOMAIN)]
     with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as up:
         endpoints = json.loads(up.stdout.readline())
-        yield variables | {"KAFKA": endpoints["kafka"], "SERVER": endpoints["server"]}
+        yield variables | {"KAFKA": endpoints["kafka"], "SERVER": endpoints["server"], "UP": str(up.pid)}
         up.send_signal(signal.SIGTERM)
         assert up.wait(60) == 0
+
+
+def listening(pid):
+    """Addresses on which a process and its children wait for connections."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    connections = [one for process in processes for one in process.net_connections("inet")]
+    return [ip_address(one.laddr.ip) for one in connections if one.status == psutil.CONN_LISTEN]
+
+
+def test_every_port_of_the_stack_is_on_loopback(environment):
+    found = listening(int(environment["UP"]))
+    assert len(found) >= 7  # Kafka's two, Triton's three, the worker's page, reader, server
+    assert [address for address in found if not (getattr(address, "ipv4_mapped", None) or address).is_loopback] == []
 
 
 def run(name, environment):

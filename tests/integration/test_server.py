@@ -15,10 +15,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving_stack import CANDIDATES, STRANGER, USER, Stack, serving
 from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, write_ranker, write_tables
 
+from deploy.door import Doorkeeper
+from deploy.guard import Tokens
 from deploy.triton_server import TritonServer
 from features.ids import partition_of, user_key
 from features.pack import Packer
-from features.ports import ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
+from features.ports import Door, ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
 from features.request import inputs_from_request
 from features.sequence import decode_row
 from features.tables import TableSet
@@ -375,7 +377,9 @@ def test_triton_killed_is_a_named_tier_and_comes_back_by_itself(stack):
 
 def test_it_starts_without_triton_and_is_ready_when_triton_is(stack, tmp_path):
     triton = TritonServer(tmp_path / "triton", tmp_path / "repository", threads=1)
-    config = replace(stack.config, triton=triton.grpc_url, repository=tmp_path / "repository", token="secret")
+    config = replace(
+        stack.config, triton=triton.grpc_url, repository=tmp_path / "repository", door=Door((Doorkeeper(Tokens("secret"), 9),))
+    )
     server = RankingServer(config, ImmediateSource(stack.reader), stack.sink)
     address = stack.run(server.start())
     with grpc.insecure_channel(address) as channel, RankingClient(address, timeout_s=10, token="secret") as client:

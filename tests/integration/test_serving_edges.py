@@ -1,12 +1,8 @@
 """The client's second try, and a server's life without a model: empty, encrypted, stopped."""
 
 import asyncio
-import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import grpc
 import pytest
@@ -119,20 +115,3 @@ def test_a_damaged_release_stops_the_start_and_is_named(tmp_path):
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=folder.name):
         asyncio.run(serve(config_of(tmp_path), ImmediateSource(MemoryReader()), ListSink(), stop=asyncio.Event()))
-
-
-@pytest.mark.skipif(not shutil.which("openssl") and "CI" not in os.environ, reason="makes its certificate with openssl")
-def test_with_a_certificate_only_encrypted_calls_are_answered(tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    request += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(request, check=True, capture_output=True, timeout=30)
-
-    def check(address):
-        with RankingClient(address, root_certificate=certificate) as client, pytest.raises(RankError, match="publish a release"):
-            client.rank("home", 1, [1])
-        with RankingClient(address) as client, pytest.raises(RankError) as caught:
-            client.rank("home", 1, [1])
-        assert caught.value.code == grpc.StatusCode.UNAVAILABLE
-
-    with_server(replace(config_of(tmp_path), certificate=certificate, key=key), check)

@@ -15,7 +15,7 @@ from inference.client import feature_column
 from inference.release import Release
 from inference.scoring import best_first, embedding_scores, final_scores, head_weights
 from inference.served import ModelGate, Releases
-from inference.server import ServerConfig, server_credentials
+from inference.server import ServerConfig
 from inference.service import STATUS, RankingService, is_sampled, parse_request
 from inference.telemetry import Timings
 from inference.triton import ModelTimeoutError, ModelUnavailableError
@@ -66,20 +66,6 @@ def test_an_oversized_request_names_its_largest_field():
     with pytest.raises(RequestError) as caught:
         parse_request(request.SerializeToString(), 1000)
     assert caught.value.field == "candidate_features"
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"host": "0.0.0.0"}, "host"), ({"host": "example.org"}, "host"), ({"host": "[::]"}, "host"), ({"key": Path("x")}, "certificate")],
-)
-def test_an_open_address_needs_encryption_or_a_word(changes, named):
-    with pytest.raises(ValueError, match=named):
-        server_credentials(dataclasses.replace(CONFIG, **changes))
-
-
-@pytest.mark.parametrize("changes", [{}, {"host": "localhost"}, {"host": "[::1]"}, {"host": "0.0.0.0", "insecure": True}])
-def test_loopback_needs_none(changes):
-    assert server_credentials(dataclasses.replace(CONFIG, **changes)) is None
 
 
 def test_each_error_has_one_status():

@@ -51,6 +51,10 @@ def test_a_child_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None
         ("SERVER_HOST", "0.0.0.0", "server_host .*tls_certificate"),
         ("READER_HOST", "0.0.0.0", "reader_host .*tls_certificate"),
         ("TLS_KEY", "key.pem", "tls_key .*both or neither"),
+        ("TLS_CLIENT_AUTHORITY", "a.pem", "tls_client_authority .*tls_certificate"),
+        ("TLS_CLIENT_KEY", "k.pem", "tls_client_key .*tls_client_certificate"),
+        ("AUTH_JWKS", "jwks.json", "auth_jwks .*auth_issuer and auth_audience"),
+        ("CALLS_PER_CLIENT_MAX", "0", "calls_per_client_max"),
         ("TRITON_URL", "nohost", "triton_url .*host:port"),
         ("TOPIC_ACTIONS", "a b", "topic_actions .from variable"),
         ("CONFIG", "absent.toml", "absent.toml"),
@@ -69,6 +73,12 @@ def test_a_wrong_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
     assert "setting partitionz (from mine.toml): is no setting" in str(caught.value)
     assert "setting rank_timeout_ms (from mine.toml)" in str(caught.value)
+
+
+def test_nothing_is_open_that_was_not_opened() -> None:
+    settings = load_settings()
+    assert (settings.reflection, settings.admin_methods, settings.erasure_service) == (False, False, False)
+    assert {settings.server_host, settings.reader_host} == {"127.0.0.1"}
 
 
 def test_tls_opens_the_servers_to_the_network() -> None:
