@@ -2,6 +2,7 @@
 
 import json
 
+from deploy.logs import set_up_logging
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
@@ -38,6 +39,7 @@ def topics(settings: Settings) -> Topics:
 
 def worker(settings: Settings) -> int:
     """Keeps sequences up to date until SIGTERM; returns the exit code."""
+    set_up_logging(settings)
     config = WorkerConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),
@@ -66,6 +68,7 @@ def worker(settings: Settings) -> int:
 
 def reader(settings: Settings) -> int:
     """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
+    set_up_logging(settings)
     set_slice(settings.serving_slice_ms)
     config = ReaderConfig(
         domain=product(settings),

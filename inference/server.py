@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from features.ports import RankingSink, SequenceSource
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
 from inference.triton import TritonModels
+from inference.watch import CallWatch, WatchConfig
 from protos.v1.ranking_pb2 import RankResponse
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class ServerConfig(ServiceConfig):
     model_threads: int = 2
     unload_delay_s: float = 10.0
     drain_s: float = 5.0
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 class RankingServer:
@@ -86,7 +88,9 @@ class RankingServer:
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
         options = [("grpc.max_receive_message_length", 4 * config.message_bytes_max), ("grpc.so_reuseport", 0)]
         self._server = grpc.aio.server(options=options)
-        method = grpc.unary_unary_rpc_method_handler(self.service.rank, response_serializer=RankResponse.SerializeToString)
+        self._watch = CallWatch(config.watch, self.service.telemetry)
+        rank = self._watch.watched(SERVICE, "Rank", self.service.rank)
+        method = grpc.unary_unary_rpc_method_handler(rank, response_serializer=RankResponse.SerializeToString)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -113,16 +117,23 @@ class RankingServer:
         with suppress(RuntimeError):  # the loop is closed: there is nothing to switch any more
             self._loop.call_soon_threadsafe(self.releases.announce, ranker, release_id, generations)
 
+    @property
+    def ready(self) -> bool:
+        """Whether `warm` has returned and `stop` was not called."""
+        return self._warmed.is_set()
+
     def statistics(self) -> dict[str, float]:
         """See `RankingService.statistics`."""
         return self.service.statistics()
 
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls under way end within drain_s, and closes what was opened. Source and sink stay open."""
+        self._warmed.clear()
         self._warming.cancel()
         await asyncio.gather(self._warming, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
+        await asyncio.to_thread(self._watch.close)
         await self._close()
         log.info("ranking server stopped: %s", {name: round(value, 3) for name, value in self.statistics().items()})
 

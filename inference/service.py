@@ -24,9 +24,11 @@ from features.lineage import Lineage
 from features.pack import Packed, RankInputs
 from features.ports import Position, RankingSink, Reading, SequenceCorruptError, SequenceSource, SequenceUnavailableError
 from features.request import RequestError, inputs_from_request
+from features.request_context import REQUEST_ID
 from features.sequence import decode_row
 from inference.scoring import best_first, embedding_scores, final_scores, head_weights
 from inference.served import Releases, Served
+from inference.server_metrics import observe_inputs
 from inference.telemetry import Telemetry
 from inference.triton import ModelTimeoutError, TritonError
 from protos.v1.actions_pb2 import Position as WirePosition
@@ -127,7 +129,16 @@ class RankingService:
 
     def statistics(self) -> dict[str, float]:
         """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
-        figures: dict[str, float] = {"in_flight": self._in_flight, **self._telemetry.statistics()}
+        return {**self._telemetry.statistics(), **self.figures()}
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What is counted and timed, for who exposes it."""
+        return self._telemetry
+
+    def figures(self) -> dict[str, float]:
+        """Rankings under way, and the figures of the parts."""
+        figures: dict[str, float] = {"in_flight": self._in_flight}
         for part, of in (("releases", self._releases), ("reader", self._source), ("sink", self._sink)):
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
@@ -158,6 +169,7 @@ class RankingService:
             raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
         with self._releases.use(request.ranker) as served:
             request.request_id = request.request_id or secrets.randbits(64) or 1
+            REQUEST_ID.set(request.request_id)  # for the log lines of this call
             request.request_time_ms = request.request_time_ms or self._clock_ms()
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
@@ -169,6 +181,7 @@ class RankingService:
             self._telemetry.time("join_pack", time.monotonic() - lap_s)
             tier, probability, scores = await self._score(served, packed, weights, deadline_s)
             self._count(inputs, packed, tier)
+            observe_inputs(self._telemetry, packed, reading)
             response = _response(served, request, inputs, packed, reading, tier, probability, scores)
             response.after_reached = after_reached
             self._log(served, request, packed, reading, probability, scores, response)

@@ -9,6 +9,8 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from features.request_context import TRACE_HEADERS
+
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 # gRPC's own reconnection waits up to two minutes; a Triton that is back should be found within half a second.
@@ -58,7 +60,7 @@ class TritonModels:
         try:
             # The client's own time-out leaves the work in Triton's queue; cancelling the task takes it out.
             async with asyncio.timeout(timeout_s):
-                result = await self._client.infer(model, inputs, outputs=wanted)
+                result = await self._client.infer(model, inputs, outputs=wanted, headers=dict(TRACE_HEADERS.get()))
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: no answer within {timeout_s * 1e3:.0f} ms") from error
         except InferenceServerException as error:
