@@ -61,7 +61,13 @@ class Stack:
         keep_domain(settings.domain, home)
         triton = None
         if not settings.triton_url:
-            server = TritonServer(home / "triton", home / "triton" / "repository", threads=settings.torch_threads, restart=True)
+            server = TritonServer(
+                home / "triton",
+                home / "triton" / "repository",
+                threads=settings.torch_threads,
+                restart=True,
+                otlp_endpoint=settings.otlp_endpoint,
+            )
             triton = self.supervisor.start(server.command())
             settings = settings.model_copy(update={"triton_url": server.grpc_url})
         if not settings.kafka_bootstrap:

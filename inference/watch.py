@@ -32,7 +32,7 @@ _FAULTS = {
     grpc.StatusCode.DATA_LOSS,
 }
 """Statuses that are the server's fault (OpenTelemetry's conventions for server spans); the others are the caller's."""
-_EXPORT_TIMEOUT_S = 3.0
+_EXPORT_TIMEOUT_S, _EXPORT_EVERY_MS = 3.0, 1000
 
 Handler = Callable[[bytes, Any], Awaitable[Any]]
 
@@ -121,21 +121,21 @@ class _Traces:
             shutdown_on_exit=False,
         )
         exporter = OTLPSpanExporter(endpoint=config.otlp_endpoint, timeout=_EXPORT_TIMEOUT_S)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_EVERY_MS))
         self._tracer = self._provider.get_tracer("freshrank")
         self._propagator = TraceContextTextMapPropagator()
         self._in_context, self._server, self._error = set_span_in_context, SpanKind.SERVER, Status(StatusCode.ERROR)
 
     def begin(self, service: str, method: str, context: Any, started_ns: int) -> "Span":
-        """The call's span; the calls that it makes carry its context."""
+        """The call's span; where it is sampled, the calls that it makes carry its context (Triton takes a context for a wish to trace)."""
         given = {key: value for key, value in context.invocation_metadata() or () if key in ("traceparent", "tracestate")}
         parent = self._propagator.extract(given)
         span = self._tracer.start_span(f"{service}/{method}", parent, self._server, start_time=started_ns)
-        headers: dict[str, str] = {}
-        self._propagator.inject(headers, self._in_context(span))
-        TRACE_HEADERS.set(tuple(headers.items()))
         if span.is_recording():
             span.set_attributes({"rpc.system": "grpc", "rpc.service": service, "rpc.method": method})
+            headers: dict[str, str] = {}
+            self._propagator.inject(headers, self._in_context(span))
+            TRACE_HEADERS.set(tuple(headers.items()))
         return span
 
     def end(
