@@ -51,7 +51,7 @@ def server_pages(ranking: RankingServer, host: str, port: int) -> contextlib.Abs
     return serve_pages(pages(metrics.exposition, lambda: ranking.ready), host, port)
 
 
-class _Guest(uvicorn.Server):
+class Guest(uvicorn.Server):
     """uvicorn in a process whose signals belong to somebody else."""
 
     @contextlib.contextmanager
@@ -67,11 +67,11 @@ async def serve_pages(app: Callable[..., Awaitable[None]], host: str, port: int)
     Raises:
         OSError: the port cannot be bound; the message names it.
     """
-    listener = _bound(host, port)
+    listener = bound("server_web_port", host, port)
     config = uvicorn.Config(
         app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1, server_header=False
     )
-    server = _Guest(config)
+    server = Guest(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="pages")
     shown = f"[{host}]" if ":" in host else host
     try:
@@ -82,7 +82,8 @@ async def serve_pages(app: Callable[..., Awaitable[None]], host: str, port: int)
         listener.close()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(setting: str, host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0: a free one. Raises OSError, naming the setting."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -91,5 +92,5 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.listen(128)  # connections wait here until the server takes them: the address may be told already
     except OSError as error:
         listener.close()
-        raise OSError(f"server_web_port: {host}:{port} cannot be bound: {error}") from error
+        raise OSError(f"{setting}: {host}:{port} cannot be bound: {error}") from error
     return listener
