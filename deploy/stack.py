@@ -160,3 +160,10 @@ def worker_pages(settings: Settings) -> list[str]:
     if not found:
         raise StackNotRunningError(f"worker: none runs in {settings.home}; start the stack with `freshrank up`, or name one with --url")
     return found
+
+
+def server_pages(settings: Settings) -> list[str]:
+    """Web addresses of the ranking servers that run in the home folder; none where none does."""
+    paths = sorted((settings.home / "run").glob("server*.json"))
+    found = [json.loads(path.read_text("utf-8")).get("web", "") for path in paths if endpoint(settings.home, path.stem)]
+    return [str(address) for address in found if address]
