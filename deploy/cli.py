@@ -21,6 +21,7 @@ from deploy import (
     commands_move,
     commands_snapshots,
     commands_top,
+    commands_topics,
 )
 from deploy.options import (
     DomainFile,
@@ -55,6 +56,7 @@ for _commands in (
     commands_move,
     commands_snapshots,
     commands_top,
+    commands_topics,
 ):
     _commands.register(app)
 

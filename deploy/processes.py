@@ -62,6 +62,8 @@ def worker(settings: Settings) -> int:
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,
         direct_reads=settings.rocksdb_direct_reads,
         view_map_bytes=settings.view_map_mb << 20,
+        web_host=settings.worker_web_host,
+        web_port=settings.worker_web_port,
     )
     return run_worker(config, lambda details: report_ready(details.pop("health"), **details))
 

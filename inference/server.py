@@ -119,8 +119,8 @@ class RankingServer:
 
     @property
     def ready(self) -> bool:
-        """Whether `warm` has returned and `stop` was not called."""
-        return self._warmed.is_set()
+        """What the health service says: something is served, it was warmed, and `stop` was not called."""
+        return self._warmed.is_set() and bool(self.releases.rankers)
 
     def statistics(self) -> dict[str, float]:
         """See `RankingService.statistics`."""
