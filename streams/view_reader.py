@@ -184,7 +184,7 @@ def check_row(row: bytes, user_id: int) -> None:
     """
     if row and not (is_whole(row) and row[16:24] == user_id.to_bytes(8, "little")):
         decode_row(row, user_id)
-        raise SequenceCorruptError(f"row of user {user_id}: header does not agree")
+        raise SequenceCorruptError("sequence row: its header does not agree")  # whose is what the caller knows, and no log should
 
 
 class ViewPartition:
