@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -343,6 +344,19 @@ def test_statuses_are_mapped_and_a_full_server_says_when_to_come_back(code, meta
     server.stop(None).wait()
     assert (found, headers["retry-after"], problem["code"]) == (status, retry_after, code.name)
     assert HTTP_STATUS.get(code, 500) == status
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement(door):
+    """With Nagle's algorithm on, each call on a kept connection takes 40 ms and more: the least of many does not."""
+    connection = HTTPSConnection(urlsplit(door.url).netloc, context=door.tls, timeout=30)
+    seconds = []
+    for _ in range(30):
+        started_s = time.perf_counter()
+        connection.request("GET", "/v1/nothing")
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - started_s)
+    connection.close()
+    assert min(seconds[1:]) < 0.03
 
 
 def test_a_position_reads_as_it_is_written():
