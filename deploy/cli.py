@@ -16,10 +16,12 @@ from deploy import (
     commands_chaos,
     commands_dead,
     commands_erasure,
+    commands_http,
     commands_inspect,
     commands_move,
     commands_snapshots,
     commands_top,
+    commands_topics,
 )
 from deploy.options import (
     DomainFile,
@@ -49,10 +51,12 @@ for _commands in (
     commands_chaos,
     commands_dead,
     commands_erasure,
+    commands_http,
     commands_inspect,
     commands_move,
     commands_snapshots,
     commands_top,
+    commands_topics,
 ):
     _commands.register(app)
 

@@ -26,9 +26,12 @@ from features.ports import Caller, ForbiddenError, UnauthenticatedError
 
 log = logging.getLogger(__name__)
 
-OPEN, RANK, EXPLAIN, READ_SEQUENCES, ERASE, REFLECT, ADMIN = "", "rank", "explain", "read_sequences", "erase", "reflect", "admin"
+OPEN, RANK, EXPLAIN, PRODUCE, READ_SEQUENCES = "", "rank", "explain", "produce", "read_sequences"
+ERASE, REFLECT, ADMIN = "erase", "reflect", "admin"
+HTTP_ACTIONS = "POST /v1/actions"
 PERMISSIONS: Mapping[str, str] = {
     "/freshrank.v1.Ranking/Rank": RANK,
+    HTTP_ACTIONS: PRODUCE,
     "/freshrank.v1.SequenceReader/GetSequences": READ_SEQUENCES,
     "/freshrank.v1.SequenceReader/GetPosition": READ_SEQUENCES,
     "/freshrank.v1.Erasure/Erase": ERASE,
@@ -38,14 +41,15 @@ PERMISSIONS: Mapping[str, str] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": REFLECT,
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": REFLECT,
 }
-"""Full name of each gRPC method and the permission that it needs; OPEN needs no token. A method that is not here is denied to everybody."""
+"""Full name of each gRPC method, and of what the HTTP door does itself, and the permission that it needs; OPEN needs no token. What is not
+here is denied to everybody."""
 
 ALGORITHMS = ("RS256", "ES256", "EdDSA", "Ed25519")
 CLOCK_SKEW_S = 10
 """How far an issuer's clock may be ahead: for `iat` and `nbf`. `exp` is exact."""
 LOOK_EVERY_S = 1.0
 _NAME_CHARACTERS_MAX = 200
-_EVERYTHING = frozenset(PERMISSIONS.values()) | {RANK, EXPLAIN, READ_SEQUENCES, ERASE, REFLECT, ADMIN}
+_EVERYTHING = frozenset(PERMISSIONS.values()) | {RANK, EXPLAIN, PRODUCE, READ_SEQUENCES, ERASE, REFLECT, ADMIN}
 _ANYBODY, _NOBODY = Caller("", _EVERYTHING), Caller("", frozenset())
 
 

@@ -3,6 +3,7 @@
 import json
 
 from deploy.door import door
+from deploy.logs import set_up_logging
 from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
@@ -39,6 +40,7 @@ def topics(settings: Settings) -> Topics:
 
 def worker(settings: Settings) -> int:
     """Keeps sequences up to date until SIGTERM; returns the exit code."""
+    set_up_logging(settings)
     config = WorkerConfig(
         kafka=kafka_config(settings),
         topics=topics(settings),
@@ -61,12 +63,15 @@ def worker(settings: Settings) -> int:
         write_buffer_bytes=settings.rocksdb_write_buffer_mb << 20,
         direct_reads=settings.rocksdb_direct_reads,
         view_map_bytes=settings.view_map_mb << 20,
+        web_host=settings.worker_web_host,
+        web_port=settings.worker_web_port,
     )
     return run_worker(config, lambda details: report_ready(details.pop("health"), **details))
 
 
 def reader(settings: Settings) -> int:
     """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
+    set_up_logging(settings)
     set_slice(settings.serving_slice_ms)
     config = ReaderConfig(
         domain=product(settings),

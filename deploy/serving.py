@@ -1,7 +1,7 @@
 """The ranking server's process: settings in, a served port out. `freshrank server` runs it anywhere; the local stack supervises it."""
 
 import asyncio
-import logging
+import contextlib
 import os
 import signal
 import socket
@@ -9,13 +9,16 @@ import sys
 import time
 
 from deploy.door import door
+from deploy.logs import set_up_logging
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
 from deploy.scheduling import set_slice
+from deploy.server_pages import server_pages
 from deploy.settings import Settings
 from deploy.supervisor import Command, Supervisor, report_ready
 from features.lineage import Predecessor
 from features.ports import ImmediateSource
 from inference.server import RankingServer, ServerConfig
+from inference.watch import WatchConfig
 from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.broadcast import Announcements
 from streams.ranking_log import RankingLog
@@ -31,7 +34,7 @@ def server(settings: Settings) -> int:
     if settings.server_processes > 1:
         return _several(settings)
     set_slice(settings.serving_slice_ms)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     asyncio.run(_serve(settings))
     return 0
 
@@ -81,17 +84,20 @@ async def _serve(settings: Settings) -> None:
         lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
     )
     stopping = asyncio.create_task(stop.wait())
+    web = contextlib.AsyncExitStack()
     try:
+        url = await web.enter_async_context(server_pages(ranking, settings.server_host, settings.server_web_port))
         # Lower tiers answer while the models load: a Triton that does not come up must not keep the server from serving.
         warming = asyncio.create_task(ranking.warm())
         await asyncio.wait({warming, stopping}, timeout=WARM_S_MAX, return_when=asyncio.FIRST_COMPLETED)
         warming.cancel()
-        report_ready(endpoint, rankers=ranking.releases.rankers)
+        report_ready(endpoint, rankers=ranking.releases.rankers, web=url)
         await stopping
     finally:
         stopping.cancel()
         announcements.close()
         await ranking.stop()
+        await web.aclose()
         sink.close()
         view.close()
 
@@ -119,4 +125,5 @@ def server_config(settings: Settings) -> ServerConfig:
         batch_delay_us=settings.model_batch_delay_us,
         message_bytes_max=settings.message_bytes_max,
         inline_share=settings.inline_share,
+        watch=WatchConfig(otlp_endpoint=settings.otlp_endpoint, trace_share=settings.trace_share, slow_ms=settings.slow_ms),
     )

@@ -142,6 +142,23 @@ class Settings(BaseSettings):
     rocksdb_write_buffer_mb: PositiveInt = Field(128, description="Write buffers, shared by all partitions of a worker.")
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
 
+    server_web_port: Port = Field(0, description="Port of the ranking server's pages /live/, /ready/ and /metrics, on server_host.")
+    worker_web_host: str = Field(
+        "127.0.0.1", description="Address of the worker's pages /live/, /ready/, /health/, /rates/ and /metrics: plain HTTP, no user in it."
+    )
+    worker_web_port: Port = Field(0, description="Port of the worker's pages.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines of worker, reader, server and HTTP door.")
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL that spans are posted to as OTLP/HTTP, such as http://collector:4318/v1/traces; empty: no traces.",
+    )
+    trace_share: float = Field(0.0, ge=0, le=1, description="Share traced of the calls without a traceparent; one that has it decides.")
+    slow_ms: float = Field(0.0, ge=0, description="A ranking that takes longer writes a log line with its stages; 0: none does.")
+    http_host: str = Field("127.0.0.1", validate_default=True, description="Address the HTTP door binds; without TLS only loopback.")
+    http_port: Port = Field(0, description="Port of the HTTP door.")
+    http_body_bytes_max: PositiveInt = Field(1 << 20, description="Largest body that the HTTP door reads, in bytes.")
+    http_channels: PositiveInt = Field(4, description="Connections of the HTTP door to the ranking servers behind server_address.")
     auth_issuer: str = Field("", description="What the claim `iss` of JSON Web Tokens must be; needed with auth_jwks.")
     auth_audience: str = Field("", description="What the claim `aud` of JSON Web Tokens must include; needed with auth_jwks.")
     auth_jwks: Path | None = Field(
@@ -192,7 +209,7 @@ class Settings(BaseSettings):
             raise ValueError("must be a JSON object in a string")  # noqa: TRY004
         return value
 
-    @field_validator("server_host", "reader_host")
+    @field_validator("server_host", "reader_host", "http_host")
     @classmethod
     def _open_only_with_tls(cls, value: str, info: ValidationInfo) -> str:
         if "tls_key" in info.data and info.data["tls_key"] is None and not is_loopback(value):

@@ -61,7 +61,13 @@ class Stack:
         keep_domain(settings.domain, home)
         triton = None
         if not settings.triton_url:
-            server = TritonServer(home / "triton", home / "triton" / "repository", threads=settings.torch_threads, restart=True)
+            server = TritonServer(
+                home / "triton",
+                home / "triton" / "repository",
+                threads=settings.torch_threads,
+                restart=True,
+                otlp_endpoint=settings.otlp_endpoint,
+            )
             triton = self.supervisor.start(server.command())
             settings = settings.model_copy(update={"triton_url": server.grpc_url})
         if not settings.kafka_bootstrap:
@@ -163,3 +169,10 @@ def worker_pages(settings: Settings) -> list[str]:
     if not found:
         raise StackNotRunningError(f"worker: none runs in {settings.home}; start the stack with `freshrank up`, or name one with --url")
     return found
+
+
+def server_pages(settings: Settings) -> list[str]:
+    """Web addresses of the ranking servers that run in the home folder; none where none does."""
+    paths = sorted((settings.home / "run").glob("server*.json"))
+    found = [json.loads(path.read_text("utf-8")).get("web", "") for path in paths if endpoint(settings.home, path.stem)]
+    return [str(address) for address in found if address]

@@ -29,14 +29,25 @@ class TritonServer(Server):
 
     `command()` is the same server for a `Supervisor`. The ports are chosen once and stay, so that a restart after a crash serves at
     the same `grpc_url`. No model is loaded unless named in `load`; whoever owns a release loads it over gRPC, also after a restart.
-    `threads` bounds the OpenMP (torch) threads of each model instance: PyTorch's default is every core.
+    `threads` bounds the OpenMP (torch) threads of each model instance: PyTorch's default is every core. With `otlp_endpoint` (a URL for
+    OTLP/HTTP) Triton sends spans of the requests that carry a sampled trace context.
     """
 
-    def __init__(self, folder: Path, repository: Path, *, load: Sequence[str] = (), threads: int = 1, restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        repository: Path,
+        *,
+        load: Sequence[str] = (),
+        threads: int = 1,
+        restart: bool = False,
+        otlp_endpoint: str = "",
+    ) -> None:
         super().__init__(folder)
         self.repository = repository.absolute()
         self._load = tuple(load)
         self._threads = threads
+        self._otlp_endpoint = otlp_endpoint
         self._restart = restart
         self._ports = free_ports(3)
         # The region names carry the folder, so that what a killed server left in /dev/shm is known to be ours and can be removed.
@@ -72,6 +83,10 @@ class TritonServer(Server):
         for service, port in zip(("grpc", "http", "metrics"), self._ports, strict=True):
             argv += [f"--{service}-address=127.0.0.1", f"--{service}-port={port}"]
         argv += [f"--backend-config=python,shm-region-prefix-name={self._regions}", *(f"--load-model={name}" for name in self._load)]
+        if self._otlp_endpoint:
+            # The rate is for requests without a context: as good as none of them.
+            argv += ["--trace-config=mode=opentelemetry", "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1000000000"]
+            argv += [f"--trace-config=opentelemetry,url={self._otlp_endpoint}", "--trace-config=opentelemetry,resource=service.name=triton"]
         ready = functools.partial(_answers, self.http_url, self.grpc_url)
         environment = self._environment(home)
         return Command("triton", tuple(argv), environment, ready, restart=self._restart, cleanup=self._remove_regions)

@@ -1,10 +1,11 @@
 """The Python client of the ranking service."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypedDict, Unpack
 
 import grpc
 import numpy as np
@@ -12,20 +13,26 @@ import numpy.typing as npt
 
 from features.ids import U64, string_ids
 from features.ports import Position
+from inference.throttle import Throttle
 from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
+
+REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 Column = npt.NDArray[np.floating] | Sequence[float] | Sequence[str] | Sequence[Sequence[str]]
 """Values of one feature: numbers (NaN: missing), category texts ("": missing), or a list of texts for each candidate."""
 
 
 class RankError(RuntimeError):
-    """The service refused or did not answer. `code` is the gRPC status, the message names the field or what to do."""
+    """The service refused or did not answer. `code` is the gRPC status, `message` names the field or what to do.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    retry_after_s: when the server asks to be tried again, seconds; None: it does not say.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(f"{code.name}: {message}")
-        self.code = code
+        self.code, self.message, self.retry_after_s = code, message, retry_after_s
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,119 @@ class Ranking:
     cold_start: bool
 
 
-class RankingClient:
-    """A connection to one ranking server. Safe to share between threads; close it, or use it in `with`.
+class RequestFields(TypedDict, total=False):
+    """The fields of `RankRequest` that a ranking may have. `kinds` is one number for all candidates, or one each."""
+
+    kinds: int | Sequence[int]
+    candidate_features: Mapping[str, Column]
+    request_features: Mapping[str, float | str | Sequence[str]]
+    head_weights: Mapping[str, float]
+    request_time_ms: int
+    after: Sequence[Position]
+    request_id: int
+    tier: str
+
+
+def rank_request(ranker: str, user_id: int, candidates: Sequence[int] | U64, **fields: Unpack[RequestFields]) -> RankRequest:
+    """A request on the wire."""
+    request = RankRequest(
+        ranker=ranker,
+        user_id=user_id,
+        candidate_ids=np.asarray(candidates, "<u8").tobytes(),
+        candidate_features={name: feature_column(values) for name, values in fields.get("candidate_features", {}).items()},
+        request_features={name: feature_column([value]) for name, value in fields.get("request_features", {}).items()},  # type: ignore[arg-type]
+        head_weights=fields.get("head_weights"),
+        request_time_ms=fields.get("request_time_ms", 0),
+        after=[WirePosition(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset) for at in fields.get("after", ())],
+        request_id=fields.get("request_id", 0),
+        tier=Tier.Value(f"TIER_{fields['tier'].upper()}") if fields.get("tier") else 0,
+    )
+    kinds = fields.get("kinds", 0)
+    if isinstance(kinds, int | np.integer):
+        request.candidate_kind = int(kinds)
+    else:
+        request.candidate_kinds = bytes(kinds)
+    return request
+
+
+class Attempts:
+    """The tries of one call, for either client: what is left of its time, what goes along, and whether a failure is tried again.
+
+    UNAVAILABLE is, once and with time left: then the server has not begun the call, or ranks it twice, which changes nothing. So is a
+    refusal at the server's door that says when to come back, as long as the throttle has retries left.
+    """
+
+    def __init__(self, timeout_s: float, metadata: Sequence[tuple[str, str]], throttle: Throttle | None) -> None:
+        self._deadline_s = time.monotonic() + timeout_s
+        self._metadata, self._throttle = tuple(metadata), throttle
+        self._unavailable: RankError | None = None
+        self._refused = False
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of the next try. The second one waits for a connection: a server that restarts is there in a moment."""
+        left_s = self._deadline_s - time.monotonic()
+        return {"timeout": left_s, "metadata": self._metadata, "wait_for_ready": self._unavailable is not None}
+
+    def failed(self, error: Any) -> float:
+        """Takes a failed try (grpc.RpcError); returns how long to wait before the next one, seconds. Raises RankError: there is none."""
+        code: grpc.StatusCode = error.code()
+        if self._unavailable is not None and code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise self._unavailable from error  # says more: nobody was there
+        found = RankError(code, error.details() or "", retry_after_s(error.trailing_metadata()))
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED and self._may_come_back(found.retry_after_s):
+            self._refused = True
+            return found.retry_after_s or 0.0
+        if self._unavailable is not None or code != grpc.StatusCode.UNAVAILABLE or time.monotonic() >= self._deadline_s:
+            raise found from error
+        self._unavailable = found
+        return 0.0
+
+    def _may_come_back(self, wait_s: float | None) -> bool:
+        if wait_s is None or self._refused or self._throttle is None or time.monotonic() + wait_s >= self._deadline_s:
+            return False
+        return self._throttle.may_retry()
+
+
+class Connections:
+    """What the sync and the asyncio client share: addresses, credentials, turns, and the place of a throttle.
+
+    A channel has one connection, and servers that share a port by SO_REUSEPORT take connections, not calls: several channels reach several
+    of them. gRPC would give channels with equal arguments one connection, so each has an argument of its own.
+    """
+
+    def __init__(
+        self, address: str, timeout_s: float, credentials: grpc.ChannelCredentials | None, token: str | None, channels: int, throttled: bool
+    ) -> None:
+        if channels < 1:
+            raise ValueError(f"channels: {channels} is not a number of connections; give 1 or more")
+        self._address, self._timeout_s = address, timeout_s
+        self._credentials = credentials
+        self._token = token
+        self._throttle = Throttle() if throttled else None
+        self._turns = itertools.cycle(range(channels))
+        self._options = [[("freshrank.channel", turn), ("grpc.use_local_subchannel_pool", 1)] for turn in range(channels)]
+
+    def before_call(self) -> None:
+        """Raises RankError(RESOURCE_EXHAUSTED) instead of asking a server that refuses most calls (`inference.throttle`)."""
+        if self._throttle is not None and not self._throttle.allows():
+            raise RankError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._address} refused most of the last calls: this one was not sent")
+
+    def after_call(self, code: grpc.StatusCode) -> None:
+        """Called after each call with its last status, also where it was cancelled."""
+        if self._throttle is not None and code not in REFUSALS:
+            self._throttle.accepted()
+
+    def _attempts(self, timeout_s: float | None, traceparent: str, token: str | None) -> Attempts:
+        token = self._token if token is None else token
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        metadata += [("traceparent", traceparent)] if traceparent else []
+        return Attempts(self._timeout_s if timeout_s is None else timeout_s, metadata, self._throttle)
+
+
+class RankingClient(Connections):
+    """Connections to the ranking servers at one address. Safe to share between threads; close it, or use it in `with`.
+
+    `inference.async_client.AsyncRankingClient` is the same for asyncio.
 
     Args:
         address: "host:port".
@@ -61,6 +179,11 @@ class RankingClient:
         certificate: PEM file of the client's own certificate chain, for a server that asks for one; with `key`.
         key: PEM file of its private key.
         token: sent as the bearer token of each call.
+        channels: connections, used in turn: as many as servers share the address, or more.
+        throttled: whether calls are held back that the server would only refuse, and refused ones tried again within measure.
+
+    Raises:
+        ValueError: no channel.
     """
 
     def __init__(
@@ -72,12 +195,15 @@ class RankingClient:
         certificate: Path | None = None,
         key: Path | None = None,
         token: str | None = None,
+        channels: int = 1,
+        throttled: bool = True,
     ) -> None:
-        credentials = channel_credentials(root_certificate, certificate, key)
-        self._channel = grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
-        self._stub = RankingStub(self._channel)
-        self._timeout_s = timeout_s
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        super().__init__(address, timeout_s, channel_credentials(root_certificate, certificate, key), token, channels, throttled)
+        if self._credentials is None:
+            self._channels = [grpc.insecure_channel(address, options) for options in self._options]
+        else:
+            self._channels = [grpc.secure_channel(address, self._credentials, options) for options in self._options]
+        self._stubs = [RankingStub(channel) for channel in self._channels]
 
     def rank(
         self,
@@ -85,57 +211,41 @@ class RankingClient:
         user_id: int,
         candidates: Sequence[int] | U64,
         *,
-        kinds: int | Sequence[int] = 0,
-        candidate_features: Mapping[str, Column] | None = None,
-        request_features: Mapping[str, float | str | Sequence[str]] | None = None,
-        head_weights: Mapping[str, float] | None = None,
-        request_time_ms: int = 0,
-        after: Sequence[Position] = (),
-        request_id: int = 0,
         timeout_s: float | None = None,
+        traceparent: str = "",
+        **fields: Unpack[RequestFields],
     ) -> Ranking:
-        """Ranks candidates for a user. The arguments are the fields of `RankRequest`; `kinds` is one number for all, or one each.
+        """Ranks candidates for a user. `fields` are those of `RankRequest`; `traceparent`: the caller's W3C trace context.
 
         Raises:
             RankError: INVALID_ARGUMENT names the field; UNAVAILABLE was tried again once, where time was left.
         """
-        request = RankRequest(
-            ranker=ranker,
-            user_id=user_id,
-            candidate_ids=np.asarray(candidates, "<u8").tobytes(),
-            candidate_features={name: feature_column(values) for name, values in (candidate_features or {}).items()},
-            request_features={name: feature_column([value]) for name, value in (request_features or {}).items()},  # type: ignore[arg-type]
-            head_weights=head_weights,
-            request_time_ms=request_time_ms,
-            after=[WirePosition(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset) for at in after],
-            request_id=request_id,
-        )
-        if isinstance(kinds, int | np.integer):
-            request.candidate_kind = int(kinds)
-        else:
-            request.candidate_kinds = bytes(kinds)
-        return typed(self.call(request, timeout_s=timeout_s))
+        return typed(self.call(rank_request(ranker, user_id, candidates, **fields), timeout_s=timeout_s, traceparent=traceparent))
 
-    def call(self, request: RankRequest, *, timeout_s: float | None = None) -> RankResponse:
-        """`rank` for a request that is there already. Raises as `rank`."""
-        deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        unavailable: RankError | None = None
-        while True:
-            try:
-                # The second try waits for a connection: a server that restarts is there in a moment.
-                left_s = deadline_s - time.monotonic()
-                return self._stub.Rank(request, timeout=left_s, metadata=self._metadata, wait_for_ready=unavailable is not None)
-            except grpc.RpcError as error:
-                code: grpc.StatusCode = error.code()
-                if unavailable is not None and code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                    raise unavailable from error  # says more: nobody was there
-                if unavailable is not None or code != grpc.StatusCode.UNAVAILABLE or time.monotonic() >= deadline_s:
-                    raise RankError(code, error.details() or "") from error
-                unavailable = RankError(code, error.details() or "")
+    def call(
+        self, request: RankRequest, *, timeout_s: float | None = None, traceparent: str = "", token: str | None = None
+    ) -> RankResponse:
+        """`rank` for a request that is there already. `token` stands in for the client's own. Raises as `rank`."""
+        attempts = self._attempts(timeout_s, traceparent, token)
+        self.before_call()
+        code = grpc.StatusCode.CANCELLED
+        try:
+            while True:
+                try:
+                    response = self._stubs[next(self._turns)].Rank(request, **attempts.options())
+                except grpc.RpcError as error:
+                    code = error.code()
+                    time.sleep(attempts.failed(error))
+                else:
+                    code = grpc.StatusCode.OK
+                    return response
+        finally:
+            self.after_call(code)
 
     def close(self) -> None:
-        """Closes the connection."""
-        self._channel.close()
+        """Closes the connections."""
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +263,12 @@ def channel_credentials(root_certificate: Path | None, certificate: Path | None,
         return None
     chain, secret = (None if path is None else path.read_bytes() for path in own)
     return grpc.ssl_channel_credentials(root_certificate.read_bytes(), secret, chain)
+
+
+def retry_after_s(metadata: Any) -> float | None:
+    """When to try again, seconds, as the server says it in gRPC's own trailing `grpc-retry-pushback-ms`; None: it does not say."""
+    text = dict(metadata or ()).get("grpc-retry-pushback-ms", "")
+    return int(text) / 1e3 if str(text).isdecimal() else None
 
 
 def feature_column(values: Column) -> FeatureColumn:

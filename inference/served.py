@@ -234,6 +234,11 @@ class Releases:
         """Names of the rankers served."""
         return sorted(self._served)
 
+    @property
+    def served(self) -> Mapping[str, Served]:
+        """What is served by ranker, for who describes it; `use` is for requests."""
+        return self._served
+
     @contextmanager
     def use(self, ranker: str) -> Iterator[Served]:
         """What is served for a ranker, which stays loaded until the block ends. Raises KeyError where there is none."""

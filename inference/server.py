@@ -5,7 +5,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
 from inference.triton import TritonModels
+from inference.watch import CallWatch, WatchConfig
 from protos.v1.ranking_pb2 import RankResponse
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class ServerConfig(ServiceConfig):
     batch_requests_max: int = 8
     batch_delay_us: int = 0
     drain_s: float = 5.0
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 class RankingServer:
@@ -96,7 +98,9 @@ class RankingServer:
             ("grpc.so_reuseport", int(config.reuse_port)),
         ]
         self._server = grpc.aio.server(interceptors=door.interceptors, options=options)
-        method = grpc.unary_unary_rpc_method_handler(self.service.rank, response_serializer=RankResponse.SerializeToString)
+        self._watch = CallWatch(config.watch, self.service.telemetry)
+        rank = self._watch.watched(SERVICE, "Rank", self.service.rank)
+        method = grpc.unary_unary_rpc_method_handler(rank, response_serializer=RankResponse.SerializeToString)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -123,16 +127,23 @@ class RankingServer:
         with suppress(RuntimeError):  # the loop is closed: there is nothing to switch any more
             self._loop.call_soon_threadsafe(self.releases.announce, ranker, release_id, generations)
 
+    @property
+    def ready(self) -> bool:
+        """What the health service says: something is served, it was warmed, and `stop` was not called."""
+        return self._warmed.is_set() and bool(self.releases.rankers)
+
     def statistics(self) -> dict[str, float]:
         """See `RankingService.statistics`."""
         return self.service.statistics()
 
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls under way end within drain_s, and closes what was opened. Source and sink stay open."""
+        self._warmed.clear()
         self._warming.cancel()
         await asyncio.gather(self._warming, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
+        await asyncio.to_thread(self._watch.close)
         await self._close()
         log.info("ranking server stopped: %s", {name: round(value, 3) for name, value in self.statistics().items()})
 

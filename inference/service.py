@@ -33,11 +33,13 @@ from features.ports import (
     UnauthenticatedError,
 )
 from features.request import RequestError, inputs_from_request
+from features.request_context import REQUEST_ID
 from features.sequence import decode_row
 from inference.admission import Admission, OverloadedError, Stay
 from inference.ladder import Scored, checked_tier, score
 from inference.scoring import best_first, final_scores, head_weights
 from inference.served import Releases, Served
+from inference.server_metrics import observe_inputs
 from inference.telemetry import Telemetry
 from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import (
@@ -117,12 +119,11 @@ class RankingService:
         left_s = self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max)
         deadline_s = time.monotonic() + left_s
         try:
+            started_s = time.monotonic()
             await self._admission.enter(left_s)
+            self._telemetry.time("admission", time.monotonic() - started_s)
             with self._admission.taken() as stay:
                 return await self._rank(data, deadline_s, stay)
-        except asyncio.CancelledError:  # the caller is gone: what was under way for it has been cancelled with this task
-            self._telemetry.count("cancelled")
-            raise
         except Exception as error:
             code, message = self._status(error)
             if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
@@ -132,9 +133,17 @@ class RankingService:
 
     def statistics(self) -> dict[str, float]:
         """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
+        return {**self._telemetry.statistics(), **self.figures()}
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What is counted and timed, for who exposes it."""
+        return self._telemetry
+
+    def figures(self) -> dict[str, float]:
+        """Rankings under way, and the figures of the parts."""
         door = self._admission
         figures: dict[str, float] = {"in_flight": door.in_work, "waiting": door.waiting, "limit": door.limit, "shed": door.shed}
-        figures |= self._telemetry.statistics()
         for part, of in (("releases", self._releases), ("reader", self._source), ("sink", self._sink)):
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
@@ -156,6 +165,7 @@ class RankingService:
             raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
         with self._releases.use(request.ranker) as served:
             request.request_id = request.request_id or secrets.randbits(64) or 1
+            REQUEST_ID.set(request.request_id)  # for the log lines of this call
             request.request_time_ms = request.request_time_ms or self._clock_ms()
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
@@ -171,6 +181,7 @@ class RankingService:
             )
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
             self._count(inputs, packed, scored.tier)
+            observe_inputs(self._telemetry, packed, reading)
             response = _response(served, request, inputs, packed, reading, scored)
             response.after_reached = after_reached
             self._log(served, request, packed, reading, scored, response)

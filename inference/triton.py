@@ -16,6 +16,8 @@ from tritonclient.grpc.service_pb2 import (
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
+from features.request_context import TRACE_HEADERS
+
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 # gRPC's own reconnection waits up to two minutes; a Triton that is back should be found within half a second.
@@ -69,7 +71,7 @@ class TritonModels:
         try:
             # A deadline of the call leaves the work in Triton's queue; cancelling the task takes it out.
             async with asyncio.timeout(timeout_s):
-                answer = await self._stub.ModelInfer(request)
+                answer = await self._stub.ModelInfer(request, metadata=TRACE_HEADERS.get() or None)
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: no answer within {timeout_s * 1e3:.0f} ms") from error
         except grpc.RpcError as error:

@@ -8,8 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from features.actions import APPEND_TIME_HEADER, REJECTED
+from features.described import Described, exposed
 from streams.core import Applied
 from streams.dead_letters import kind_of
 from streams.rates import Rate
@@ -41,21 +41,6 @@ REASON_KINDS = (
     "surface",
 )
 """Kinds of reasons that features.actions gives. They are exposed as 0 from the start: a rate cannot see a counter's first value."""
-
-Kind = Literal["counter", "gauge", "histogram"]
-
-
-@dataclass(frozen=True)
-class Described:
-    """One metric. `name` is as it is exposed, without the prefix; a histogram adds _bucket, _count and _sum."""
-
-    name: str
-    kind: Kind
-    label: str
-    help: str
-    source: str = ""
-    """Key of the partition's health (label partition) or of the statistics that it comes from; empty where it is computed here."""
-
 
 METRICS = (
     Described("events_total", "counter", "partition", "Records folded into the state, dead letters included."),
@@ -102,8 +87,7 @@ METRICS = (
 
 def exposed_names() -> set[str]:
     """Every name that a query may use."""
-    suffixes = {"histogram": ("_bucket", "_count", "_sum")}
-    return {f"{PREFIX}{metric.name}{suffix}" for metric in METRICS for suffix in suffixes.get(metric.kind, ("",))}
+    return exposed(PREFIX, METRICS)
 
 
 class Histogram:

@@ -17,6 +17,7 @@ import numpy as np
 
 from features.domain import Domain
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
+from features.request_context import TRACE_HEADERS
 from features.sequence import definition, row_fingerprint
 from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.sequence_pb2 import GetPositionRequest, GetSequencesRequest, UserSequence
@@ -108,7 +109,8 @@ class RemoteReader:
             try:
                 # Again means: wait for a connection. A service that restarts is there in a moment.
                 left_s = max(deadline_s - time.monotonic(), 0.001)
-                return method(request, timeout=left_s, metadata=self._metadata, wait_for_ready=bool(refusal))
+                metadata = (*self._metadata, *TRACE_HEADERS.get())
+                return method(request, timeout=left_s, metadata=metadata, wait_for_ready=bool(refusal))
             except (grpc.RpcError, ValueError) as error:
                 code, message = _cause(error)
                 if code is grpc.StatusCode.DATA_LOSS:

@@ -102,7 +102,8 @@ class DeadLetters:
         if kind != REDRIVEN and self.counts[kind] <= _LOGGED_MAX:
             place = f"{letter.source_topic}:{letter.source_partition}:{letter.source_offset}"
             more = " (more of this kind are only counted)" if self.counts[kind] == _LOGGED_MAX else ""
-            log.warning("dead letter from %s: %s%s", place, letter.reason, more)
+            # Not the reason itself: it may name the user. `freshrank dead show` does.
+            log.warning("dead letter from %s: %s%s; see freshrank dead list", place, kind, more)
 
 
 class RateSender(Service):  # type: ignore[misc]

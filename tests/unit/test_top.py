@@ -1,12 +1,19 @@
 """What `freshrank top` makes of the workers' pages, and how it ends."""
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
 
+import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from deploy import cli, commands_top
 from deploy.commands_top import gather
+from deploy.top_servers import between, look
+from inference.server_metrics import ServerMetrics
+from inference.telemetry import Telemetry
 
 NOW = 1_780_000_000_000
 
@@ -101,3 +108,80 @@ def test_without_a_worker_it_says_what_to_do(tmp_path):
     result = CliRunner().invoke(cli.app, ["top", "--once", "--home", str(tmp_path)])
     assert result.exit_code == 1
     assert "freshrank up" in str(result.exception)
+
+
+def scraped(rankings, seconds, shed=0, tier="model"):
+    """A server's page after so many rankings of `seconds` each."""
+    telemetry = Telemetry()
+    for _ in range(rankings):
+        telemetry.time("total", seconds)
+        telemetry.count("rankings")
+        telemetry.count(f"tier_{tier}")
+        telemetry.observe("state_age_seconds", 0.015)
+    telemetry.count("status_resource_exhausted", shed)
+    figures = {"in_flight": 3, "releases_models_in_use": 1, "releases_rankers": 2, "sink_failed": 4}
+    return ServerMetrics(telemetry, lambda: figures, dict, lambda: True).exposition()
+
+
+class Pages(BaseHTTPRequestHandler):
+    pages: ClassVar[list[bytes]] = []
+
+    def do_GET(self):
+        body = self.pages.pop(0) if len(self.pages) > 1 else self.pages[0]
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server_url():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_servers_row_is_what_happened_between_two_looks(server_url):
+    Pages.pages = [scraped(1_000, 4.0, shed=50), scraped(1_000, 4.0, shed=50)]
+    (before,) = look([server_url]).values()
+    telemetry_after = look_after(before, rankings=100, seconds=0.0055, shed=20)
+    row = between(before, telemetry_after, 2.0)
+    assert (row.rankings_per_s, row.shed_per_s, row.tiers) == (50.0, 10.0, {"embedding": 1.0})
+    assert 4 < row.p50_ms < row.p99_ms <= 6  # the four-second rankings were before
+    assert (row.in_flight, row.models, row.log_dropped, row.ready) == (3, "1 of 2", 4, True)
+    assert between(telemetry_after, before, 1.0).rankings_per_s == 1_000  # it has started anew: all of it is new
+    assert between(before, None, 1.0) is None
+    assert between(before, before, 1.0).p99_ms is None
+
+
+def look_after(before, rankings, seconds, shed):
+    """`before`, and what a server does then."""
+    Pages.pages = [scraped(rankings, seconds, shed, tier="embedding")]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        (more,) = look([f"http://127.0.0.1:{server.server_address[1]}"]).values()
+        server.shutdown()
+        thread.join()
+    gauges = ("ready", "in_flight", "models_in_use", "rankers", "log_failed_total")
+    return {key: value if key[0] in gauges else value + before[key] for key, value in more.items()}
+
+
+def test_top_shows_servers_beside_workers_or_alone(server_url):
+    Pages.pages = [scraped(0, 0), scraped(500, 0.0055)]
+    result = CliRunner().invoke(cli.app, ["top", "--once", "--json", "--every-s", "0.1", "--server-url", server_url])
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.output)["servers"][server_url]
+    assert row["rankings_per_s"] > 100
+    assert row["tiers"] == {"model": 1.0}
+    assert 10 < row["state_age_p99_ms"] <= 20
+    result = CliRunner().invoke(
+        cli.app, ["top", "--once", "--every-s", "0.1", "--server-url", "http://127.0.0.1:9"], env={"COLUMNS": "200"}
+    )
+    assert (result.exit_code, "does not answer" in result.output) == (1, True)
