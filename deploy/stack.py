@@ -82,6 +82,8 @@ class Stack:
         settings = settings.model_copy(
             update={"server_port": settings.server_port or server_port, "reader_port": settings.reader_port or reader_port}
         )
+        if not settings.reader_advertised_address and "reader" in self._serving:
+            settings = settings.model_copy(update={"reader_advertised_address": f"{settings.reader_host}:{settings.reader_port}"})
         self.settings = settings
         for name in self._serving:  # in order: the reader and the server read the view that the worker writes
             details = self.supervisor.start(process(name, settings)).wait_ready()
