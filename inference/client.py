@@ -13,7 +13,7 @@ import numpy.typing as npt
 from features.ids import U64, string_ids
 from features.ports import Position
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, Tier
+from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 Column = npt.NDArray[np.floating] | Sequence[float] | Sequence[str] | Sequence[Sequence[str]]
@@ -33,7 +33,8 @@ class Ranking:
     """One answer. Arrays are in the ranked order, best first.
 
     ids uint64 [C]; kinds uint8 [C]; scores float32 [C]; head_scores: float32 [C] by head, empty without the model; tier: "model",
-    "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used.
+    "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used; watermark: of user_id and each further identity;
+    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known.
     """
 
     request_id: int
@@ -49,6 +50,8 @@ class Ranking:
     sequence_count: int
     after_reached: bool
     cold_start: bool
+    sequence_source: str = "local"
+    state_age_ms: int = -1
 
 
 class RankingClient:
@@ -82,6 +85,7 @@ class RankingClient:
         head_weights: Mapping[str, float] | None = None,
         request_time_ms: int = 0,
         after: Sequence[Position] = (),
+        identities: Sequence[int] = (),
         request_id: int = 0,
         timeout_s: float | None = None,
     ) -> Ranking:
@@ -93,6 +97,7 @@ class RankingClient:
         request = RankRequest(
             ranker=ranker,
             user_id=user_id,
+            identities=identities,
             candidate_ids=np.asarray(candidates, "<u8").tobytes(),
             candidate_features={name: feature_column(values) for name, values in (candidate_features or {}).items()},
             request_features={name: feature_column([value]) for name, value in (request_features or {}).items()},  # type: ignore[arg-type]
@@ -169,4 +174,6 @@ def typed(response: RankResponse) -> Ranking:
         sequence_count=response.sequence_count,
         after_reached=response.after_reached,
         cold_start=response.cold_start,
+        sequence_source=SequenceSource.Name(response.sequence_source).removeprefix("SEQUENCE_SOURCE_").lower(),
+        state_age_ms=response.state_age_ms,
     )
