@@ -208,6 +208,8 @@ class RoutedSource:
             found, readings = readings[: len(part.users)], readings[len(part.users) :]
             if self._is_of_log(part, found):
                 part.found = found
+            else:
+                part.refusal = SequenceUnavailableError(f"sequence reader {address}: its state is of another log or partition")
 
     async def _ask_others(self, question: _Question, part: _Part) -> None:
         """The furthest state of those that answer: standbys where the owner is late, everybody where it does not answer."""
