@@ -136,15 +136,16 @@ def build_view(folder, batches: list[Batch], *, caught_up_ms: int | None = None)
 class Routed:
     """A `RoutedSource` as a `SequenceReader`: its loop runs in a thread of its own."""
 
-    def __init__(self, folder, owners: Owners, **given) -> None:
+    def __init__(self, folder, owners: Owners, *, domain=DOMAIN, partition_count: int = PARTITIONS, **given) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self._local = ViewReader(folder, DOMAIN, PARTITIONS)
-        self.source = self.run(self._new(owners, given))
+        self._local = ViewReader(folder, domain, partition_count)
 
-    async def _new(self, owners: Owners, given) -> RoutedSource:
-        return RoutedSource(self._local, owners, DOMAIN, PARTITIONS, **given)
+        async def new() -> RoutedSource:
+            return RoutedSource(self._local, owners, domain, partition_count, **given)
+
+        self.source = self.run(new())
 
     def run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
