@@ -14,9 +14,11 @@ is not true any more therefore leads on to the next place.
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from features.domain import Domain
 from features.ids import partition_of, user_key
@@ -27,6 +29,8 @@ from streams.owner_link import OwnerLink
 from streams.owners import Owners, Route
 from streams.reader_service import users_max
 from streams.waiting import wait_for_positions
+
+Answer = TypeVar("Answer")
 
 OLDER_MAX = 4
 """Most other places that are asked where the owner does not answer."""
@@ -163,8 +167,8 @@ class RoutedSource:
         """Waits on the local view, and asks owners, then others, for the parts that have no answer. All ends with the caller."""
         here = [part for part in parts if part.found is not None]
         away = [part for part in parts if part.found is None]
-        tasks = [self._wait_here(question, part) for part in here]
-        await asyncio.gather(*tasks, self._ask_away(question, away))
+        waits = [self._wait_here(question, part) for part in here]
+        await _together([*waits, self._ask_away(question, away)] if away else waits)
 
     async def _wait_here(self, question: _Question, part: _Part) -> None:
         try:
@@ -178,9 +182,9 @@ class RoutedSource:
         for part in parts:
             if part.route.owner not in ("", self._own_address):
                 by_owner.setdefault(part.route.owner, []).append(part)
-        await asyncio.gather(*(self._ask_owner(question, address, asked) for address, asked in by_owner.items()))
+        await _together([self._ask_owner(question, address, asked) for address, asked in by_owner.items()])
         behind = [part for part in parts if part.found is None or not self._is_fresh(part.found)]
-        await asyncio.gather(*(self._ask_others(question, part) for part in behind))
+        await _together([self._ask_others(question, part) for part in behind])
 
     async def _ask_owner(self, question: _Question, address: str, parts: list[_Part]) -> None:
         """One call for all users of an owner; it may take half of the time that is left, for others may have to be asked."""
@@ -188,7 +192,7 @@ class RoutedSource:
         timeout_s = wait_s + (question.left_s() - wait_s) / 2
         most = self._users_max[question.sequence]
         if len(parts) > 1 and sum(len(part.users) for part in parts) > most:
-            await asyncio.gather(*(self._ask_owner(question, address, [part]) for part in parts))
+            await _together([self._ask_owner(question, address, [part]) for part in parts])
             return
         users = [user for part in parts for user in part.users]
         calls = [
@@ -196,10 +200,10 @@ class RoutedSource:
             for start in range(0, len(users), most)
         ]
         try:
-            readings = [reading for found in _all(await asyncio.gather(*calls, return_exceptions=True)) for reading in found]
+            readings = [reading for found in await _together(calls) for reading in found]
         except (SequenceUnavailableError, SequenceCorruptError) as error:
             if len(parts) > 1 and not self._link(address).breaker.tripped:  # one of the partitions is not there: the others may be
-                await asyncio.gather(*(self._ask_owner(question, address, [part]) for part in parts))
+                await _together([self._ask_owner(question, address, [part]) for part in parts])
                 return
             for part in parts:
                 part.refusal = error
@@ -292,9 +296,12 @@ class RoutedSource:
             task.add_done_callback(self._closing.discard)
 
 
-def _all(answers: Seq[list[Reading] | BaseException]) -> list[list[Reading]]:
-    """The answers; raises the first that is none."""
+async def _together(waits: Seq[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """What each of them gives, once all have ended; raises the first error. One alone costs no task."""
+    if len(waits) == 1:
+        return [await waits[0]]
+    answers = await asyncio.gather(*waits, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer
-    return [answer for answer in answers if isinstance(answer, list)]
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
