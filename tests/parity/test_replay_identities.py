@@ -154,3 +154,15 @@ def test_an_erasure_of_an_identity_takes_its_persons_rankings_out_of_archives(wo
     erased_ms = world.actions.records[partition][erased_at][0]
     assert all(record.request.request_time_ms > erased_ms for record in after)
     assert all(at.offset >= erased_at for record in after for at in record.watermark if at.partition == partition)
+
+
+def test_an_inline_row_of_every_identity_is_compared(world, tmp_path):
+    expected = 0
+    for record in world.records():
+        if record.inline and len(record.inline_identity_rows) == 4:
+            record.inline_identity_rows[2] = record.inline_identity_rows[1]
+            expected += 1
+    report = world.replay(tmp_path)
+    assert (report.rows_different, report.digests_different) == (expected, 0)
+    assert expected > 3
+    assert report.sequence_inserts > 0
