@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 LOCKS := requirements-bootstrap.lock requirements.lock pyproject.toml deploy/kafka/jgo.toml deploy/kafka/jgo.lock.toml
-PROTOS := protos/v1/actions.proto protos/v1/erasure.proto protos/v1/ranking.proto protos/v1/sequence.proto
+PROTOS := protos/v1/actions.proto protos/v1/erasure.proto protos/v1/owners.proto protos/v1/ranking.proto protos/v1/sequence.proto
 SERVICES := protos/v1/erasure.proto protos/v1/ranking.proto protos/v1/sequence.proto
 
 .DEFAULT_GOAL := help

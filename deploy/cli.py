@@ -22,6 +22,7 @@ from deploy import (
     commands_snapshots,
     commands_top,
     commands_topics,
+    commands_watch,
 )
 from deploy.options import (
     DomainFile,
@@ -57,6 +58,7 @@ for _commands in (
     commands_snapshots,
     commands_top,
     commands_topics,
+    commands_watch,
 ):
     _commands.register(app)
 
@@ -146,6 +148,7 @@ def rank(
     ranker: RankerName = None,
     kind: Annotated[str | None, typer.Option(help="Entity kind; needed where the domain has several.")] = None,
     after: Annotated[list[str] | None, typer.Option(help="Position that a produce printed: the answer includes it.")] = None,
+    identity: Annotated[list[str] | None, typer.Option(help="Further id of the same person; may be repeated.")] = None,
     timeout_ms: Annotated[int, typer.Option(help="Deadline.")] = 2000,
     as_json: Json = False,
     home: Home = None,
@@ -167,6 +170,7 @@ def rank(
             [parse_id(part) for part in candidates.split(",")],
             kinds=entity_kind(product.entities, kind),
             after=[parse_position(text) for text in after or ()],
+            identities=[parse_id(text) for text in identity or ()],
         )
     if as_json:
         fields = {"request_id": answer.request_id, "tier": answer.tier, "release_id": answer.release_id, "generations": answer.generations}
@@ -174,6 +178,7 @@ def rank(
         fields |= {"head_scores": {name: scores.tolist() for name, scores in answer.head_scores.items()}}
         fields |= {"watermark": [position_text(at) for at in answer.watermark], "sequence_age_ms": answer.sequence_age_ms}
         fields |= {"sequence_count": answer.sequence_count, "after_reached": answer.after_reached}
+        fields |= {"sequence_source": answer.sequence_source, "state_age_ms": answer.state_age_ms}
         print(json.dumps(fields))
         return
     heads = {name: answer.head_scores[name] for name in product.ranker[product.ranker_name(ranker)].heads if name in answer.head_scores}

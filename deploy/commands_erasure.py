@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def erase(
-    user: Annotated[str, typer.Option(help="User id: a number, or text that is hashed.")],
+    user: Annotated[list[str], typer.Option(help="User id: a number, or text that is hashed. May be repeated: each id of one person.")],
     reason: Annotated[str, typer.Option(help="For the audit, where it stays: no personal data.")] = "asked by the user",
     event_id: Annotated[int | None, typer.Option(help="Of an erasure that failed: the number that it printed.")] = None,
     home: Home = None,
@@ -35,7 +35,9 @@ def erase(
 ) -> None:
     """Erase a user: the next ranking knows nothing of their past, nor does any later replay. Prints its position and its deadline.
 
-    Example: `freshrank erase --user 42 --reason "ticket 17"`
+    Several ids, such as the anonymous one before log-in, are erased together: a position each, in their order.
+
+    Example: `freshrank erase --user 42 --user anonymous-17 --reason "ticket 17"`
     """
     from deploy.processes import erasure_deadline_ms, kafka_config
     from deploy.stack import running
@@ -49,7 +51,8 @@ def erase(
     try:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                erased = producer.erase_user(parse_id(user), reason, identity).result()
+                asked = [producer.erase_user(parse_id(one), reason, identity) for one in user]
+                erased = [one.result() for one in asked]
                 break
             except ProduceError as error:
                 if attempt == _ATTEMPTS:
@@ -57,8 +60,9 @@ def erase(
                 console.print(f"not acknowledged, trying again with the same event id: {error}", soft_wrap=True)
     finally:
         producer.close()
-    print(position_text(erased))
-    deadline = _time(erased.append_time_ms + erasure_deadline_ms(settings))
+    for one in erased:
+        print(position_text(one))
+    deadline = _time(max(one.append_time_ms for one in erased) + erasure_deadline_ms(settings))
     console.print(f"event id {identity}; nothing is left anywhere by {deadline}", soft_wrap=True)  # not to what scripts read
 
 

@@ -34,6 +34,7 @@ PERMISSIONS: Mapping[str, str] = {
     HTTP_ACTIONS: PRODUCE,
     "/freshrank.v1.SequenceReader/GetSequences": READ_SEQUENCES,
     "/freshrank.v1.SequenceReader/GetPosition": READ_SEQUENCES,
+    "/freshrank.v1.SequenceReader/Watch": READ_SEQUENCES,
     "/freshrank.v1.Erasure/Erase": ERASE,
     "/freshrank.v1.Erasure/Status": ERASE,
     "/grpc.health.v1.Health/Check": OPEN,

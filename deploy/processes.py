@@ -49,6 +49,7 @@ def worker(settings: Settings) -> int:
         view_folder=settings.home / "view",
         instance=settings.worker_instance,
         standby=settings.worker_standby,
+        reader_address=settings.reader_advertised_address,
         session_timeout_ms=settings.worker_session_timeout_ms,
         offset_below_retention=settings.offset_below_retention,
         erasure_deadline_ms=round(settings.erasure_deadline_days * DAY_MS),
@@ -81,6 +82,7 @@ def reader(settings: Settings) -> int:
         port=settings.reader_port,
         door=door(settings, settings.reader_host),
         calls_max=settings.reader_calls_max,
+        watches_max=settings.reader_watches_max,
         reflection=settings.reflection,
         erasure=erasure_service_config(settings) if settings.erasure_service else None,
     )

@@ -3,28 +3,32 @@
 It shares no state with the server: rows come from the records up to the logged watermark, tensors from the logged release and generations.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from deploy.base_file import write_base_file
-from features.actions import EVENT_DTYPE, FORGOTTEN, REJECTED, decode_batch
+from features.actions import FORGOTTEN, REJECTED, decode_batch
 from features.base import Base, BaseError, BaseRecords
 from features.domain import Encoding
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packer
 from features.parity import PartitionLog, Report, Tally, missing_events
+from features.person import events_of_rows
 from features.request import RequestError, inputs_from_request
-from features.sequence import NEVER_ERASED, Definition, decode_row, definition
+from features.sequence import NEVER_ERASED, Events, decode_row, definition
 from features.tables import TableError, TableSet
 from inference.release import Release, ReleaseError, open_release, release_folder
-from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord
+from protos.v1.actions_pb2 import Position
+from protos.v1.ranking_pb2 import SEQUENCE_SOURCE_NONE, TIER_MODEL, RankingRecord
 from streams.archive import KafkaLog, ParquetLog, RecordLog, write_archive
 from streams.history import open_base, read_base
 from streams.kafka import KafkaConfig, Topics
@@ -118,6 +122,26 @@ class _Excluded(Exception):  # noqa: N818 - not an error: it carries a reason up
         self.reason = reason
 
 
+@dataclass(eq=False)
+class _Logged:
+    """A logged ranking, and what is rebuilt of each of its identities (user_id first), partition by partition."""
+
+    record: RankingRecord
+    users: tuple[int, ...]
+    rows: dict[int, bytes] = field(default_factory=dict)
+    later: dict[int, Events] = field(default_factory=dict)
+    """Events behind the watermark that the identity's row has not erased."""
+    excluded: bool = False
+
+    def offset(self, i: int) -> int:
+        """Where identity i was read; -1 where no state was."""
+        return self.record.watermark[i].offset if self.record.watermark else -1
+
+
+_Wanted = dict[int, dict[int, list[tuple[_Logged, int]]]]
+"""(ranking, which of its identities) by partition and user, in the order of the watermarks."""
+
+
 class _Replay:
     """One run: reads the rankings, then the actions partition by partition."""
 
@@ -141,7 +165,8 @@ class _Replay:
 
     def run(self, started: float) -> Report:
         wanted = self._read_rankings()
-        scored = [id(record) for users in wanted.values() for records in users.values() for record in records if record.tier == TIER_MODEL]
+        own = [logged for users in wanted.values() for parts in users.values() for logged, i in parts if not i]
+        scored = [id(logged.record) for logged in own if logged.record.tier == TIER_MODEL]
         sample = min(self.options.score_sample, len(scored))
         picks = np.random.default_rng(self.options.seed).choice(len(scored), sample, replace=False) if sample else ()
         self._to_score = {scored[i] for i in picks}
@@ -151,7 +176,7 @@ class _Replay:
             self._replay_partition(partition, wanted[partition])
         return self.tally.finish(elapsed_s=time.monotonic() - started, scoring_s=self.scoring_s)
 
-    def _read_base(self, wanted: dict[int, dict[int, list[RankingRecord]]]) -> None:
+    def _read_base(self, wanted: _Wanted) -> None:
         """What the base says of the users whose rankings are replayed."""
         base = self.options.base
         if base is None:
@@ -162,9 +187,9 @@ class _Replay:
         self.report.log |= {"base": base.id, "base_events": base.events}
         self.report.reading_s += time.monotonic() - started
 
-    def _read_rankings(self) -> dict[int, dict[int, list[RankingRecord]]]:
-        """The rankings that can be replayed, by partition of the actions and user, in the order of their watermarks."""
-        wanted: dict[int, dict[int, list[RankingRecord]]] = {}
+    def _read_rankings(self) -> _Wanted:
+        """The rankings that can be replayed."""
+        wanted: _Wanted = {}
         for partition in sorted(self.rankings.partitions):
             for records in self.rankings.read(partition):
                 forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten
@@ -188,24 +213,37 @@ class _Replay:
                     except _Excluded as excluded:
                         self.tally.exclude(excluded.reason, str(excluded), record)
                     else:
-                        wanted.setdefault(record.watermark[0].partition, {}).setdefault(user_id, []).append(record)
+                        logged = _Logged(record, (user_id, *record.request.identities))
+                        for i, user in enumerate(logged.users):
+                            wanted.setdefault(self._partition_of(user), {}).setdefault(user, []).append((logged, i))
         for users in wanted.values():
             for of_user in users.values():
-                of_user.sort(key=lambda record: record.watermark[0].offset)
+                of_user.sort(key=lambda part: part[0].offset(part[1]))
         return wanted
+
+    def _partition_of(self, user_id: int) -> int:
+        return partition_of(user_key(user_id), len(self.actions.partitions))
 
     def _check(self, record: RankingRecord) -> None:
         """Raises _Excluded where the logs and the release files at hand cannot answer for this ranking."""
-        if len(record.watermark) != 1:
-            raise _Excluded("undecodable", f"{len(record.watermark)} watermark positions")
+        users = (record.request.user_id, *record.request.identities)
+        if len(record.watermark) != (0 if record.sequence_source == SEQUENCE_SOURCE_NONE else len(users)):
+            raise _Excluded("undecodable", f"{len(record.watermark)} watermark positions for {len(users)} identities")
         if not record.digest:
             if record.tier == TIER_MODEL:
                 raise _Excluded("digest_missing", "no digest")
             raise _Excluded("not_packed", "no digest")
-        position = record.watermark[0]
+        for user_id, position in zip(users, record.watermark, strict=False):
+            self._check_position(user_id, position)
+        release = self._release(record)
+        if record.sequence_fingerprint != release.sequence_fingerprint:
+            ours = f"{release.sequence_fingerprint:016x}"
+            raise _Excluded("definition_differs", f"state {record.sequence_fingerprint:016x}, the release's definition is {ours}")
+
+    def _check_position(self, user_id: int, position: Position) -> None:
         if position.log_epoch != self.actions.log_epoch:
             raise _Excluded("other_log", f"epoch {position.log_epoch:016x}, this log is {self.actions.log_epoch:016x}")
-        partition = partition_of(user_key(record.request.user_id), len(self.actions.partitions))
+        partition = self._partition_of(user_id)
         if position.partition != partition or partition not in self.actions.partitions:
             raise _Excluded("other_partition", f"partition {position.partition}, the user's records are in {partition}")
         start, end = self.actions.partitions[partition]
@@ -213,10 +251,6 @@ class _Replay:
             raise _Excluded("beyond_log_end", f"offset {position.offset}, the log ends at {end - 1}")
         if start > 0 and position.offset >= 0:
             raise _Excluded("log_cut", f"the log begins at offset {start}")
-        release = self._release(record)
-        if record.sequence_fingerprint != release.sequence_fingerprint:
-            ours = f"{release.sequence_fingerprint:016x}"
-            raise _Excluded("definition_differs", f"state {record.sequence_fingerprint:016x}, the release's definition is {ours}")
 
     def _release(self, record: RankingRecord) -> Release:
         found = self._releases.get(record.release_id)
@@ -252,18 +286,18 @@ class _Replay:
             raise TableError(f"logged generations {generations}, the release needs {tables.generations}")
         return Packer(release.domain, release.ranker, tables)
 
-    def _replay_partition(self, partition: int, users: dict[int, list[RankingRecord]]) -> None:
+    def _replay_partition(self, partition: int, users: dict[int, list[tuple[_Logged, int]]]) -> None:
         started = time.monotonic()
         logs = self._read_actions(partition, users)
         self.report.reading_s += time.monotonic() - started
         for rules, log in logs.items():
-            for user_id, records in users.items():
-                mine = [record for record in records if _rules(self._release(record)) == rules]
-                self._replay_user(log, user_id, mine)
+            for user_id, parts in users.items():
+                mine = [part for part in parts if _rules(self._release(part[0].record)) == rules]
+                self._rebuild_user(log, user_id, mine)
 
-    def _read_actions(self, partition: int, users: dict[int, list[RankingRecord]]) -> dict[_Rules, PartitionLog]:
+    def _read_actions(self, partition: int, users: dict[int, list[tuple[_Logged, int]]]) -> dict[_Rules, PartitionLog]:
         """The partition's records of these users, decoded by the rules of each release that they were ranked with."""
-        of_releases = {_rules(self._release(record)) for records in users.values() for record in records}
+        of_releases = {_rules(self._release(logged.record)) for parts in users.values() for logged, _ in parts}
         logs = {rules: self._partition_log(partition, users) for rules in sorted(of_releases)}
         start, end = self.actions.partitions[partition]
         found = 0
@@ -291,7 +325,7 @@ class _Replay:
         self.report.offsets_without_record += end - start - found
         return logs
 
-    def _partition_log(self, partition: int, users: dict[int, list[RankingRecord]]) -> PartitionLog:
+    def _partition_log(self, partition: int, users: Collection[int]) -> PartitionLog:
         base = self._base
         if base is None:
             return PartitionLog(users)
@@ -300,39 +334,54 @@ class _Replay:
             users, base_clock_ms=base.base.clock_ms, base_row=lambda what, user_id: base.row(what, user_id, epoch, partition)
         )
 
-    def _replay_user(self, log: PartitionLog, user_id: int, records: list[RankingRecord]) -> None:
+    def _rebuild_user(self, log: PartitionLog, user_id: int, parts: list[tuple[_Logged, int]]) -> None:
+        """Rows of one identity at the watermarks of the rankings that read it; a ranking that has all of its rows then is compared."""
         erased_at = log.last_erasure(user_id)
-        by_definition: dict[int, list[RankingRecord]] = {}
-        for record in records:
-            if erased_at > record.watermark[0].offset:
-                self.tally.exclude("erased_since", f"erased at offset {erased_at}", record)
+        by_definition: dict[int, list[tuple[_Logged, int]]] = {}
+        for logged, i in parts:
+            if logged.excluded:
+                continue
+            if erased_at > logged.offset(i):
+                logged.excluded = True
+                self.tally.exclude("erased_since", f"erased at offset {erased_at}", logged.record)
             else:
-                by_definition.setdefault(record.sequence_fingerprint, []).append(record)
+                by_definition.setdefault(logged.record.sequence_fingerprint, []).append((logged, i))
         for same in by_definition.values():
-            release = self._release(same[0])
+            release = self._release(same[0][0].record)
             what = definition(release.domain, release.domain.ranker[release.ranker].sequence)
-            rows = log.rows_at(what, user_id, [record.watermark[0].offset for record in same])
-            for record, row in zip(same, rows, strict=True):
-                try:
-                    self._replay_one(what, log, record, row)
-                except _Excluded as excluded:
-                    self.tally.exclude(excluded.reason, str(excluded), record)
+            rows = log.rows_at(what, user_id, [logged.offset(i) for logged, i in same])
+            for (logged, i), row in zip(same, rows, strict=True):
+                logged.rows[i] = row if logged.record.watermark else b""
+                later = log.later_events(user_id, logged.offset(i), logged.record.request.request_time_ms)
+                erased_before_ms = decode_row(row).erased_before_ms if row else NEVER_ERASED
+                logged.later[i] = later[later["event_time_ms"] > erased_before_ms]
+                if len(logged.rows) == len(logged.users):
+                    try:
+                        self._replay_one(logged)
+                    except _Excluded as excluded:
+                        self.tally.exclude(excluded.reason, str(excluded), logged.record)
 
-    def _replay_one(self, what: Definition, log: PartitionLog, record: RankingRecord, bytes_of_row: bytes) -> None:
+    def _replay_one(self, logged: _Logged) -> None:
+        record = logged.record
         release, request = self._release(record), record.request
-        packer = self._packer(release, record)
-        events, erased_before_ms = np.zeros(0, EVENT_DTYPE), NEVER_ERASED
-        if bytes_of_row:
-            row = decode_row(bytes_of_row, request.user_id)
-            events, erased_before_ms = row.events, row.erased_before_ms
+        packer, sequence = self._packer(release, record), release.domain.ranker[release.ranker].sequence
+        rows = [logged.rows[i] for i in range(len(logged.users))]
+        events, erased_before_ms = events_of_rows(release.domain, sequence, logged.users, rows)
         try:
             inputs = inputs_from_request(release.domain, request, events, erased_before_ms=erased_before_ms)
         except RequestError as error:
             raise _Excluded("request_refused", str(error)) from error
         packed = packer.pack(inputs)
-        agree = self.tally.compare(record, bytes_of_row, packer, packed)
-        later = log.later_events(request.user_id, record.watermark[0].offset, request.request_time_ms)
-        self.tally.add_freshness(request.request_time_ms, *missing_events(what, packer, inputs, later))
+        row, *further = rows if record.watermark else (b"",)
+        agree = self.tally.compare(record, row, packer, packed, further)
+        later: npt.NDArray[np.void] = np.concatenate([logged.later[i] for i in range(len(rows))])
+        # Each identity's own erasure has been applied to `later`.
+        fresh = missing_events(
+            definition(release.domain, sequence), packer, dataclasses.replace(inputs, erased_before_ms=NEVER_ERASED), later
+        )
+        self.tally.add_freshness(request.request_time_ms, *fresh)
+        logged.rows.clear()
+        logged.later.clear()
         if agree and id(record) in self._to_score:
             started = time.monotonic()
             self.tally.compare_scores(record, self._rescorer(release).scores(packed.tensors, request.head_weights))

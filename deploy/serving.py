@@ -16,12 +16,13 @@ from deploy.server_pages import server_pages
 from deploy.settings import Settings
 from deploy.supervisor import Command, Supervisor, report_ready
 from features.lineage import Predecessor
-from features.ports import ImmediateSource
 from inference.server import RankingServer, ServerConfig
 from inference.watch import WatchConfig
 from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.broadcast import Announcements
+from streams.owners import Owners
 from streams.ranking_log import RankingLog
+from streams.routed_source import RoutedSource
 from streams.view_reader import ViewReader
 
 WARM_S_MAX = 60.0
@@ -63,7 +64,9 @@ def _several(settings: Settings) -> int:
 async def _serve(settings: Settings) -> None:
     view = ViewReader(settings.home / "view", product(settings), partition_count(settings))
     sink = RankingLog(kafka_config(settings), settings.topic_rankings, queue_max=settings.ranking_log_queue_max)
-    ranking = RankingServer(server_config(settings), ImmediateSource(view), sink)
+    owners = Owners()
+    source = routed_source(settings, view, owners)
+    ranking = RankingServer(server_config(settings), source, sink)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -71,6 +74,7 @@ async def _serve(settings: Settings) -> None:
     endpoint = await ranking.start()
 
     def on_change(key: str, value: bytes | None) -> None:
+        owners.take(key, value)
         if value is not None and key.startswith(MOVE_KEY):
             ranking.service.lineage.add(Predecessor.decode(value))
         if value is None or not key.startswith(RELEASE_KEY):
@@ -98,8 +102,23 @@ async def _serve(settings: Settings) -> None:
         announcements.close()
         await ranking.stop()
         await web.aclose()
+        await source.close()
         sink.close()
         view.close()
+
+
+def routed_source(settings: Settings, view: ViewReader, owners: Owners) -> RoutedSource:
+    """Where the server reads sequences from: this machine's view, and what workers announce."""
+    return RoutedSource(
+        view,
+        owners,
+        product(settings),
+        partition_count(settings),
+        own_address=settings.reader_advertised_address,
+        fresh_ms=settings.sequence_fresh_ms,
+        root_certificate=settings.tls_authority,
+        token=settings.server_token.get_secret_value() if settings.server_token else None,
+    )
 
 
 def server_config(settings: Settings) -> ServerConfig:

@@ -95,6 +95,13 @@ class Settings(BaseSettings):
     )
     reader_port: Port = Field(0, description="Port of the sequence reader.")
     reader_calls_max: PositiveInt = Field(256, description="Calls that the sequence reader answers at once; more get RESOURCE_EXHAUSTED.")
+    reader_watches_max: PositiveInt = Field(64, description="Watches of the sequence reader at once; they count as calls, too.")
+    reader_advertised_address: Address = Field(
+        "", description="host:port of this home's reader as other machines reach it: the worker announces it. Empty: not announced."
+    )
+    sequence_fresh_ms: PositiveInt = Field(
+        2_000, description="A state that included the log's end this long ago is up to date; else the server asks the announced owner."
+    )
     reflection: bool = Field(
         False, description="gRPC reflection, for tools such as grpcurl; a local stack on loopback has it on unless it is set."
     )

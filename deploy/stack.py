@@ -90,6 +90,8 @@ class Stack:
         )
         if "reflection" not in self.settings.model_fields_set and all(map(is_loopback, (settings.server_host, settings.reader_host))):
             settings = settings.model_copy(update={"reflection": True})  # a stack that nobody else reaches is there to be looked at
+        if not settings.reader_advertised_address and "reader" in self._serving:
+            settings = settings.model_copy(update={"reader_advertised_address": f"{settings.reader_host}:{settings.reader_port}"})
         self.settings = settings
         for name in self._serving:  # in order: the reader and the server read the view that the worker writes
             details = self.supervisor.start(process(name, settings)).wait_ready()

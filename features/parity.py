@@ -10,14 +10,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from features.actions import ACTION, ERASE, EVENT_DTYPE, REJECTED, Batch
 from features.pack import Packed, Packer, RankInputs
+from features.person import rows_digest
 from features.ports import SequenceCorruptError
 from features.sequence import Definition, Events, apply_batch, as_read, clock_after, decode_row, law
 from protos.v1.ranking_pb2 import RankingRecord, Tier
@@ -25,9 +26,9 @@ from protos.v1.ranking_pb2 import RankingRecord, Tier
 EXCLUSIONS = {
     "erased_since": "the user was erased after the ranking: their past is gone by promise",
     "not_packed": "a tier without the model answered and logged no digest: there is nothing to compare",
-    "undecodable": "not a freshrank.v1.RankingRecord with one watermark position",
+    "undecodable": "not a freshrank.v1.RankingRecord with a watermark position for each identity",
     "other_log": "the watermark's epoch is not that of this log: replay against the log that the ranking was served from",
-    "other_partition": "the watermark's partition is not the one that holds the user's records",
+    "other_partition": "a watermark's partition is not the one that holds that identity's records",
     "beyond_log_end": "the watermark is behind the last record of this log: records were lost, or the archive is older than the ranking",
     "log_cut": "the log does not begin at offset 0 (retention): the state at the watermark cannot be rebuilt; replay from an archive",
     "digest_missing": "the model answered, but no digest was logged",
@@ -294,8 +295,9 @@ class Tally:
         if reason not in ACCEPTED:
             self._example(record, excluded=reason, why=why)
 
-    def compare(self, record: RankingRecord, row: bytes, packer: Packer, packed: Packed) -> bool:
-        """Compares a served ranking with the row and tensors rebuilt for it; whether nothing differs."""
+    def compare(self, record: RankingRecord, row: bytes, packer: Packer, packed: Packed, further: Seq[bytes] = ()) -> bool:
+        """Compares a served ranking with the row and tensors rebuilt for it; whether nothing differs. `further`: rows of the further
+        identities, in the request's order."""
         report, tensors = self.report, packed.tensors
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         report.rankings_replayed += 1
@@ -315,7 +317,7 @@ class Tally:
             served = record.inline_tensors
             exact = {name: bytes_different(served.get(name, b""), tensors[name].tobytes()) for name in tensors}
             different = {name: count for name, count in exact.items() if count} or dict.fromkeys(different, 0)
-        rows_agree = self._compare_rows(record, row)
+        rows_agree = self._compare_rows(record, (row, *further))
         for name, count in different.items():
             _count(report.tensors_different, name)
             report.bytes_different += count
@@ -328,22 +330,24 @@ class Tally:
             self._example(record, tensors_different=sorted(different), row_different=not rows_agree)
         return agree
 
-    def _compare_rows(self, record: RankingRecord, row: bytes) -> bool:
+    def _compare_rows(self, record: RankingRecord, rows: Seq[bytes]) -> bool:
         if not record.row_digest and not record.inline:
             return True  # logged before there was a digest of rows
         self.report.rows_compared += 1
-        if record.row_digest in (0, xxhash.xxh3_64_intdigest(row)) and (not record.inline or record.inline_row == row):
+        logged = (record.inline_row, *record.inline_identity_rows)
+        if record.row_digest in (0, rows_digest(rows)) and (not record.inline or logged == tuple(rows)):
             return True
         self.report.rows_different += 1
         if not record.inline:
             return False
-        try:
-            served = decode_row(record.inline_row).events if record.inline_row else _EMPTY.events
-        except SequenceCorruptError:  # logged as it was read, and no sequence at all
-            served = _EMPTY.events
-        inserts, deletes = edit_distance(served, decode_row(row).events if row else _EMPTY.events)
-        self.report.sequence_inserts += inserts
-        self.report.sequence_deletes += deletes
+        for served_row, row in zip_longest(logged, rows, fillvalue=b""):
+            try:
+                served = decode_row(served_row).events if served_row else _EMPTY.events
+            except SequenceCorruptError:  # logged as it was read, and no sequence at all
+                served = _EMPTY.events
+            inserts, deletes = edit_distance(served, decode_row(row).events if row else _EMPTY.events)
+            self.report.sequence_inserts += inserts
+            self.report.sequence_deletes += deletes
         return False
 
     def add_freshness(self, request_time_ms: int, visible: int, missing_event_times_ms: _Times) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
 
@@ -13,6 +14,19 @@ class Position:
     log_epoch: int
     partition: int
     offset: int
+
+
+class Origin(IntEnum):
+    """Where a sequence came from, from best to worst; the numbers of protos SequenceSource."""
+
+    LOCAL = 1
+    """The view of this machine, up to date."""
+    OWNER = 2
+    """The reader beside the worker that owns the partition."""
+    OLDER = 3
+    """An older state that answered in the owner's place."""
+    NONE = 4
+    """No state answered."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Reading:
 
     It says when the reading was made, not what was read: two readings of one state are equal.
     """
+    origin: Origin = field(default=Origin.LOCAL, compare=False)
+    """Whose state it is; like the age, no part of what was read."""
 
 
 class SequenceReader(Protocol):
@@ -71,12 +87,14 @@ class SequenceReader(Protocol):
 class SequenceSource(Protocol):
     """What the ranking server reads from: wherever a user's sequence is, without ever blocking the event loop."""
 
-    async def read(self, sequence: str, user_ids: Seq[int], *, timeout_s: float) -> list[Reading]:
-        """See `SequenceReader.read`; an answer, or SequenceUnavailableError, comes within `timeout_s`."""
-        ...
+    async def read(
+        self, sequence: str, user_ids: Seq[int], *, timeout_s: float, after: Seq[Position] = (), wait_s: float = 0.0
+    ) -> list[Reading]:
+        """See `SequenceReader.read`; an answer, or SequenceUnavailableError, comes within `timeout_s`.
 
-    async def position(self, user_id: int, *, timeout_s: float) -> Position:
-        """See `SequenceReader.position`."""
+        It may wait up to `wait_s`, less than `timeout_s`, until the readings include `after` (`features.waiting.includes`); one that does
+        not answers at once, and is asked again.
+        """
         ...
 
     def statistics(self) -> dict[str, float]:
@@ -90,15 +108,12 @@ class ImmediateSource:
     def __init__(self, reader: SequenceReader) -> None:
         self._reader = reader
 
-    async def read(self, sequence: str, user_ids: Seq[int], *, timeout_s: float) -> list[Reading]:
-        """See `SequenceSource.read`."""
-        del timeout_s
+    async def read(
+        self, sequence: str, user_ids: Seq[int], *, timeout_s: float, after: Seq[Position] = (), wait_s: float = 0.0
+    ) -> list[Reading]:
+        """See `SequenceSource.read`; answers at once."""
+        del timeout_s, after, wait_s
         return self._reader.read(sequence, user_ids)
-
-    async def position(self, user_id: int, *, timeout_s: float) -> Position:
-        """See `SequenceSource.position`."""
-        del timeout_s
-        return self._reader.position(user_id)
 
     def statistics(self) -> dict[str, float]:
         """See `SequenceSource.statistics`."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from features.domain import Domain, Feature
 from features.ids import U64
 from features.pack import Column, RankInputs
+from features.person import IDENTITIES_MAX
 from features.sequence import NEVER_ERASED, Events
 from protos.v1.ranking_pb2 import FeatureColumn, RankRequest
 
@@ -35,15 +36,14 @@ class RequestError(ValueError):
 
 def inputs_from_request(domain: Domain, request: RankRequest, events: Events, *, erased_before_ms: int = NEVER_ERASED) -> RankInputs:
     """Checks a request as served (request_time_ms is set) and gives `pack()`'s inputs with the events (EVENT_DTYPE [n], ascending) and
-    erased_before_ms of the user's row. Arrays are views of the request's bytes.
+    erased_before_ms of the user's row, or of all identities' (`features.person`). Arrays are views of the request's bytes.
 
     Raises:
         RequestError: naming the first field that is wrong.
     """
     if request.ranker not in domain.ranker:
         raise RequestError("ranker", f"{request.ranker!r} is not known; rankers: {', '.join(domain.ranker)}")
-    if request.identities:
-        raise RequestError("identities", "is reserved: must be empty")
+    _check_identities(request)
     if len(request.after) > AFTER_MAX:
         raise RequestError("after", f"{len(request.after)} positions; at most {AFTER_MAX}")
     if not 0 < request.request_time_ms < _TIME_MS_MAX:
@@ -65,6 +65,17 @@ def inputs_from_request(domain: Domain, request: RankRequest, events: Events, *,
         request_features=_columns("request", request.request_features, features, 1),
         erased_before_ms=erased_before_ms,
     )
+
+
+def _check_identities(request: RankRequest) -> None:
+    if len(request.identities) > IDENTITIES_MAX:
+        raise RequestError("identities", f"{len(request.identities)} further identities; at most {IDENTITIES_MAX}")
+    seen = {request.user_id}
+    for identity in request.identities:
+        if identity in seen:
+            what = "is user_id, which is read anyway" if identity == request.user_id else "stands there twice"
+            raise RequestError("identities", f"{identity} {what}; each identity once")
+        seen.add(identity)
 
 
 def _packed(field: str, data: bytes, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -15,7 +15,7 @@ from features.ids import U64, string_ids
 from features.ports import Position
 from inference.throttle import Throttle
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, Tier
+from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
@@ -40,7 +40,8 @@ class Ranking:
     """One answer. Arrays are in the ranked order, best first.
 
     ids uint64 [C]; kinds uint8 [C]; scores float32 [C]; head_scores: float32 [C] by head, empty without the model; tier: "model",
-    "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used.
+    "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used; watermark: of user_id and each further identity;
+    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known.
     """
 
     request_id: int
@@ -56,6 +57,8 @@ class Ranking:
     sequence_count: int
     after_reached: bool
     cold_start: bool
+    sequence_source: str = "local"
+    state_age_ms: int = -1
 
 
 class RequestFields(TypedDict, total=False):
@@ -67,6 +70,7 @@ class RequestFields(TypedDict, total=False):
     head_weights: Mapping[str, float]
     request_time_ms: int
     after: Sequence[Position]
+    identities: Sequence[int]
     request_id: int
     tier: str
 
@@ -82,6 +86,7 @@ def rank_request(ranker: str, user_id: int, candidates: Sequence[int] | U64, **f
         head_weights=fields.get("head_weights"),
         request_time_ms=fields.get("request_time_ms", 0),
         after=[WirePosition(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset) for at in fields.get("after", ())],
+        identities=fields.get("identities", ()),
         request_id=fields.get("request_id", 0),
         tier=Tier.Value(f"TIER_{fields['tier'].upper()}") if fields.get("tier") else 0,
     )
@@ -305,4 +310,6 @@ def typed(response: RankResponse) -> Ranking:
         sequence_count=response.sequence_count,
         after_reached=response.after_reached,
         cold_start=response.cold_start,
+        sequence_source=SequenceSource.Name(response.sequence_source).removeprefix("SEQUENCE_SOURCE_").lower(),
+        state_age_ms=response.state_age_ms,
     )

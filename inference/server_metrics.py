@@ -15,7 +15,6 @@ from prometheus_client.registry import Collector
 
 from features.described import Described, exposed
 from features.pack import Packed
-from features.ports import Reading
 from inference.served import Served
 from inference.telemetry import STAGES, Histogram, Telemetry
 from protos.v1.ranking_pb2 import TIER_UNSPECIFIED, Tier
@@ -75,14 +74,14 @@ def exposed_names() -> set[str]:
     return exposed(PREFIX, METRICS)
 
 
-def observe_inputs(telemetry: Telemetry, packed: Packed, reading: Reading) -> None:
+def observe_inputs(telemetry: Telemetry, packed: Packed, state_age_ms: int) -> None:
     """What one ranking was made of."""
     telemetry.observe("candidates", len(packed.tensors["candidate_embedding"]))
     telemetry.count("sequence_items", packed.sequence_count)
     if packed.sequence_age_ms >= 0:
         telemetry.observe("sequence_age_seconds", packed.sequence_age_ms / 1e3)
-    if reading.state_age_ms >= 0:
-        telemetry.observe("state_age_seconds", reading.state_age_ms / 1e3)
+    if state_age_ms >= 0:
+        telemetry.observe("state_age_seconds", state_age_ms / 1e3)
 
 
 class ServerMetrics(Collector):

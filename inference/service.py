@@ -1,9 +1,9 @@
 """One ranking: read the sequence, join and pack, ask the model, order, log, answer.
 
-Errors that a caller sees have a status from one table, `STATUS`. A model that does not answer is not an error but a lower tier.
+Errors that a caller sees have a status from one table, `STATUS`. A model that does not answer is not an error but a lower tier, and a state
+that does not answer is an answer without a sequence, which says so.
 """
 
-import asyncio
 import logging
 import secrets
 import time
@@ -22,26 +22,17 @@ from features.faults import internal_error
 from features.ids import user_key
 from features.lineage import Lineage
 from features.pack import Packed, RankInputs
-from features.ports import (
-    ForbiddenError,
-    Position,
-    RankingSink,
-    Reading,
-    SequenceCorruptError,
-    SequenceSource,
-    SequenceUnavailableError,
-    UnauthenticatedError,
-)
+from features.person import rows_digest
+from features.ports import ForbiddenError, RankingSink, SequenceCorruptError, SequenceSource, UnauthenticatedError
 from features.request import RequestError, inputs_from_request
 from features.request_context import REQUEST_ID
-from features.sequence import decode_row
 from inference.admission import Admission, OverloadedError, Stay
 from inference.ladder import Scored, checked_tier, score
+from inference.person import NotKeptError, Person, read_person
 from inference.scoring import best_first, final_scores, head_weights
 from inference.served import Releases, Served
 from inference.server_metrics import observe_inputs
 from inference.telemetry import Telemetry
-from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import (
     TIER_FEWER,
     TIER_MODEL,
@@ -54,11 +45,6 @@ from protos.v1.ranking_pb2 import (
 log = logging.getLogger(__name__)
 
 _NO_EVENTS = np.zeros(0, EVENT_DTYPE)
-_POLL_S_MIN, _POLL_S_MAX = 0.001, 0.008
-
-
-class NotKeptError(ValueError):
-    """The request looks back at a moment that the store no longer keeps, or at a state of another definition."""
 
 
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
@@ -67,10 +53,10 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (SequenceUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (SequenceCorruptError, grpc.StatusCode.DATA_LOSS),
 )
-"""Error to gRPC status. Anything else is a bug: INTERNAL, which says a reference, and the log where it was."""
+"""Error to gRPC status; a state that does not answer is none of them (`inference.person`). Anything else is a bug: INTERNAL, which says a
+reference, and the log where it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +156,8 @@ class RankingService:
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
             weights, wanted = _weights(served, request), checked_tier(request.tier)
-            after_reached = await self._wait_for(request, deadline_s, stay)
-            reading, inputs = await self._read(served, request, inputs, deadline_s)
+            person = await self._read(served, request, deadline_s, stay)
+            inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
             self._telemetry.time("join_pack", time.monotonic() - lap_s)
@@ -180,56 +166,33 @@ class RankingService:
                 served, packed, inputs, wanted, lambda probability, _: final_scores(probability, weights), timeout_s, self._telemetry
             )
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
-            self._count(inputs, packed, scored.tier)
-            observe_inputs(self._telemetry, packed, reading)
-            response = _response(served, request, inputs, packed, reading, scored)
-            response.after_reached = after_reached
-            self._log(served, request, packed, reading, scored, response)
+            self._count(inputs, packed, person, scored.tier)
+            observe_inputs(self._telemetry, packed, person.state_age_ms)
+            response = _response(served, request, inputs, packed, person, scored)
+            self._log(served, request, packed, person, scored, response)
         self._telemetry.time("total", time.monotonic() - started_s)
         return response
 
-    async def _wait_for(self, request: RankRequest, deadline_s: float, stay: Stay) -> bool:
-        """Waits until the user's state includes every position of `after`, after_wait_s_max at most, and leaves time to rank."""
-        if not request.after:
-            return True
+    async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay) -> Person:
+        """What the person did, or nothing where no state answers; leaves time to rank."""
         started_s = time.monotonic()
         left_s = deadline_s - started_s
-        until_s = started_s + min(left_s - min(self._config.after_reserve_s, left_s / 2), self._config.after_wait_s_max)
-        poll_s = _POLL_S_MIN
-        while True:
-            at = await self._source.position(request.user_id, timeout_s=until_s - time.monotonic())
-            wanted = max(_offset_of(i, position, at, self.lineage) for i, position in enumerate(request.after))
-            reached = at.offset >= wanted
-            if reached or time.monotonic() >= until_s:
-                stay.aside_s += time.monotonic() - started_s
-                self._telemetry.time("wait_after", time.monotonic() - started_s)
-                self._telemetry.count("after_not_reached", not reached)
-                return reached
-            await asyncio.sleep(min(poll_s, max(until_s - time.monotonic(), 0)))
-            poll_s = min(2 * poll_s, _POLL_S_MAX)
+        read_by_s = deadline_s - min(self._config.after_reserve_s, left_s / 2)
+        wait_until_s = min(read_by_s, started_s + self._config.after_wait_s_max)
+        person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
+        if request.after:
+            stay.aside_s += time.monotonic() - started_s
+            self._telemetry.time("wait_after", time.monotonic() - started_s)
+            self._telemetry.count("after_not_reached", not person.after_reached)
+        self._telemetry.time("read", time.monotonic() - started_s)
+        self._telemetry.count(f"sequence_{person.origin.name.lower()}")
+        return person
 
-    async def _read(self, served: Served, request: RankRequest, inputs: RankInputs, deadline_s: float) -> tuple[Reading, RankInputs]:
-        lap_s = time.monotonic()
-        (reading,) = await self._source.read(served.ranker.sequence, [request.user_id], timeout_s=deadline_s - lap_s)
-        if served.late_ms_max is not None and request.request_time_ms < reading.log_clock_ms - served.late_ms_max:
-            kept_ms = reading.log_clock_ms - served.late_ms_max
-            raise NotKeptError(f"request_time_ms: {request.request_time_ms} is older than what the store keeps; not before {kept_ms}")
-        if reading.row:
-            row = decode_row(reading.row, request.user_id)
-            if row.fingerprint != served.sequence_fingerprint:
-                raise NotKeptError(
-                    f"ranker: release {served.release.release_id} reads sequences of definition {served.sequence_fingerprint:016x}, "
-                    f"the store keeps {row.fingerprint:016x}: publish a release for this state"
-                )
-            inputs = replace(inputs, events=row.events, erased_before_ms=row.erased_before_ms)
-        self._telemetry.time("read", time.monotonic() - lap_s)
-        return reading, inputs
-
-    def _count(self, inputs: RankInputs, packed: Packed, tier: int) -> None:
+    def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int) -> None:
         count = self._telemetry.count
         count("rankings")
         count(Tier.Name(tier).lower())
-        count("cold_starts", not len(inputs.events))
+        count("cold_starts", person.is_cold)
         count("candidates", len(inputs.candidate_ids))
         count("missing_candidates", packed.missing_candidates)
         count("missing_sequence_items", packed.missing_sequence_items)
@@ -241,7 +204,7 @@ class RankingService:
         served: Served,
         request: RankRequest,
         packed: Packed,
-        reading: Reading,
+        person: Person,
         scored: Scored,
         response: RankResponse,
     ) -> None:
@@ -251,7 +214,7 @@ class RankingService:
             request=request,
             release_id=served.release.release_id,
             generations=served.generations,
-            watermark=[_wire(reading.watermark)],
+            watermark=response.watermark,
             tier=response.tier,
             digest=digest,
             tensor_digests=tensor_digests,
@@ -260,11 +223,14 @@ class RankingService:
             inline=is_sampled(request.user_id, self._config.inline_share),
             served_time_ms=self._clock_ms(),
             sequence_fingerprint=served.sequence_fingerprint,
-            row_digest=xxhash.xxh3_64_intdigest(reading.row),
+            row_digest=rows_digest(person.rows),
             after_reached=response.after_reached,
+            sequence_source=response.sequence_source,
+            state_age_ms=response.state_age_ms,
         )
         if record.inline:
-            record.inline_row = reading.row
+            record.inline_row, *further = person.rows
+            record.inline_identity_rows.extend(further)
             for name, value in packed.tensors.items():
                 record.inline_tensors[name] = value.tobytes()
         self._telemetry.count("log_dropped", not self._sink.put(request.user_id, record.SerializeToString()))
@@ -302,24 +268,6 @@ def _weights(served: Served, request: RankRequest) -> npt.NDArray[np.float64]:
         raise RequestError(f"head_weights[{error.args[0]!r}]", f"no such head; heads: {', '.join(served.ranker.heads)}") from error
 
 
-def _offset_of(i: int, position: WirePosition, at: Position, lineage: Lineage) -> int:
-    """The offset that after[i] asks for. Raises RequestError if it is not a place in this user's log, or in one that led to it."""
-    included = lineage.includes(at.log_epoch, Position(position.log_epoch, position.partition, position.offset))
-    if included:
-        return -1
-    if included is False:
-        raise RequestError(f"after[{i}].offset", f"{position.offset} of partition {position.partition} came after that log was left")
-    if position.log_epoch not in (0, at.log_epoch):
-        raise RequestError(f"after[{i}].log_epoch", f"{position.log_epoch} is not the log's, {at.log_epoch}; 0 is the current one")
-    if position.partition != at.partition:
-        raise RequestError(f"after[{i}].partition", f"{position.partition} does not hold this user, {at.partition} does")
-    return int(position.offset)
-
-
-def _wire(position: Position) -> WirePosition:
-    return WirePosition(log_epoch=position.log_epoch, partition=position.partition, offset=position.offset)
-
-
 def _by_head(served: Served, probability: npt.NDArray[np.float32] | None) -> dict[str, bytes]:
     return {} if probability is None else {name: probability[:, head].tobytes() for head, name in enumerate(served.ranker.heads)}
 
@@ -329,7 +277,7 @@ def _response(
     request: RankRequest,
     inputs: RankInputs,
     packed: Packed,
-    reading: Reading,
+    person: Person,
     scored: Scored,
 ) -> RankResponse:
     probability, scores = scored.probability, scored.scores
@@ -343,8 +291,11 @@ def _response(
         tier=scored.tier,
         release_id=served.release.release_id,
         generations=served.generations,
-        watermark=[_wire(reading.watermark)],
+        watermark=person.watermark(),
         sequence_age_ms=packed.sequence_age_ms,
         sequence_count=packed.sequence_count,
-        cold_start=not len(inputs.events),
+        cold_start=person.is_cold,
+        after_reached=person.after_reached,
+        sequence_source=int(person.origin),
+        state_age_ms=person.state_age_ms,
     )

@@ -45,6 +45,7 @@ from streams.kafka import (
     records_of,
     unavailable,
 )
+from streams.owners import FORMER, OWNER, STANDBY, Announcer
 from streams.purge import ErasurePass
 from streams.snapshot_service import SnapshotService
 from streams.snapshots import Snapshots
@@ -78,6 +79,8 @@ class WorkerConfig:
     instance: str = "worker-0"
     standby: bool = False
     """Also follow the partitions that other workers own."""
+    reader_address: str = ""
+    """host:port of the reader that serves `view_folder`, as others reach it: announced with each partition. Empty: nothing is."""
     offset_below_retention: RetentionPolicy = "fail"
     snapshot_url: str = ""
     """Any fsspec URL; empty: no snapshots are taken or restored."""
@@ -168,6 +171,7 @@ class BatchLoop:
         self._upkeeps = 0
         self._identity: LogIdentity | None = None
         self._failures: list[str] = []
+        self._announcer: Announcer | None = None
 
     def run(self) -> None:
         """Consumes until `stop`.
@@ -194,6 +198,9 @@ class BatchLoop:
         self._producer = new_producer(config.kafka, "dead-letters", queue_buffering_max_kbytes=config.queue_bytes_max >> 10)
         self._follower = new_reader(config.kafka, "standby", logger=log, **queue_limits(config.queue_bytes_max))
         self._follow_log(timeout_s=config.answer_timeout_s)
+        if config.reader_address:
+            said = {"instance": config.instance, "address": config.reader_address}
+            self._announcer = Announcer(config.kafka, config.topics.announcements, **said)
         consumer = new_group_consumer(
             config.kafka,
             config.group,
@@ -224,6 +231,8 @@ class BatchLoop:
             self.core.close()
             self._follower.close()
             consumer.close()
+            if self._announcer is not None:
+                self._announcer.close()
 
     def stop(self) -> None:
         """Asks `run` to end after its batch."""
@@ -296,6 +305,7 @@ class BatchLoop:
         log.info("revoked: %s", sorted(gone))
         consumer.incremental_unassign(self._places(gone & self._fetched))
         self._fetched -= gone
+        self._say(gone, FORMER)
         if not self._config.standby:
             for number in gone & self._opening.keys():
                 self._abandoned[number] = _abandon(self._opening.pop(number))
@@ -342,11 +352,19 @@ class BatchLoop:
         consumer.incremental_assign([self._place(number)])
         self._fetched.add(number)
         self._just_opened.add(number)
+        self._say({number}, OWNER)
 
     def _follow(self, number: int) -> None:
         self._follower.incremental_assign([self._place(number)])
         self._followed.add(number)
         self._just_opened.add(number)
+        self._say({number}, STANDBY)
+
+    def _say(self, numbers: set[int], role: int) -> None:
+        """Announces where the state of partitions can be read."""
+        if self._announcer is not None and self._identity is not None:
+            for number in sorted(numbers):
+                self._announcer.say(number, role, self._identity.epoch)
 
     def _unfollow(self, numbers: set[int]) -> None:
         if numbers:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -372,7 +372,8 @@ class _ForgetActions:
 
 
 class _ForgetRankings:
-    """Changes an archive of rankings: those of an erased user from before the erasure lose key and value, and are counted by replay."""
+    """Changes an archive of rankings: those of an erased user from before the erasure lose key and value, and are counted by replay. So do
+    rankings of a person who had the erased user as a further identity: they hold actions of that user."""
 
     def __init__(self, log: ParquetLog, erasures: list[Erasure]) -> None:
         self._log, self._erasures = log, erasures
@@ -381,7 +382,7 @@ class _ForgetRankings:
         self.count = 0
 
     def __call__(self, _: int, records: Records) -> Records | None:
-        found = [i for i, key in enumerate(records.keys) if key in self._keys and self._is_past(records, i)]
+        found = [i for i, key in enumerate(records.keys) if any(self._is_past(records, i, user) for user in self._named(key, records, i))]
         if not found:
             return None
         forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten.copy()
@@ -391,16 +392,25 @@ class _ForgetRankings:
         self.count += len(found)
         return replace(records, keys=keys, values=values, forgotten=forgotten)
 
-    def _is_past(self, records: Records, i: int) -> bool:
-        user = self._keys[records.keys[i] or b""]
+    def _named(self, key: bytes | None, records: Records, i: int) -> list[int]:
+        """The erased users whose actions a ranking may hold."""
+        named = [self._keys[key]] if key in self._keys else []
+        with suppress(DecodeError):
+            identities = RankingRecord.FromString(records.values[i] or b"").request.identities
+            named += [user for user in identities if user in self._erased]
+        return named
+
+    def _is_past(self, records: Records, i: int, user: int) -> bool:
         if records.append_time_ms[i] <= self._erased[user]:
             return True
         try:
             watermark = RankingRecord.FromString(records.values[i] or b"").watermark
         except DecodeError:
             return False
+        # Of further identities, only the positions of the erased user's own partition can be compared.
+        own = {erasure.partition for erasure in self._erasures if erasure.user_id == user}
         offsets = {at.log_epoch: _last_offsets(self._erasures, at.log_epoch).get(user, -1) for at in watermark}
-        return any(at.offset < offsets[at.log_epoch] for at in watermark)
+        return any(at.partition in own and at.offset < offsets[at.log_epoch] for at in watermark)
 
 
 def _decode(log: RecordLog, partition: int, records: Records, domain: Domain, partition_count: int) -> Batch:

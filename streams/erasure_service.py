@@ -10,6 +10,7 @@ import grpc
 
 from features.domain import Domain
 from features.erasures import Erasure, LedgerError
+from features.person import IDENTITIES_MAX
 from protos.v1 import erasure_pb2, erasure_pb2_grpc
 from protos.v1.actions_pb2 import Position
 from streams.erasure_audit import Audit, Entry
@@ -52,15 +53,21 @@ class ErasureServicer(erasure_pb2_grpc.ErasureServicer):  # type: ignore[misc]
         if len(request.reason) > REASON_CHARACTERS_MAX:
             message = f"reason: {len(request.reason)} characters; allowed are {REASON_CHARACTERS_MAX}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        if len(request.identities) > IDENTITIES_MAX:
+            message = f"identities: {len(request.identities)} further ids; allowed are {IDENTITIES_MAX}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
         try:
-            erased = await asyncio.to_thread(self._erase, request)
+            erased, *further = await asyncio.to_thread(self._erase, request)
         except StreamError as error:
             log.warning("an erasure was not stored: %s", error)
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, "the log has not stored it yet: send the same request again, with the same event_id"
             )
         return erasure_pb2.EraseResponse(
-            position=_position(erased), event_id=erased.event_id, deadline_ms=erased.append_time_ms + self._config.deadline_ms
+            position=_position(erased),
+            event_id=erased.event_id,
+            deadline_ms=max(one.append_time_ms for one in (erased, *further)) + self._config.deadline_ms,
+            identity_positions=map(_position, further),
         )
 
     async def Status(  # noqa: N802
@@ -79,12 +86,15 @@ class ErasureServicer(erasure_pb2_grpc.ErasureServicer):  # type: ignore[misc]
         if self._producer is not None:
             self._producer.close()
 
-    def _erase(self, request: erasure_pb2.EraseRequest) -> Erasure:
+    def _erase(self, request: erasure_pb2.EraseRequest) -> list[Erasure]:
+        """Erases user_id and then each identity; returns once all are stored. Raises StreamError: some may be stored."""
         with self._connecting:
             topics = self._config.topics
             if self._producer is None:
                 self._producer = ActionProducer(self._config.kafka, self._config.domain, topics.actions, base=topics.base)
-        return self._producer.erase_user(request.user_id, request.reason, request.event_id).result()
+        users = (request.user_id, *request.identities)
+        asked = [self._producer.erase_user(user, request.reason, request.event_id) for user in users]
+        return [one.result() for one in asked]
 
 
 def add_erasure(server: grpc.aio.Server, config: ErasureServiceConfig) -> ErasureServicer:

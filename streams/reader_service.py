@@ -7,7 +7,8 @@ Every part is bounded: users, bytes and calls at once by the limits here, the he
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from streams.erasure_service import SERVICE as ERASURE_SERVICE
 from streams.erasure_service import ErasureServiceConfig, add_erasure
 from streams.errors import StreamError
 from streams.view_reader import ViewReader
+from streams.waiting import wait_for_positions
+from streams.watching import Watches, WatchesFullError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,10 @@ ANSWER_BYTES_MAX = 16 << 20
 
 _REQUEST_BYTES_MAX = 16 << 10
 _READING_BYTES_MAX = 80  # what stands around a row in the answer
+_WAIT_RESERVE_S = 0.02
+"""Of the caller's deadline, for the answer behind a wait."""
+UNREADABLE = ("freshrank-state", "unavailable")
+"""Trailing metadata of UNAVAILABLE where the service is well, and only this state cannot be read here: others of it can."""
 _STOP_GRACE_S = 2.0
 _HEALTH_PERIOD_S = 0.5
 _SERVICE = "freshrank.v1.SequenceReader"
@@ -58,6 +65,10 @@ class ReaderConfig:
     port: int = 0
     door: Door = OPEN_DOOR
     calls_max: int = 256
+    watches_max: int = 64
+    """Of them, calls of Watch, which last."""
+    wait_s_max: float = 10.0
+    """Longest wait of a call for positions."""
     reflection: bool = False
     erasure: ErasureServiceConfig | None = None
     """Also serve freshrank.v1.Erasure."""
@@ -67,22 +78,24 @@ class ReaderConfig:
 class ReaderServicer(sequence_pb2_grpc.SequenceReaderServicer):  # type: ignore[misc]
     """Answers from any `SequenceReader` that does not wait."""
 
-    def __init__(self, domain: Domain, reader: SequenceReader) -> None:
+    def __init__(self, domain: Domain, reader: SequenceReader, *, watches_max: int = 64, wait_s_max: float = 10.0) -> None:
         self._users_max = {name: users_max(domain, name) for name in sorted(domain.sequence)}
         self._reader = reader
+        self._wait_s_max = wait_s_max
+        self.watches = Watches(reader, watches_max)
 
     async def GetSequences(  # noqa: N802
         self, request: sequence_pb2.GetSequencesRequest, context: grpc.aio.ServicerContext
     ) -> sequence_pb2.GetSequencesResponse:
         """See protos/v1/sequence.proto."""
-        if request.sequence not in self._users_max:
-            message = f"sequence: {request.sequence!r} is not defined; allowed: {', '.join(self._users_max)}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        await self._check_sequence(request.sequence, context)
         most = self._users_max[request.sequence]
         if len(request.user_ids) % 8 or not 0 < len(request.user_ids) <= 8 * most:
             message = f"user_ids: {len(request.user_ids)} bytes are not 1 to {most} packed little-endian 64-bit integers"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
         users = np.frombuffer(request.user_ids, "<u8").tolist()
+        if request.after and request.wait_ms:
+            await self._wait(request, users, context)
         readings = await _answer(context, lambda: self._reader.read(request.sequence, users))
         return sequence_pb2.GetSequencesResponse(sequences=map(_wire_reading, readings))
 
@@ -92,16 +105,49 @@ class ReaderServicer(sequence_pb2_grpc.SequenceReaderServicer):  # type: ignore[
         """See protos/v1/sequence.proto."""
         return _wire_position(await _answer(context, lambda: self._reader.position(request.user_id)))
 
+    async def Watch(  # noqa: N802
+        self, request: sequence_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sequence_pb2.UserSequence]:
+        """See protos/v1/sequence.proto."""
+        await self._check_sequence(request.sequence, context)
+        try:
+            async with aclosing(self.watches.follow(request.sequence, request.user_id)) as readings:
+                async for reading in readings:
+                    yield _wire_reading(reading)
+        except (SequenceUnavailableError, SequenceCorruptError, WatchesFullError) as error:
+            await _refuse(context, error)
+
+    async def _check_sequence(self, sequence: str, context: grpc.aio.ServicerContext) -> None:
+        if sequence not in self._users_max:
+            message = f"sequence: {sequence!r} is not defined; allowed: {', '.join(self._users_max)}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+    async def _wait(self, request: sequence_pb2.GetSequencesRequest, users: list[int], context: grpc.aio.ServicerContext) -> None:
+        """Waits for the positions of `after` within the bound and the caller's deadline."""
+        left_s = context.time_remaining()
+        wait_s = min(request.wait_ms / 1000, self._wait_s_max, self._wait_s_max if left_s is None else max(left_s - _WAIT_RESERVE_S, 0))
+        after = [Position(at.log_epoch, at.partition, at.offset) for at in request.after]
+        try:
+            await wait_for_positions(self._reader, users, after, wait_s)
+        except (SequenceUnavailableError, SequenceCorruptError) as error:
+            await _refuse(context, error)
+
 
 async def _answer(context: grpc.aio.ServicerContext, read: Callable[[], Answer]) -> Answer:
     try:
         return read()
-    except SequenceUnavailableError as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-    except SequenceCorruptError as error:
-        log.error("a row cannot be trusted: %s", error)  # noqa: TRY400  # where it happened says nothing; the message names no user
-        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+    except (SequenceUnavailableError, SequenceCorruptError) as error:
+        await _refuse(context, error)
     raise AssertionError("unreachable: abort raises")
+
+
+async def _refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    if isinstance(error, SequenceUnavailableError):
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error), (UNREADABLE,))
+    if isinstance(error, WatchesFullError):
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    log.error("a row cannot be trusted: %s", error)  # where it happened says nothing; the message names no user
+    await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
 
 
 def users_max(domain: Domain, sequence: str) -> int:
@@ -133,7 +179,8 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
     reader = ViewReader(config.view_folder, config.domain, config.partition_count)
     options = [*config.door.options, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _REQUEST_BYTES_MAX)]
     server = grpc.aio.server(interceptors=config.door.interceptors, options=options, maximum_concurrent_rpcs=config.calls_max)
-    sequence_pb2_grpc.add_SequenceReaderServicer_to_server(ReaderServicer(config.domain, reader), server)
+    servicer = ReaderServicer(config.domain, reader, watches_max=config.watches_max, wait_s_max=config.wait_s_max)
+    sequence_pb2_grpc.add_SequenceReaderServicer_to_server(servicer, server)
     erasure = add_erasure(server, config.erasure) if config.erasure is not None else None
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -150,6 +197,7 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
         on_ready({"address": f"{config.host}:{port}"})
         await _report_health(reader, health, config.partition_count)
     finally:
+        servicer.watches.drain()
         await server.stop(_STOP_GRACE_S)
         if erasure is not None:
             await asyncio.to_thread(erasure.close)

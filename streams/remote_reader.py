@@ -7,7 +7,7 @@ view: it must be whole, of the user asked for, and of this domain file's definit
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ import grpc
 import numpy as np
 
 from features.domain import Domain
-from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
+from features.ports import Origin, Position, Reading, SequenceCorruptError, SequenceUnavailableError
 from features.request_context import TRACE_HEADERS
 from features.sequence import definition, row_fingerprint
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.sequence_pb2 import GetPositionRequest, GetSequencesRequest, UserSequence
+from protos.v1.sequence_pb2 import GetPositionRequest, GetSequencesRequest, UserSequence, WatchRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
 from streams.reader_service import ANSWER_BYTES_MAX, users_max
 from streams.view_reader import check_row
 
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.01, 0.25
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-_OPTIONS = (
+CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 2 * ANSWER_BYTES_MAX),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -62,11 +62,11 @@ class RemoteReader:
         if (certificate is None) != (key is None) or (root_certificate is None and key is not None):
             raise ValueError("certificate, key: give both, and root_certificate with them, or none")
         if root_certificate is None:
-            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
             own = (None, None) if key is None or certificate is None else (key.read_bytes(), certificate.read_bytes())
             credentials = grpc.ssl_channel_credentials(root_certificate.read_bytes(), *own)
-            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         self._stub = SequenceReaderStub(self._channel)
         self._address, self._timeout_s = address, timeout_s
         self._fingerprints = {name: definition(domain, name).fingerprint for name in domain.sequence}
@@ -90,6 +90,23 @@ class RemoteReader:
     def position(self, user_id: int) -> Position:
         """See `features.ports.SequenceReader.position`."""
         return _position(self._call(self._stub.GetPosition, GetPositionRequest(user_id=user_id)))
+
+    def watch(self, sequence: str, user_id: int) -> Iterator[Reading]:
+        """The user's reading, and one for each change, until the service stops or the iterator is closed.
+
+        Raises KeyError for a sequence that the domain does not define, SequenceUnavailableError and SequenceCorruptError as `read`.
+        """
+        fingerprint = self._fingerprints[sequence]
+        call = self._stub.Watch(WatchRequest(sequence=sequence, user_id=user_id), metadata=self._metadata)
+        try:
+            for one in call:
+                yield from self._checked([user_id], [one], fingerprint)
+        except grpc.RpcError as error:
+            code, message = _cause(error)
+            kind = SequenceCorruptError if code is grpc.StatusCode.DATA_LOSS else SequenceUnavailableError
+            raise kind(f"sequence reader {self._address}: {code.name}: {message}") from error
+        finally:
+            call.cancel()
 
     def statistics(self) -> dict[str, float]:
         """Counters since start."""
@@ -128,22 +145,39 @@ class RemoteReader:
     def _checked(self, asked: Seq[int], found: Seq[UserSequence], fingerprint: int) -> list[Reading]:
         """The answer as readings, each of the user asked for, whole, and of this domain file's definition."""
         try:
-            for user_id, one in zip(asked, found, strict=True):
-                check_row(one.row, user_id)
-        except (SequenceCorruptError, ValueError) as error:
+            return checked_readings(self._address, asked, found, fingerprint)
+        except SequenceCorruptError:
             self._count(corrupt=1)
-            raise SequenceCorruptError(f"sequence reader {self._address}: the answer cannot be trusted: {error}") from error
-        if any(one.row and row_fingerprint(one.row) != fingerprint for one in found):
+            raise
+        except SequenceUnavailableError:
             self._count(unavailable=1)
-            raise SequenceUnavailableError(
-                f"sequence reader {self._address}: it keeps other [sequence] definitions than this domain file: start both with one"
-            )
-        return [_reading(user_id, one) for user_id, one in zip(asked, found, strict=True)]
+            raise
 
     def _count(self, **counts: int) -> None:
         with self._lock:
             for name, count in counts.items():
                 self._counters[name] += count
+
+
+def checked_readings(
+    address: str, asked: Seq[int], found: Seq[UserSequence], fingerprint: int, origin: Origin = Origin.LOCAL
+) -> list[Reading]:
+    """A service's answer as readings, one for each user asked for.
+
+    Raises:
+        SequenceCorruptError: a row is damaged or of another user, or there are not as many as were asked for.
+        SequenceUnavailableError: rows of another definition than `fingerprint`.
+    """
+    try:
+        for user_id, one in zip(asked, found, strict=True):
+            check_row(one.row, user_id)
+    except (SequenceCorruptError, ValueError) as error:
+        raise SequenceCorruptError(f"sequence reader {address}: the answer cannot be trusted: {error}") from error
+    if any(one.row and row_fingerprint(one.row) != fingerprint for one in found):
+        raise SequenceUnavailableError(
+            f"sequence reader {address}: it keeps other [sequence] definitions than this domain file: start both with one"
+        )
+    return [_reading(user_id, one, origin) for user_id, one in zip(asked, found, strict=True)]
 
 
 def _cause(error: grpc.RpcError | ValueError) -> tuple[grpc.StatusCode, str]:
@@ -153,9 +187,9 @@ def _cause(error: grpc.RpcError | ValueError) -> tuple[grpc.StatusCode, str]:
     return error.code(), error.details() or ""
 
 
-def _reading(user_id: int, found: UserSequence) -> Reading:
+def _reading(user_id: int, found: UserSequence, origin: Origin) -> Reading:
     age_ms = found.state_age_ms if found.HasField("state_age_ms") else -1
-    return Reading(user_id, found.row, _position(found.watermark), found.log_clock_ms, age_ms)
+    return Reading(user_id, found.row, _position(found.watermark), found.log_clock_ms, age_ms, origin)
 
 
 def _position(found: WirePosition) -> Position:

@@ -13,11 +13,15 @@ from features.ids import partition_of, user_key
 from features.oracle import naive_fold
 from features.ports import Position, Reading
 from features.sequence import NEVER_ERASED, Row, definition, encode_row
+from protos.v1.owners_pb2 import StateAnnouncement, StateRole
 from streams.core import fold_batch
 from streams.memory import MemoryStore
+from streams.owners import Owners
 from streams.reader_service import ReaderConfig, serve_reader
+from streams.routed_source import RoutedSource
 from streams.state import definitions
 from streams.view import PartitionView
+from streams.view_reader import ViewReader
 
 PARTITIONS = 2
 EPOCH = 9
@@ -112,8 +116,8 @@ class OracleReader:
         pass
 
 
-def build_view(folder, batches: list[Batch]) -> None:
-    """What a worker does: fold, store, view."""
+def build_view(folder, batches: list[Batch], *, caught_up_ms: int | None = None) -> None:
+    """What a worker does: fold, store, view; `caught_up_ms`: when it last had the log's end."""
     kept, store = definitions(DOMAIN), MemoryStore(definitions(DOMAIN))
     for partition in range(PARTITIONS):
         held, view = store.open(partition, EPOCH), PartitionView(folder, partition, map_bytes=1 << 24)
@@ -123,8 +127,58 @@ def build_view(folder, batches: list[Batch]) -> None:
                 keys, rows, meta = fold_batch(kept, held, batch)
                 held.write(keys, rows, meta)
                 view.write(keys, rows, meta)
+        if caught_up_ms is not None:
+            view.beat(caught_up_ms)
         view.close()
         held.close()
+
+
+class Routed:
+    """A `RoutedSource` as a `SequenceReader`: its loop runs in a thread of its own."""
+
+    def __init__(self, folder, owners: Owners, *, domain=DOMAIN, partition_count: int = PARTITIONS, **given) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self._local = ViewReader(folder, domain, partition_count)
+
+        async def new() -> RoutedSource:
+            return RoutedSource(self._local, owners, domain, partition_count, **given)
+
+        self.source = self.run(new())
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def read(self, sequence: str, user_ids: list[int], timeout_s: float = 30.0, **given) -> list[Reading]:
+        return self.run(self.source.read(sequence, user_ids, timeout_s=timeout_s, **given))
+
+    def position(self, user_id: int) -> Position:
+        return self.read("main", [user_id])[0].watermark
+
+    def statistics(self) -> dict[str, float]:
+        return self.source.statistics()
+
+    def close(self) -> None:
+        self.run(self.source.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(30)
+        self.loop.close()
+        self._local.close()
+
+
+def announced(*said: tuple[str, str, int], log_epoch: int = EPOCH, partitions=range(PARTITIONS)) -> Owners:
+    """Owners to whom workers said (instance, address, role), in this order, of every partition."""
+    owners = Owners()
+    for instance, address, role in said:
+        for partition in partitions:
+            say(owners, instance, address, role, partition, log_epoch)
+    return owners
+
+
+def say(owners: Owners, instance: str, address: str, role: int, partition: int, log_epoch: int = EPOCH) -> None:
+    message = StateAnnouncement(partition=partition, address=address, log_epoch=log_epoch, role=StateRole.Name(role))
+    owners.take(f"owner/{partition}/{instance}", message.SerializeToString())
 
 
 @contextmanager

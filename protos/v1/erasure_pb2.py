@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import actions_pb2 as protos_dot_v1_dot_actions__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/erasure.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"A\n\x0c\x45raseRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x03 \x01(\x06\"`\n\rEraseResponse\x12(\n\x08position\x18\x01 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x10\"\'\n\x14\x45rasureStatusRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\"F\n\x15\x45rasureStatusResponse\x12-\n\x08\x65rasures\x18\x01 \x03(\x0b\x32\x1b.freshrank.v1.ErasureStatus\"\xae\x01\n\rErasureStatus\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\x06\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x08position\x18\x03 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x10\n\x08\x61sked_ms\x18\x04 \x01(\x10\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x10\x12*\n\x06places\x18\x06 \x03(\x0b\x32\x1a.freshrank.v1.ErasurePlace\"f\n\x0c\x45rasurePlace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.freshrank.v1.PlaceStatus\x12\r\n\x05\x61t_ms\x18\x03 \x01(\x10\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t*q\n\x0bPlaceStatus\x12\x1c\n\x18PLACE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PLACE_STATUS_DONE\x10\x01\x12\x14\n\x10PLACE_STATUS_DUE\x10\x02\x12\x17\n\x13PLACE_STATUS_ABSENT\x10\x03\x32\x9e\x01\n\x07\x45rasure\x12@\n\x05\x45rase\x12\x1a.freshrank.v1.EraseRequest\x1a\x1b.freshrank.v1.EraseResponse\x12Q\n\x06Status\x12\".freshrank.v1.ErasureStatusRequest\x1a#.freshrank.v1.ErasureStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/erasure.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"U\n\x0c\x45raseRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x65vent_id\x18\x03 \x01(\x06\x12\x12\n\nidentities\x18\x04 \x03(\x06\"\x94\x01\n\rEraseResponse\x12(\n\x08position\x18\x01 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x10\n\x08\x65vent_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x10\x12\x32\n\x12identity_positions\x18\x04 \x03(\x0b\x32\x16.freshrank.v1.Position\"\'\n\x14\x45rasureStatusRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\"F\n\x15\x45rasureStatusResponse\x12-\n\x08\x65rasures\x18\x01 \x03(\x0b\x32\x1b.freshrank.v1.ErasureStatus\"\xae\x01\n\rErasureStatus\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\x06\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x08position\x18\x03 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x10\n\x08\x61sked_ms\x18\x04 \x01(\x10\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x10\x12*\n\x06places\x18\x06 \x03(\x0b\x32\x1a.freshrank.v1.ErasurePlace\"f\n\x0c\x45rasurePlace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.freshrank.v1.PlaceStatus\x12\r\n\x05\x61t_ms\x18\x03 \x01(\x10\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t*q\n\x0bPlaceStatus\x12\x1c\n\x18PLACE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PLACE_STATUS_DONE\x10\x01\x12\x14\n\x10PLACE_STATUS_DUE\x10\x02\x12\x17\n\x13PLACE_STATUS_ABSENT\x10\x03\x32\x9e\x01\n\x07\x45rasure\x12@\n\x05\x45rase\x12\x1a.freshrank.v1.EraseRequest\x1a\x1b.freshrank.v1.EraseResponse\x12Q\n\x06Status\x12\".freshrank.v1.ErasureStatusRequest\x1a#.freshrank.v1.ErasureStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.erasure_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PLACESTATUS']._serialized_start=625
-  _globals['_PLACESTATUS']._serialized_end=738
+  _globals['_PLACESTATUS']._serialized_start=698
+  _globals['_PLACESTATUS']._serialized_end=811
   _globals['_ERASEREQUEST']._serialized_start=66
-  _globals['_ERASEREQUEST']._serialized_end=131
-  _globals['_ERASERESPONSE']._serialized_start=133
-  _globals['_ERASERESPONSE']._serialized_end=229
-  _globals['_ERASURESTATUSREQUEST']._serialized_start=231
-  _globals['_ERASURESTATUSREQUEST']._serialized_end=270
-  _globals['_ERASURESTATUSRESPONSE']._serialized_start=272
-  _globals['_ERASURESTATUSRESPONSE']._serialized_end=342
-  _globals['_ERASURESTATUS']._serialized_start=345
-  _globals['_ERASURESTATUS']._serialized_end=519
-  _globals['_ERASUREPLACE']._serialized_start=521
-  _globals['_ERASUREPLACE']._serialized_end=623
-  _globals['_ERASURE']._serialized_start=741
-  _globals['_ERASURE']._serialized_end=899
+  _globals['_ERASEREQUEST']._serialized_end=151
+  _globals['_ERASERESPONSE']._serialized_start=154
+  _globals['_ERASERESPONSE']._serialized_end=302
+  _globals['_ERASURESTATUSREQUEST']._serialized_start=304
+  _globals['_ERASURESTATUSREQUEST']._serialized_end=343
+  _globals['_ERASURESTATUSRESPONSE']._serialized_start=345
+  _globals['_ERASURESTATUSRESPONSE']._serialized_end=415
+  _globals['_ERASURESTATUS']._serialized_start=418
+  _globals['_ERASURESTATUS']._serialized_end=592
+  _globals['_ERASUREPLACE']._serialized_start=594
+  _globals['_ERASUREPLACE']._serialized_end=696
+  _globals['_ERASURE']._serialized_start=814
+  _globals['_ERASURE']._serialized_end=972
 # @@protoc_insertion_point(module_scope)

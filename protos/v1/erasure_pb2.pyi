@@ -20,24 +20,28 @@ PLACE_STATUS_DUE: PlaceStatus
 PLACE_STATUS_ABSENT: PlaceStatus
 
 class EraseRequest(_message.Message):
-    __slots__ = ("user_id", "reason", "event_id")
+    __slots__ = ("user_id", "reason", "event_id", "identities")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    IDENTITIES_FIELD_NUMBER: _ClassVar[int]
     user_id: int
     reason: str
     event_id: int
-    def __init__(self, user_id: _Optional[int] = ..., reason: _Optional[str] = ..., event_id: _Optional[int] = ...) -> None: ...
+    identities: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, user_id: _Optional[int] = ..., reason: _Optional[str] = ..., event_id: _Optional[int] = ..., identities: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EraseResponse(_message.Message):
-    __slots__ = ("position", "event_id", "deadline_ms")
+    __slots__ = ("position", "event_id", "deadline_ms", "identity_positions")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     position: _actions_pb2.Position
     event_id: int
     deadline_ms: int
-    def __init__(self, position: _Optional[_Union[_actions_pb2.Position, _Mapping]] = ..., event_id: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    identity_positions: _containers.RepeatedCompositeFieldContainer[_actions_pb2.Position]
+    def __init__(self, position: _Optional[_Union[_actions_pb2.Position, _Mapping]] = ..., event_id: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., identity_positions: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ...) -> None: ...
 
 class ErasureStatusRequest(_message.Message):
     __slots__ = ("user_id",)

@@ -8,6 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class SequenceSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEQUENCE_SOURCE_UNSPECIFIED: _ClassVar[SequenceSource]
+    SEQUENCE_SOURCE_LOCAL: _ClassVar[SequenceSource]
+    SEQUENCE_SOURCE_OWNER: _ClassVar[SequenceSource]
+    SEQUENCE_SOURCE_OLDER: _ClassVar[SequenceSource]
+    SEQUENCE_SOURCE_NONE: _ClassVar[SequenceSource]
+
 class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_UNSPECIFIED: _ClassVar[Tier]
@@ -17,6 +25,11 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_FEWER: _ClassVar[Tier]
     TIER_SMALL: _ClassVar[Tier]
     TIER_POPULARITY: _ClassVar[Tier]
+SEQUENCE_SOURCE_UNSPECIFIED: SequenceSource
+SEQUENCE_SOURCE_LOCAL: SequenceSource
+SEQUENCE_SOURCE_OWNER: SequenceSource
+SEQUENCE_SOURCE_OLDER: SequenceSource
+SEQUENCE_SOURCE_NONE: SequenceSource
 TIER_UNSPECIFIED: Tier
 TIER_MODEL: Tier
 TIER_EMBEDDING: Tier
@@ -87,7 +100,7 @@ class FeatureColumn(_message.Message):
     def __init__(self, number: _Optional[bytes] = ..., category: _Optional[bytes] = ..., list_length: _Optional[bytes] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start")
+    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start", "sequence_source", "state_age_ms")
     class HeadScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +128,8 @@ class RankResponse(_message.Message):
     SEQUENCE_COUNT_FIELD_NUMBER: _ClassVar[int]
     AFTER_REACHED_FIELD_NUMBER: _ClassVar[int]
     COLD_START_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     ranked_ids: bytes
     ranked_kinds: bytes
@@ -128,10 +143,12 @@ class RankResponse(_message.Message):
     sequence_count: int
     after_reached: bool
     cold_start: bool
-    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ...) -> None: ...
+    sequence_source: SequenceSource
+    state_age_ms: int
+    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ...) -> None: ...
 
 class RankingRecord(_message.Message):
-    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached")
+    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached", "sequence_source", "state_age_ms", "inline_identity_rows")
     class GenerationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +193,9 @@ class RankingRecord(_message.Message):
     SEQUENCE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ROW_DIGEST_FIELD_NUMBER: _ClassVar[int]
     AFTER_REACHED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    INLINE_IDENTITY_ROWS_FIELD_NUMBER: _ClassVar[int]
     request: RankRequest
     release_id: str
     generations: _containers.ScalarMap[str, str]
@@ -192,7 +212,10 @@ class RankingRecord(_message.Message):
     sequence_fingerprint: int
     row_digest: int
     after_reached: bool
-    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ...) -> None: ...
+    sequence_source: SequenceSource
+    state_age_ms: int
+    inline_identity_rows: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., inline_identity_rows: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseAnnouncement(_message.Message):
     __slots__ = ("ranker", "release_id", "generations", "announced_time_ms")

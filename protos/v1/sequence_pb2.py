@@ -25,21 +25,23 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import actions_pb2 as protos_dot_v1_dot_actions__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/sequence.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"%\n\x12GetPositionRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\"9\n\x13GetSequencesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x10\n\x08user_ids\x18\x02 \x01(\x0c\"E\n\x14GetSequencesResponse\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.freshrank.v1.UserSequence\"\x99\x01\n\x0cUserSequence\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\x12\x0b\n\x03row\x18\x02 \x01(\x0c\x12)\n\twatermark\x18\x03 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x14\n\x0clog_clock_ms\x18\x04 \x01(\x06\x12\x19\n\x0cstate_age_ms\x18\x05 \x01(\x06H\x00\x88\x01\x01\x42\x0f\n\r_state_age_ms2\xb0\x01\n\x0eSequenceReader\x12U\n\x0cGetSequences\x12!.freshrank.v1.GetSequencesRequest\x1a\".freshrank.v1.GetSequencesResponse\x12G\n\x0bGetPosition\x12 .freshrank.v1.GetPositionRequest\x1a\x16.freshrank.v1.Positionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/sequence.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"1\n\x0cWatchRequest\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\x06\"%\n\x12GetPositionRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\"q\n\x13GetSequencesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x10\n\x08user_ids\x18\x02 \x01(\x0c\x12%\n\x05\x61\x66ter\x18\x03 \x03(\x0b\x32\x16.freshrank.v1.Position\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\"E\n\x14GetSequencesResponse\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.freshrank.v1.UserSequence\"\x99\x01\n\x0cUserSequence\x12\x0f\n\x07user_id\x18\x01 \x01(\x06\x12\x0b\n\x03row\x18\x02 \x01(\x0c\x12)\n\twatermark\x18\x03 \x01(\x0b\x32\x16.freshrank.v1.Position\x12\x14\n\x0clog_clock_ms\x18\x04 \x01(\x06\x12\x19\n\x0cstate_age_ms\x18\x05 \x01(\x06H\x00\x88\x01\x01\x42\x0f\n\r_state_age_ms2\xf3\x01\n\x0eSequenceReader\x12U\n\x0cGetSequences\x12!.freshrank.v1.GetSequencesRequest\x1a\".freshrank.v1.GetSequencesResponse\x12G\n\x0bGetPosition\x12 .freshrank.v1.GetPositionRequest\x1a\x16.freshrank.v1.Position\x12\x41\n\x05Watch\x12\x1a.freshrank.v1.WatchRequest\x1a\x1a.freshrank.v1.UserSequence0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.sequence_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETPOSITIONREQUEST']._serialized_start=67
-  _globals['_GETPOSITIONREQUEST']._serialized_end=104
-  _globals['_GETSEQUENCESREQUEST']._serialized_start=106
-  _globals['_GETSEQUENCESREQUEST']._serialized_end=163
-  _globals['_GETSEQUENCESRESPONSE']._serialized_start=165
-  _globals['_GETSEQUENCESRESPONSE']._serialized_end=234
-  _globals['_USERSEQUENCE']._serialized_start=237
-  _globals['_USERSEQUENCE']._serialized_end=390
-  _globals['_SEQUENCEREADER']._serialized_start=393
-  _globals['_SEQUENCEREADER']._serialized_end=569
+  _globals['_WATCHREQUEST']._serialized_start=67
+  _globals['_WATCHREQUEST']._serialized_end=116
+  _globals['_GETPOSITIONREQUEST']._serialized_start=118
+  _globals['_GETPOSITIONREQUEST']._serialized_end=155
+  _globals['_GETSEQUENCESREQUEST']._serialized_start=157
+  _globals['_GETSEQUENCESREQUEST']._serialized_end=270
+  _globals['_GETSEQUENCESRESPONSE']._serialized_start=272
+  _globals['_GETSEQUENCESRESPONSE']._serialized_end=341
+  _globals['_USERSEQUENCE']._serialized_start=344
+  _globals['_USERSEQUENCE']._serialized_end=497
+  _globals['_SEQUENCEREADER']._serialized_start=500
+  _globals['_SEQUENCEREADER']._serialized_end=743
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WatchRequest(_message.Message):
+    __slots__ = ("sequence", "user_id")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence: str
+    user_id: int
+    def __init__(self, sequence: _Optional[str] = ..., user_id: _Optional[int] = ...) -> None: ...
+
 class GetPositionRequest(_message.Message):
     __slots__ = ("user_id",)
     USER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -14,12 +22,16 @@ class GetPositionRequest(_message.Message):
     def __init__(self, user_id: _Optional[int] = ...) -> None: ...
 
 class GetSequencesRequest(_message.Message):
-    __slots__ = ("sequence", "user_ids")
+    __slots__ = ("sequence", "user_ids", "after", "wait_ms")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     USER_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     sequence: str
     user_ids: bytes
-    def __init__(self, sequence: _Optional[str] = ..., user_ids: _Optional[bytes] = ...) -> None: ...
+    after: _containers.RepeatedCompositeFieldContainer[_actions_pb2.Position]
+    wait_ms: int
+    def __init__(self, sequence: _Optional[str] = ..., user_ids: _Optional[bytes] = ..., after: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class GetSequencesResponse(_message.Message):
     __slots__ = ("sequences",)

@@ -46,6 +46,11 @@ class SequenceReaderStub:
                 request_serializer=protos_dot_v1_dot_sequence__pb2.GetPositionRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_actions__pb2.Position.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/freshrank.v1.SequenceReader/Watch',
+                request_serializer=protos_dot_v1_dot_sequence__pb2.WatchRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_sequence__pb2.UserSequence.FromString,
+                _registered_method=True)
 
 
 class SequenceReaderServicer:
@@ -65,6 +70,14 @@ class SequenceReaderServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Follows one user's sequence: the present row, then each change that is there when it looks, some 50 times a second, until the caller or
+        the service ends it. A bounded number of watches at once: RESOURCE_EXHAUSTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SequenceReaderServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_SequenceReaderServicer_to_server(servicer, server):
                     servicer.GetPosition,
                     request_deserializer=protos_dot_v1_dot_sequence__pb2.GetPositionRequest.FromString,
                     response_serializer=protos_dot_v1_dot_actions__pb2.Position.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=protos_dot_v1_dot_sequence__pb2.WatchRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_sequence__pb2.UserSequence.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class SequenceReader:
             '/freshrank.v1.SequenceReader/GetPosition',
             protos_dot_v1_dot_sequence__pb2.GetPositionRequest.SerializeToString,
             protos_dot_v1_dot_actions__pb2.Position.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/freshrank.v1.SequenceReader/Watch',
+            protos_dot_v1_dot_sequence__pb2.WatchRequest.SerializeToString,
+            protos_dot_v1_dot_sequence__pb2.UserSequence.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,5 @@
-"""One suite over every sequence reader: the LMDB view, the same behind gRPC, and one in memory that is built on the naive oracle."""
+"""One suite over every sequence reader: the LMDB view, the same behind gRPC, the source that looks for the owner, and one in memory that is
+built on the naive oracle."""
 
 import multiprocessing
 import subprocess
@@ -12,7 +13,7 @@ import lmdb
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from readers_world import DOMAIN, EPOCH, PARTITIONS, USERS, OracleReader, batches, build_view, partition_for, serving
+from readers_world import DOMAIN, EPOCH, PARTITIONS, USERS, OracleReader, Routed, announced, batches, build_view, partition_for, serving
 
 from features.actions import EVENT_DTYPE
 from features.ports import Position, Reading, SequenceCorruptError, SequenceUnavailableError
@@ -20,6 +21,7 @@ from features.sequence import NEVER_ERASED, Row, decode_row, definition, encode_
 from protos.v1.sequence_pb2 import GetSequencesRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
 from streams.errors import FencedError, StateError, StreamError, ViewError
+from streams.owners import OWNER
 from streams.reader_service import ReaderConfig
 from streams.remote_reader import RemoteReader
 from streams.state import META_KEY, Meta, definitions, fingerprints, row_key
@@ -27,14 +29,19 @@ from streams.view import PartitionView
 from streams.view_reader import ViewReader
 
 
-@pytest.fixture(params=["view", "remote", "oracle"])
+@pytest.fixture(params=["view", "remote", "oracle", "routed here", "routed away"])
 def reader(request, tmp_path):
     with ExitStack() as stack:
         if request.param == "oracle":
             yield OracleReader(batches(1))
             return
         build_view(tmp_path, batches(1))
-        if request.param == "view":
+        if request.param == "routed here":
+            found = Routed(tmp_path, announced())
+        elif request.param == "routed away":
+            address = stack.enter_context(serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS)))
+            found = Routed(tmp_path / "none", announced(("a", address, OWNER)))
+        elif request.param == "view":
             found = ViewReader(tmp_path, DOMAIN, PARTITIONS)
         else:
             found = RemoteReader(stack.enter_context(serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS))), DOMAIN, timeout_s=30.0)

@@ -73,6 +73,8 @@ def test_what_cannot_be_served_is_said_with_the_field_and_what_to_do(tmp_path):
         assert (code, text.startswith("event_id:")) == (grpc.StatusCode.INVALID_ARGUMENT, True)
         code, text = refused(erase, EraseRequest(user_id=1, event_id=2, reason="x" * 1_001), metadata=token)
         assert (code, text.startswith("reason:")) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+        code, text = refused(erase, EraseRequest(user_id=1, event_id=2, identities=range(5)), metadata=token)
+        assert (code, text.startswith("identities:")) == (grpc.StatusCode.INVALID_ARGUMENT, True)
         assert not status(ErasureStatusRequest(user_id=1), metadata=token, timeout=30).erasures
         code, text = refused(erase, EraseRequest(user_id=1, event_id=2), metadata=token)
         assert (code, text.endswith("with the same event_id")) == (grpc.StatusCode.UNAVAILABLE, True)
@@ -109,9 +111,17 @@ def test_an_erasure_that_is_asked_for_again_is_one(kafka, tmp_path, monkeypatch)
         assert printed.stderr.startswith("event id 99; nothing is left anywhere by 20")
         assert CliRunner().invoke(cli.app, ["erase", "--user", "42", "--home", str(tmp_path)]).exit_code == 0
 
+        person = stub.Erase(EraseRequest(user_id=50, identities=[51, 52], event_id=7), timeout=30)
+        places = [person.position, *person.identity_positions]
+        assert [at.partition for at in places] == [partition_of(user_key(user), 3) for user in (50, 51, 52)]
+        printed = CliRunner().invoke(cli.app, ["erase", "--user", "60", "--user", "61", "--home", str(tmp_path)])
+        assert [line.split(":")[1] for line in printed.stdout.split()] == [str(partition_of(user_key(user), 3)) for user in (60, 61)]
+        erased = {int(user) for batch in read_log(world) for user in batch.users[batch.verdict == ERASE]}
+        assert erased == {42, 50, 51, 52, 60, 61}, "each id that was named"
+
         job = ErasureJob(home=tmp_path, domain=DOMAIN, deadline_ms=DEADLINE_MS, kafka=world.kafka, topics=world.topics)
         now_ms = answers[0].deadline_ms - DEADLINE_MS
-        assert run_job(job, now_ms).new == 4
+        assert run_job(job, now_ms).new == 9
         once, other = Audit(tmp_path / AUDIT).of_user(42)
         assert (once.records, other.records) == (3, 1)
         assert (once.first.reason, once.asked_ms, once.deadline_ms) == ("ticket 17", now_ms, answers[0].deadline_ms)

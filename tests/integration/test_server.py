@@ -13,24 +13,32 @@ import xxhash
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving_stack import CANDIDATES, STRANGER, USER, Stack, serving
-from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, write_ranker, write_tables
+from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, make_events, write_ranker, write_tables
 
 from deploy.door import Doorkeeper
 from deploy.guard import Tokens
 from deploy.triton_server import TritonServer
 from features.ids import partition_of, user_key
 from features.pack import Packer
+from features.person import rows_digest
 from features.ports import Door, ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
 from features.request import inputs_from_request
-from features.sequence import decode_row
+from features.sequence import decode_row, definition, law
 from features.tables import TableSet
 from inference.client import RankError, RankingClient
 from inference.release import load_model, open_release, release_folder
 from inference.server import RankingServer
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
+from protos.v1.ranking_pb2 import (
+    SEQUENCE_SOURCE_LOCAL,
+    SEQUENCE_SOURCE_NONE,
+    TIER_MODEL,
+    FeatureColumn,
+    RankRequest,
+)
 
 pytestmark = pytest.mark.servers
+IDENTITY = 10_007
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +156,7 @@ def broken(**changes) -> RankRequest:
     ("field", "request_"),
     [
         ("ranker", broken(ranker="nowhere")),
-        ("identities", broken(identities=[1])),
+        ("identities", broken(identities=[1, 1])),
         ("candidate_ids", broken(candidate_ids=b"1234567")),
         ("candidate_ids", broken(candidate_ids=b"")),
         ("candidate_ids", broken(candidate_ids=np.arange(301, dtype="<u8").tobytes())),
@@ -179,15 +187,40 @@ def test_bytes_that_are_no_request_are_refused(stack):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(SequenceUnavailableError("no view"), grpc.StatusCode.UNAVAILABLE), (SequenceCorruptError("checksum"), grpc.StatusCode.DATA_LOSS)],
-)
-def test_state_that_cannot_be_read_is_a_status(stack, error, code):
-    stack.reader.error = error
+def test_damaged_state_is_a_status(stack):
+    stack.reader.error = SequenceCorruptError("checksum")
     with pytest.raises(RankError) as caught:
         stack.rank()
-    assert caught.value.code == code
+    assert caught.value.code == grpc.StatusCode.DATA_LOSS
+
+
+def test_where_no_state_answers_the_batch_side_ranks_and_says_so(stack):
+    stack.reader.error = SequenceUnavailableError("no view")
+    with stack.client() as client:
+        response = client.call(broken(identities=[8], after=[WirePosition(offset=3)]))
+    assert (response.sequence_source, response.state_age_ms) == (SEQUENCE_SOURCE_NONE, -1)
+    assert (response.tier, response.sequence_count, response.cold_start, response.after_reached) == (TIER_MODEL, 0, False, False)
+    assert not response.watermark
+    record = stack.record()
+    assert (record.sequence_source, record.row_digest, list(record.watermark)) == (SEQUENCE_SOURCE_NONE, xxhash.xxh3_64_intdigest(b""), [])
+    assert stack.server.statistics()["sequence_none"] == 1
+
+
+def test_identities_are_ranked_as_one_person(stack):
+    theirs = make_events(60, seed=3, newest_ms=NOW_MS - 500)
+    stack.reader.put(IDENTITY, theirs)
+    with stack.client() as client:
+        request = broken(identities=[IDENTITY, STRANGER], after=[WirePosition(partition=partition_of(user_key(IDENTITY), 4), offset=10)])
+        response = client.call(request)
+    rows = [stack.reader.rows[USER], stack.reader.rows[IDENTITY], b""]
+    assert response.after_reached
+    assert [at.partition for at in response.watermark] == [partition_of(user_key(user), 4) for user in (USER, IDENTITY, STRANGER)]
+    assert (response.sequence_source, response.sequence_count, response.sequence_age_ms) == (SEQUENCE_SOURCE_LOCAL, 100, 500)
+    record = stack.record()
+    assert record.row_digest == rows_digest(rows)
+    packer = Packer(DOMAIN, "home", TableSet.open(stack.config.tables, DOMAIN, "home", dict(response.generations)))
+    merged = law(definition(DOMAIN, "main"), np.concatenate([decode_row(row).events for row in rows[:2]]))
+    assert record.digest == packer.digest(packer.pack(inputs_from_request(DOMAIN, record.request, merged)).tensors)
 
 
 def test_a_damaged_row_is_data_loss(stack):

@@ -92,7 +92,9 @@ def candidate(name, **column):
     ("fields", "field", "message"),
     [
         ({"ranker": "gone"}, "ranker", "'gone' is not known; rankers: home"),
-        ({"identities": [1]}, "identities", "must be empty"),
+        ({"identities": [1, 2, 3, 4, 5]}, "identities", "5 further identities; at most 4"),
+        ({"identities": [1, 2, 1]}, "identities", "1 stands there twice"),
+        ({"identities": [1, 2**64 - 1]}, "identities", "is user_id, which is read anyway"),
         ({"request_time_ms": 0}, "request_time_ms", "0 is not a time"),
         ({"request_time_ms": 2**62}, "request_time_ms", "is not a time"),
         ({"candidate_ids": b""}, "candidate_ids", "0 candidates; ranker home takes 1 to 3"),
