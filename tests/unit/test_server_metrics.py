@@ -39,7 +39,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
             telemetry.count(metric.source)
     for name in ("rankings", "tier_embedding", "model_timeouts", "status_internal"):
         telemetry.count(name)
-    observe_inputs(telemetry, packed, Reading(7, b"", Position(1, 0, 3), NOW_MS, state_age_ms=40))
+    observe_inputs(telemetry, packed, 40)
 
 
 def test_every_metric_is_exposed_and_moves(packed_and_served):
