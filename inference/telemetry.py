@@ -73,6 +73,10 @@ class Timings:
         self.histogram.add(seconds)
         self._newest_ms.append(seconds * 1e3)
 
+    def forget(self) -> None:
+        """Drops the newest durations; count and histogram stay."""
+        self._newest_ms.clear()
+
     def percentiles(self) -> dict[str, float]:
         """p50, p99 and greatest of the newest 4,096, milliseconds; 0 before the first."""
         newest = np.array(self._newest_ms or [0.0])
@@ -98,6 +102,11 @@ class Telemetry:
         call = LAPS.get()
         if call is not None:
             call.laps.append((stage, time.monotonic(), seconds))
+
+    def restart(self) -> None:
+        """Forgets the newest durations of every stage: a measurement begins. Counters and histograms go on."""
+        for timings in self._timings.values():
+            timings.forget()
 
     def observe(self, name: str, value: float) -> None:
         """Counts one value of a histogram of HISTOGRAMS."""
