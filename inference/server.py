@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
+from inference.telemetry import watch_loop
 from inference.triton import TritonModels
 from inference.watch import CallWatch, WatchConfig
 from protos.v1.ranking_pb2 import RankResponse
@@ -86,6 +87,7 @@ class RankingServer:
             raise
         self._warmed = asyncio.Event()
         self._warming = asyncio.create_task(self._warm(), name="warm")
+        self._loop_watch = asyncio.create_task(watch_loop(self.service.telemetry), name="loop watch")
         return f"{config.host}:{port}"
 
     async def _bind(self) -> int:
@@ -139,8 +141,9 @@ class RankingServer:
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls under way end within drain_s, and closes what was opened. Source and sink stay open."""
         self._warmed.clear()
-        self._warming.cancel()
-        await asyncio.gather(self._warming, return_exceptions=True)
+        for task in (self._warming, self._loop_watch):
+            task.cancel()
+        await asyncio.gather(self._warming, self._loop_watch, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
         await asyncio.to_thread(self._watch.close)

@@ -16,7 +16,7 @@ from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, expo
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PARTS = ("releases_", "sink_", "reader_", "in_flight")
+PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
     for name in ("rankings", "tier_embedding", "model_timeouts", "status_internal"):
         telemetry.count(name)
     observe_inputs(telemetry, packed, 40)
+    telemetry.observe("loop_lag_seconds", 0.002)
 
 
 def test_every_metric_is_exposed_and_moves(packed_and_served):
