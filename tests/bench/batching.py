@@ -1,7 +1,7 @@
 """How many requests should share a Triton batch, and how long should one wait for others? `python tests/bench/batching.py`
 
-For the no-op model and the real one in the paper's size: rankings/s of a closed loop and the p99 of a Poisson load at 60 % of it, by the most
-requests of a batch and the delay. What was found, and the defaults that follow from it, stand in docs/serving.md.
+For the no-op model and the real one in the paper's size: rankings/s of a closed loop and the p99 of a Poisson load at 60 % of it, by the
+most requests of a batch and the delay. What was found, and the defaults that follow from it, stand in docs/serving.md.
 """
 
 import tempfile
