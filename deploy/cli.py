@@ -19,6 +19,7 @@ from deploy import (
     commands_http,
     commands_inspect,
     commands_move,
+    commands_releases,
     commands_snapshots,
     commands_top,
     commands_topics,
@@ -55,6 +56,7 @@ for _commands in (
     commands_http,
     commands_inspect,
     commands_move,
+    commands_releases,
     commands_snapshots,
     commands_top,
     commands_topics,
@@ -267,8 +269,8 @@ def publish(
 
     Example: `freshrank publish --ranker home`
     """
+    from deploy.announcing import announce_release
     from deploy.learn import now_ms, release
-    from deploy.processes import announce_release
     from deploy.stack import StackNotRunningError, running
 
     settings = settings_for(home, domain)
