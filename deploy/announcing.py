@@ -38,8 +38,9 @@ def formulas_of(values: Mapping[str, bytes]) -> dict[str, str]:
     return {key.removeprefix(FORMULA_KEY): FormulaAnnouncement.FromString(values[key]).score_formula for key in keys}
 
 
-def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: int) -> None:
-    """Tells every server to serve a release, with its newest comparable generations; says which ones were announced before it.
+def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: int, generations: Mapping[str, str] | None = None) -> None:
+    """Tells every server to serve a release, and which ones were announced before it. `generations`: by space, those to serve it with; the
+    newest comparable ones of spaces that are not named.
 
     Raises:
         ProduceError, KafkaUnavailableError, TopicError: nothing was announced.
@@ -47,6 +48,7 @@ def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: i
     before = releases_of(announced(settings)).get(ranker)
     previous = () if before is None else before.followed_by(release_id)
     message = ReleaseAnnouncement(ranker=ranker, release_id=release_id, announced_time_ms=now_ms, previous=previous)
+    message.generations.update(generations or {})
     announce(kafka_config(settings), settings.topic_announcements, RELEASE_KEY + ranker, message.SerializeToString())
 
 
