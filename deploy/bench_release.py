@@ -108,16 +108,15 @@ class Proof:
 
 def distinct_model(domain: Domain, ranker: str, seed: int) -> TransActRanker:
     """A model of random weights, large enough that its scores depend on every vector, and not those of another seed."""
-    import torch
-
-    torch.manual_seed(seed)
-    model = TransActRanker(domain, ranker).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and not name.startswith("heads"):
-                parameter.mul_(2.0)
-        model.heads.weight.normal_(std=1.0)
-        model.heads.bias.fill_(float(seed))
+    model, random = TransActRanker(domain, ranker).eval(), np.random.default_rng(seed)
+    for name, tensor in model.state_dict().items():
+        if name.startswith("heads."):
+            drawn = random.normal(size=tensor.shape) if name.endswith("weight") else np.full(tensor.shape, float(seed % 3 - 1))
+        elif tensor.dim() > 1:
+            drawn = random.normal(scale=2 / np.sqrt(tensor.shape[-1]), size=tensor.shape)
+        else:
+            continue
+        tensor.copy_(tensor.new_tensor(drawn))
     return model
 
 
