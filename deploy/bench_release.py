@@ -68,8 +68,17 @@ model = {{ layers = 1, first_k = 3, cross_layers = 1, hidden = [32] }}
 class Proof:
     """What every pair of a release and a generation answers to each of some requests, computed offline."""
 
-    def __init__(self, releases: Path, tables: Path, space: str, pairs: Iterable[Pair], requests: Iterable[RankRequest]) -> None:
-        """`requests`: without a sequence in the state, with a time, each of a user of its own; all pairs are of one ranker.
+    def __init__(
+        self,
+        releases: Path,
+        tables: Path,
+        space: str,
+        pairs: Iterable[Pair],
+        requests: Iterable[RankRequest],
+        others: Mapping[str, str] | None = None,
+    ) -> None:
+        """`requests`: without a sequence in the state, with a time, each of a user of its own; all pairs are of one ranker. `others`: the
+        generations of its other spaces, which stay; the newest where absent.
 
         Raises:
             ValueError: two pairs answer a request alike, so that scores could not tell them apart.
@@ -80,11 +89,13 @@ class Proof:
         asked = list(requests)
         for release_id, generation in pairs:
             release = open_release(release_folder(releases, release_id))
-            packer = Packer(release.domain, release.ranker, TableSet.open(tables, release.domain, release.ranker, {space: generation}))
+            opened = TableSet.open(tables, release.domain, release.ranker, {**(others or {}), space: generation})
+            packer = Packer(release.domain, release.ranker, opened)
             model = Rescorer(release)
             for request in asked:
                 tensors = packer.pack(inputs_from_request(release.domain, request, np.zeros(0, EVENT_DTYPE))).tensors
-                scores = {name: values for name, (values, _) in model.scores(tensors, request.head_weights).items()}
+                formula = release.domain.ranker[release.ranker].score or ""
+                scores = {name: values for name, (values, _) in model.scores(tensors, request.head_weights, formula).items()}
                 self._expected[(release_id, generation), request.user_id] = request, scores
         for (one, user), (other, of) in combinations(self._expected, 2):
             if user == of and self._agree(self._expected[one, user][1], self._expected[other, user][1], 10):

@@ -1,8 +1,10 @@
 """Releases and formulas that change under a running server, with a real Triton and broker: what serves, what scores, what is kept."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -10,27 +12,31 @@ import numpy as np
 import pytest
 import torch
 from serving_stack import CANDIDATES, USER, Stack, serving
-from serving_world import DOMAIN, DOMAIN_TOML, NOW_MS, ListSink, make_model, write_ranker, write_tables
+from serving_world import DOMAIN, DOMAIN_TOML, ITEMS, NOW_MS, VIDEO, ListSink, make_model, write_ranker, write_tables
 from typer.testing import CliRunner
 
 from deploy import cli
 from deploy.announcing import News, announce_release, announced, formulas_of, releases_of
+from deploy.bench_release import Proof, some_requests
+from deploy.load import Load, run_load
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings, load_settings
 from features.domain import parse_domain
 from features.erasures import LEDGER, Erasure, append_lines
 from features.ports import ImmediateSource
 from features.samples import read_samples
+from features.tables import Member, write_generation
 from features.tensors import tensor_fingerprint
 from inference.client import RankError
 from inference.release import ReleaseError, write_release
 from inference.server import RankingServer
 from inference.warmup import Samples
-from protos.v1.ranking_pb2 import RankRequest
+from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord, RankRequest
 from streams.broadcast import Announcements
 from streams.kafka import ensure_topics
 
 pytestmark = pytest.mark.servers
+SPACE = "home_items"
 SCORED = "click - 2*hide + 0.01*log1p(price)"
 WITH_SCORE = DOMAIN_TOML.replace("candidates_max = 300", 'candidates_max = 300\nscore = "click + hide"')
 
@@ -222,6 +228,45 @@ def test_samples_are_bounded_and_a_damaged_file_is_read_as_far_as_it_goes(tmp_pa
     path = tmp_path / "home.pb"
     path.write_bytes(b"\x09\x11" + (5).to_bytes(8, "little") + b"\x09\x11cut")
     assert [request.user_id for request in read_samples(path)] == [5]
+
+
+def test_under_traffic_no_request_fails_and_no_ranking_is_mixed(stack, first, second):
+    """Both models are loaded before, since the load is short; loading one under traffic: test_server.py."""
+    vectors = np.random.default_rng(7).normal(size=(ITEMS, 32)).astype(np.float16)
+    names = ("item.video", "item.product", "user")
+    members = {name: Member(np.arange(1, ITEMS + 1, dtype=np.uint64), vectors) for name in names}
+    generations = [stack.generations[SPACE], write_generation(stack.config.tables, SPACE, NOW_MS + 9_000, members).name]
+    pairs = list(itertools.product((first, second), generations))
+    requests = some_requests(np.random.default_rng(3), ITEMS, NOW_MS, 8)
+    for request in requests:
+        request.candidate_kind = VIDEO
+    proof = Proof(stack.config.releases, stack.config.tables, SPACE, pairs, requests, stack.generations)
+    stack.run(stack.server.switch("home", second, stack.generations))
+    stack.run(stack.server.switch("home", first, stack.generations))
+    data, begin = tuple(request.SerializeToString() for request in requests), len(stack.sink.records)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(run_load, Load(stack.address, data, 50.0, 4.0, "constant", timeout_s=10.0))
+        until = begin
+        for release, generation in itertools.cycle([pairs[i] for i in (1, 0, 2, 3, 1, 0)]):
+            while len(stack.sink.records) < until and not loading.done():  # a few rankings of each
+                time.sleep(0.02)
+            if loading.done():
+                break
+            stack.run(stack.server.switch("home", release, {**stack.generations, SPACE: generation}))
+            until = len(stack.sink.records) + 10
+        outcome = loading.result()
+    records = [RankingRecord.FromString(record) for record in stack.sink.records[begin:]]
+    of_model = [record for record in records if record.tier == TIER_MODEL]
+    assert {status: len(times) for status, times in outcome.latency_ms.items()} == {"OK": len(records)}
+    assert len(of_model) > len(records) / 2
+    assert {(record.release_id, record.generations[SPACE]) for record in of_model} == set(pairs), "the load met each of them"
+    assert all(proof.holds(record) for record in of_model)
+    mixed = RankingRecord.FromString(of_model[0].SerializeToString())
+    mixed.release_id = second if mixed.release_id == first else first
+    assert not proof.holds(mixed), "the proof sees a record that names one release and holds another's scores"
+    mixed = RankingRecord.FromString(of_model[0].SerializeToString())
+    mixed.generations[SPACE] = next(name for name in generations if name != mixed.generations[SPACE])
+    assert not proof.holds(mixed)
 
 
 @pytest.fixture
