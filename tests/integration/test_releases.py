@@ -253,7 +253,7 @@ def test_under_traffic_no_request_fails_and_no_ranking_is_mixed(stack, first, se
             if loading.done():
                 break
             stack.run(stack.server.switch("home", release, {**stack.generations, SPACE: generation}))
-            until = len(stack.sink.records) + 10
+            until = len(stack.sink.records) + 4
         outcome = loading.result()
     records = [RankingRecord.FromString(record) for record in stack.sink.records[begin:]]
     of_model = [record for record in records if record.tier == TIER_MODEL]
