@@ -79,6 +79,7 @@ BENCHES = {
     "read": "deploy.bench_read:bench_read",
     "rank": "deploy.bench:rank",
     "replay": "deploy.bench:replay",
+    "release": "deploy.bench_release:bench_release",
     "bootstrap": "deploy.bench_bootstrap:bench_bootstrap",
     "growth": "deploy.bench_growth:bench_growth",
     "peers": "deploy.bench_peers:bench_peers",

@@ -19,6 +19,7 @@ from deploy import (
     commands_http,
     commands_inspect,
     commands_move,
+    commands_releases,
     commands_snapshots,
     commands_top,
     commands_topics,
@@ -55,6 +56,7 @@ for _commands in (
     commands_http,
     commands_inspect,
     commands_move,
+    commands_releases,
     commands_snapshots,
     commands_top,
     commands_topics,
@@ -267,8 +269,8 @@ def publish(
 
     Example: `freshrank publish --ranker home`
     """
+    from deploy.announcing import announce_release
     from deploy.learn import now_ms, release
-    from deploy.processes import announce_release
     from deploy.stack import StackNotRunningError, running
 
     settings = settings_for(home, domain)
@@ -385,7 +387,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank or replay."
+            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, replay "
+            "or release."
         ),
     ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,

@@ -84,6 +84,7 @@ class RankBody(_Body):
     candidate_features: dict[str, list[Value]] = Field({}, description="A value for each candidate; null: missing.")
     request_features: dict[str, Value] = {}
     head_weights: dict[str, float] = {}
+    score_formula: str = Field("", max_length=500, description="Final score over heads and number features; not with head_weights.")
     after: list[At] = Field([], description="Positions that the ranking must include.")
     request_id: Id = 0
     request_time_ms: int = Field(0, ge=0, lt=2**62, description="Milliseconds since 1970-01-01 UTC; 0: now.")
@@ -165,6 +166,7 @@ def rank_fields(domain: Domain, body: RankBody) -> tuple[str, RequestFields]:
     fields = RequestFields(
         kinds=kinds,
         head_weights=body.head_weights,
+        score_formula=body.score_formula,
         request_time_ms=body.request_time_ms,
         after=body.after,
         request_id=body.request_id,

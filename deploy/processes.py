@@ -8,9 +8,7 @@ from deploy.scheduling import set_slice
 from deploy.settings import Settings
 from deploy.supervisor import report_ready
 from features.domain import DAY_MS, Domain, load_domain
-from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.batch_loop import WorkerConfig
-from streams.broadcast import announce
 from streams.erasure_audit import AUDIT
 from streams.erasure_service import ErasureServiceConfig
 from streams.kafka import KafkaConfig, Topics, log_identity
@@ -103,12 +101,6 @@ def erasure_service_config(settings: Settings) -> ErasureServiceConfig:
 def erasure_deadline_ms(settings: Settings) -> int:
     """The erasure promise, milliseconds."""
     return int(settings.erasure_deadline_days * DAY_MS)
-
-
-def announce_release(settings: Settings, ranker: str, release_id: str, now_ms: int) -> None:
-    """Tells every server to serve a release. Raises ProduceError."""
-    message = ReleaseAnnouncement(ranker=ranker, release_id=release_id, announced_time_ms=now_ms)
-    announce(kafka_config(settings), settings.topic_announcements, RELEASE_KEY + ranker, message.SerializeToString())
 
 
 def product(settings: Settings) -> Domain:

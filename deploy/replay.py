@@ -384,7 +384,7 @@ class _Replay:
         logged.later.clear()
         if agree and id(record) in self._to_score:
             started = time.monotonic()
-            self.tally.compare_scores(record, self._rescorer(release).scores(packed.tensors, request.head_weights))
+            self.tally.compare_scores(record, self._rescorer(release).scores(packed.tensors, request.head_weights, record.score_formula))
             self.scoring_s += time.monotonic() - started
 
     def _rescorer(self, release: Release) -> "Rescorer":

@@ -6,19 +6,17 @@ import os
 import signal
 import socket
 import sys
-import time
 
+from deploy.announcing import News, formulas_of, releases_of
 from deploy.door import door
 from deploy.logs import set_up_logging
-from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
+from deploy.processes import kafka_config, partition_count, product
 from deploy.scheduling import set_slice
 from deploy.server_pages import server_pages
 from deploy.settings import Settings
 from deploy.supervisor import Command, Supervisor, report_ready
-from features.lineage import Predecessor
 from inference.server import RankingServer, ServerConfig
 from inference.watch import WatchConfig
-from protos.v1.ranking_pb2 import ReleaseAnnouncement
 from streams.broadcast import Announcements
 from streams.owners import Owners
 from streams.ranking_log import RankingLog
@@ -70,23 +68,22 @@ async def _serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    started_ms = time.time_ns() // 1_000_000
-    endpoint = await ranking.start()
+    news = News()
 
     def on_change(key: str, value: bytes | None) -> None:
         owners.take(key, value)
-        if value is not None and key.startswith(MOVE_KEY):
-            ranking.service.lineage.add(Predecessor.decode(value))
-        if value is None or not key.startswith(RELEASE_KEY):
-            return
-        message = ReleaseAnnouncement.FromString(value)
-        # What was announced before this start is in the release folder already, and the folder's newest release is served.
-        if message.announced_time_ms >= started_ms:
-            ranking.announce(message.ranker, message.release_id, dict(message.generations))
+        news.take(key, value)
 
     announcements = await asyncio.to_thread(
         lambda: Announcements(kafka_config(settings), settings.topic_announcements, on_change=on_change)
     )
+    known = news.known()
+    try:
+        endpoint = await ranking.start(releases_of(known), formulas_of(known))
+    except BaseException:
+        announcements.close()
+        raise
+    news.attach(ranking)
     stopping = asyncio.create_task(stop.wait())
     web = contextlib.AsyncExitStack()
     try:
@@ -132,6 +129,7 @@ def server_config(settings: Settings) -> ServerConfig:
         port=settings.server_port,
         reuse_port=REUSE_VARIABLE in os.environ,
         drain_s=settings.server_drain_s,
+        samples=settings.home,
         door=door(settings, settings.server_host),
         reflection=settings.reflection,
         timeout_s=settings.rank_timeout_ms / 1000,

@@ -161,6 +161,8 @@ class Ranker(_Part):
     user_space: Name | None = None
     embedding_dimension: Annotated[int, Field(ge=1, le=1024)] = 32
     candidates_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    score: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Final score as a formula over heads and number features (`inference.formula`); the sum of utility x head where absent."""
     model: ModelSettings = ModelSettings()
 
     @model_validator(mode="after")

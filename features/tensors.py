@@ -92,7 +92,7 @@ def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
     parts = [f"{t.name}:{t.dtype.str}:{t.shape}" for t in (*tensor_table(domain, ranker_name), *output_table(domain, ranker_name))]
     parts += [f"{name}:{domain.features[name].model_dump_json(exclude={'column', 'separator'})}" for name in ranker.features]
     parts += [
-        f"ranker:{ranker.model_dump_json(exclude={'version', 'candidates_max', 'surfaces'})}",
+        f"ranker:{ranker.model_dump_json(exclude={'version', 'candidates_max', 'surfaces', 'score'})}",
         f"entities:{sorted(domain.entities.items())}",
     ]
     parts += [f"sequence:{domain.sequence[ranker.sequence].age_ms_max}:{domain.future_tolerance_ms}"]

@@ -41,7 +41,8 @@ class Ranking:
 
     ids uint64 [C]; kinds uint8 [C]; scores float32 [C]; head_scores: float32 [C] by head, empty without the model; tier: "model",
     "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used; watermark: of user_id and each further identity;
-    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known.
+    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known; score_formula: that of the scores, empty:
+    the weighted sum of heads.
     """
 
     request_id: int
@@ -59,6 +60,7 @@ class Ranking:
     cold_start: bool
     sequence_source: str = "local"
     state_age_ms: int = -1
+    score_formula: str = ""
 
 
 class RequestFields(TypedDict, total=False):
@@ -68,6 +70,7 @@ class RequestFields(TypedDict, total=False):
     candidate_features: Mapping[str, Column]
     request_features: Mapping[str, float | str | Sequence[str]]
     head_weights: Mapping[str, float]
+    score_formula: str
     request_time_ms: int
     after: Sequence[Position]
     identities: Sequence[int]
@@ -84,6 +87,7 @@ def rank_request(ranker: str, user_id: int, candidates: Sequence[int] | U64, **f
         candidate_features={name: feature_column(values) for name, values in fields.get("candidate_features", {}).items()},
         request_features={name: feature_column([value]) for name, value in fields.get("request_features", {}).items()},  # type: ignore[arg-type]
         head_weights=fields.get("head_weights"),
+        score_formula=fields.get("score_formula", ""),
         request_time_ms=fields.get("request_time_ms", 0),
         after=[WirePosition(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset) for at in fields.get("after", ())],
         identities=fields.get("identities", ()),
@@ -312,4 +316,5 @@ def typed(response: RankResponse) -> Ranking:
         cold_start=response.cold_start,
         sequence_source=SequenceSource.Name(response.sequence_source).removeprefix("SEQUENCE_SOURCE_").lower(),
         state_age_ms=response.state_age_ms,
+        score_formula=response.score_formula,
     )

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from features.domain import Domain, DomainError, load_domain, parse_domain
 from features.tensors import DYNAMIC, Tensor, output_table, tensor_fingerprint, tensor_table
+from inference.formula import Formula, FormulaError
 from inference.small import SMALL_FILE, SmallModel, read_small
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def write_release(
 
     domain = _domain_with(parse_domain(domain_toml, source="domain.toml"), ranker)
     settings = domain.ranker[ranker]
+    _verify_score("release", domain, ranker)
     missing = {space for space in (settings.item_space, settings.user_space) if space} - set(generations)
     if missing:
         raise ReleaseError(f"generations: the ranker {ranker!r} needs space {min(missing)!r}, given: {', '.join(sorted(generations))}")
@@ -150,6 +152,7 @@ def open_release(folder: Path) -> Release:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, DomainError) as error:
         raise ReleaseError(f"{folder.name}: {error}") from error
     _verify_interface(folder.name, manifest, _interface(domain, manifest["ranker"]))
+    _verify_score(folder.name, domain, manifest["ranker"])
     if found["ranker"] != manifest["ranker"]:
         raise ReleaseError(f"{folder.name}: the folder says ranker {found['ranker']!r}, manifest.json says {manifest['ranker']!r}")
     return Release(
@@ -355,6 +358,15 @@ def _verify_interface(release_id: str, manifest: Mapping[str, Any], expected: Ma
     for key in expected:
         if manifest.get(key) != expected[key]:
             raise ReleaseError(f"{release_id}: {key}: manifest.json has {manifest.get(key)}, domain.toml gives {expected[key]}")
+
+
+def _verify_score(release_id: str, domain: Domain, ranker: str) -> None:
+    score = domain.ranker[ranker].score
+    if score is not None:
+        try:
+            Formula(domain, ranker, score)
+        except FormulaError as error:
+            raise ReleaseError(f"{release_id}: domain.toml: ranker.{ranker}.score: {error}") from error
 
 
 def _shown(row: Mapping[str, Any] | None) -> str:

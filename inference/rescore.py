@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from features.tensors import tensor_table
+from inference.formula import Formula
 from inference.release import Release, load_model
 from inference.scoring import final_scores, head_weights
 from inference.transact import NoopRanker, TransActRanker
@@ -40,21 +41,43 @@ class Rescorer:
 
     def __init__(self, release: Release, *, device: str = "cpu") -> None:
         """Loads the weights. Raises ReleaseError where they do not agree with the release's domain file."""
+        self._domain, self._ranker_name = release.domain, release.ranker
         self._ranker = release.domain.ranker[release.ranker]
         self._names = [tensor.name for tensor in tensor_table(release.domain, release.ranker)]
         self._model = load_model(release, device=device)
         self._device = device
 
     def scores(
-        self, tensors: Mapping[str, npt.NDArray[Any]], weights: Mapping[str, float]
+        self, tensors: Mapping[str, npt.NDArray[Any]], weights: Mapping[str, float], formula: str = ""
     ) -> dict[str, tuple[npt.NDArray[np.float32], float]]:
         """Scores of one request, and how far a served one may be from them, by head; "" is the final score.
 
         float32 [C] each, in the order of the candidates.
-        `tensors` as packed; `weights` the request's head weights, empty for the domain file's.
+        `tensors` as packed; `weights` the request's head weights, empty for the domain file's; `formula` the one that was logged, empty:
+        the sum of weight x probability.
+
+        Raises:
+            FormulaError: the formula is none of this release.
         """
         probability = probabilities(self._model, {name: tensors[name] for name in self._names}, device=self._device)
         head_weight = head_weights(self._ranker, weights)
         allowed = tolerance(self._device)
         scores = {name: (probability[:, column], allowed) for column, name in enumerate(self._ranker.heads)}
+        if formula:
+            return {**scores, "": self._by_formula(Formula(self._domain, self._ranker_name, formula), probability, tensors, allowed)}
         return {**scores, "": (final_scores(probability, head_weight), allowed * max(1.0, float(np.abs(head_weight).sum())))}
+
+    def _by_formula(
+        self, formula: Formula, probability: npt.NDArray[np.float32], tensors: Mapping[str, npt.NDArray[Any]], allowed: float
+    ) -> tuple[npt.NDArray[np.float32], float]:
+        """Final scores float32 [C], and how far they move, head by head, when a probability moves as far as is allowed."""
+        scores = formula.scores(probability, tensors)
+        moved = 0.0
+        for head in range(probability.shape[1]):
+            steps = []
+            for step in (-allowed, allowed):
+                near = probability.copy()
+                near[:, head] = np.clip(near[:, head] + np.float32(step), 0, 1)
+                steps.append(float(np.abs(formula.scores(near, tensors).astype(np.float64) - scores).max(initial=0.0)))
+            moved += max(steps)
+        return scores, max(allowed, moved)

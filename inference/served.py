@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ from features.domain import Domain, Ranker
 from features.pack import Packer
 from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
+from inference.announced import Announced, options
 from inference.popularity import Popularity, open_popularity
 from inference.release import (
     Release,
     ReleaseError,
     blank_request,
     load_small,
-    newest_releases,
     open_release,
     release_folder,
     write_triton_model,
@@ -108,6 +108,10 @@ class ModelGate:
         self._timeouts, self._opened_s = 0, time.monotonic()
         self.opened.set()
 
+    async def rehearse(self, tensors: Tensors, *, timeout_s: float) -> None:
+        """`infer` that counts for nothing: neither for the breaker nor for what a candidate costs. Raises as `infer`."""
+        await self._infer(tensors, timeout_s=timeout_s)
+
     def probe(self) -> None:
         """Starts probing in the background, until the gate is open."""
         if self._probe is None or self._probe.done():
@@ -191,7 +195,8 @@ class Served:
 
 
 class Releases:
-    """Loads releases and tables, keeps one `Served` a ranker, and swaps it.
+    """Loads releases and tables, keeps one `Served` a ranker, and swaps it. The release that was served before stays loaded, so that going
+    back takes milliseconds, until the next switch to another one.
 
     Args:
         releases: folder of releases.
@@ -219,6 +224,10 @@ class Releases:
         self._threads, self._unload_delay_s = threads, unload_delay_s
         self._batch_requests_max, self._batch_delay_us = batch_requests_max, batch_delay_us
         self._served: dict[str, Served] = {}
+        self._kept: dict[str, Served] = {}
+        """The release before the present one, by ranker."""
+        self.warm_up: Callable[[Served], Awaitable[None]] | None = None
+        """Asks a release what it will be asked, before it is; set by who knows (`inference.warmup`)."""
         self.any_served = asyncio.Event()
         self._lock = asyncio.Lock()
         self._announced: dict[str, tuple[str, dict[str, str]]] = {}
@@ -248,32 +257,47 @@ class Releases:
             yield served
         finally:
             served.in_flight -= 1
-            if not served.in_flight and self._served.get(ranker) is not served:
+            if not served.in_flight and not self._is_held(served):
                 self._retire(served)
 
-    async def start(self) -> None:
-        """Opens the newest release of each ranker with the newest tables that fit it (`fitting_generations`). Their models load in the
-        background: see `warm`.
+    async def start(self, announced: Mapping[str, Announced] | None = None) -> None:
+        """Opens for each ranker what is announced or newer (`inference.announced.options`), with the newest tables that fit it
+        (`fitting_generations`). Models load in the background: see `warm`.
+
+        An announced release that cannot be served is tried again in the background; until then the folder's newest one serves.
 
         Raises:
-            ReleaseError, TableError: what is there cannot be served; both sides are named.
+            ReleaseError, TableError: the newest release of the folder cannot be served; both sides are named.
         """
-        for ranker, release_id in sorted(newest_releases(self._folder).items()):
-            served = await asyncio.to_thread(self._prepare, ranker, release_id, {})
-            self._served[ranker] = served
-            self.any_served.set()
-            served.gate.probe()
+        for ranker, wanted in options(self._folder, announced or {}).items():
+            for place, one in enumerate(wanted):
+                try:
+                    served = await asyncio.to_thread(self._prepare, ranker, one.release_id, dict(one.generations))
+                except (ReleaseError, TableError) as error:
+                    if one is not (announced or {}).get(ranker):
+                        raise
+                    log.warning("ranker %s: the announced release cannot be served: %s", ranker, error)
+                    self.announce(ranker, one.release_id, one.generations)
+                    continue
+                if place:
+                    log.warning("ranker %s: serving %s instead", ranker, one.release_id)
+                self._served[ranker] = served
+                self.any_served.set()
+                served.gate.probe()
+                break
 
     async def warm(self) -> None:
-        """Returns once every ranker's model has answered for the first time."""
+        """Returns once every ranker's model has answered for the first time, and after it what `warm_up` asks."""
         for served in list(self._served.values()):
             await served.gate.opened.wait()
+            with suppress(TritonError):  # it is served already: its gate says whether it is asked
+                await self._rehearse(served)
 
     async def switch(self, ranker: str, release_id: str, generations: Mapping[str, str] | None = None) -> None:
         """Serves another release, or other generations: loads and warms it first, then swaps one pointer.
 
-        What was served stays loaded until the last request that uses it has ended. For spaces that `generations` does not name see
-        `fitting_generations`.
+        The release that was served before stays loaded; other generations of the same one until the last request that uses them has ended.
+        For spaces that `generations` does not name see `fitting_generations`.
 
         Raises:
             ReleaseError, TableError: it cannot be served; what was served still is.
@@ -281,19 +305,19 @@ class Releases:
         """
         async with self._lock:
             old = self._served.get(ranker)
-            new = await asyncio.to_thread(self._prepare, ranker, release_id, dict(generations or {}))
-            if old is not None and (old.release.release_id, old.generations) == (release_id, new.generations):
+            new = await self._open(ranker, release_id, dict(generations or {}))
+            if new is old:
                 return
-            if old is not None and old.release.release_id == release_id:
-                new.gate = old.gate
-            else:
+            if old is None or new.gate is not old.gate:
                 await new.gate.bring_up()
+            await self._rehearse(new)
             self._served[ranker] = new
             self.any_served.set()
             self.switches += 1
             log.info("ranker %s: serving %s with %s", ranker, release_id, dict(new.generations))
-        if old is not None and not old.in_flight:
-            self._retire(old)
+            gone = self._keep(ranker, old)
+        if gone is not None and not gone.in_flight and not self._is_held(gone):
+            self._retire(gone)
 
     def announce(self, ranker: str, release_id: str, generations: Mapping[str, str]) -> None:
         """Switches in the background and tries again where that fails, until a later announcement. Called on the event loop."""
@@ -311,7 +335,7 @@ class Releases:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for served in self._served.values():
+        for served in (*self._served.values(), *self._kept.values()):
             await served.gate.close()
 
     def statistics(self) -> dict[str, float]:
@@ -323,7 +347,42 @@ class Releases:
             "model_trips": sum(gate.trips for gate in gates),
             "switches": self.switches,
             "switch_failures": self.switch_failures,
+            "kept": len(self._kept),
         }
+
+    async def _open(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
+        """What is to be served: an object that is there already where it is the same, else a new one, with the model's gate where there is
+        one: a model has one.
+        """
+        held = [one for one in (self._served.get(ranker), self._kept.get(ranker)) if one and one.release.release_id == release_id]
+        for one in held:
+            if one.generations == await asyncio.to_thread(self._generations, one.release, generations):
+                return one
+        new = await asyncio.to_thread(self._prepare, ranker, release_id, generations)
+        if held:
+            new.gate = held[0].gate
+        return new
+
+    def _generations(self, release: Release, named: dict[str, str]) -> dict[str, str]:
+        """The generations that `_prepare` would open, without reading them."""
+        fitting = fitting_generations(release, self._tables, named)
+        return TableSet.open(self._tables, release.domain, release.ranker, fitting).generations
+
+    def _keep(self, ranker: str, old: Served | None) -> Served | None:
+        """Keeps the release before the present one; returns what nothing needs any more beside the requests that use it."""
+        kept, new = self._kept.get(ranker), self._served[ranker]
+        if old is None or old.release.release_id == new.release.release_id:
+            return old
+        self._kept[ranker] = old
+        return kept
+
+    def _is_held(self, served: Served) -> bool:
+        ranker = served.release.ranker
+        return served is self._served.get(ranker) or served is self._kept.get(ranker)
+
+    async def _rehearse(self, served: Served) -> None:
+        if self.warm_up is not None:
+            await self.warm_up(served)
 
     def _prepare(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
         """Opens and checks everything; runs in a thread, and reads the tables' pages into memory there."""
@@ -366,7 +425,7 @@ class Releases:
     async def _unload(self, served: Served) -> None:
         await asyncio.sleep(self._unload_delay_s)
         async with self._lock:  # not while a switch may be bringing the same model back
-            if any(other.gate.model == served.gate.model for other in self._served.values()):
+            if any(other.gate.model == served.gate.model for other in (*self._served.values(), *self._kept.values())):
                 return
             await served.gate.close()
             try:

@@ -15,10 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
+from inference.announced import Announced
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
 from inference.telemetry import watch_loop
 from inference.triton import TritonModels
+from inference.warmup import Samples, WarmUp
 from inference.watch import CallWatch, WatchConfig
 from protos.v1.ranking_pb2 import RankResponse
 
@@ -31,6 +33,7 @@ SERVICE = "freshrank.v1.Ranking"
 class ServerConfig(ServiceConfig):
     """What the operator decides; `deploy` reads it from settings.
 
+    samples: home folder whose sampled requests warm a start (`inference.warmup`); None: they are in memory alone.
     What lets calls in is `door`: TLS, who may call, limits of the transport (`deploy/door.py`). With reuse_port several processes answer at
     one port, between which the kernel shares connections, not calls.
     """
@@ -49,6 +52,7 @@ class ServerConfig(ServiceConfig):
     batch_requests_max: int = 8
     batch_delay_us: int = 0
     drain_s: float = 5.0
+    samples: Path | None = None
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
@@ -60,8 +64,10 @@ class RankingServer:
     ) -> None:
         self._config, self._source, self._sink, self._clock_ms = config, source, sink, clock_ms
 
-    async def start(self) -> str:
-        """Opens the newest releases, binds, and answers from now on, from a lower tier until the models are warm. Returns "host:port".
+    async def start(self, announced: Mapping[str, Announced] | None = None, formulas: Mapping[str, str] | None = None) -> str:
+        """Opens the releases, binds, and answers from now on, from a lower tier until the models are warm. Returns "host:port".
+
+        `announced`: releases by ranker, as far as they were announced before (`Releases.start`); `formulas`: so for formulas.
 
         Raises:
             ReleaseError, TableError: a release cannot be served.
@@ -80,19 +86,24 @@ class RankingServer:
             batch_delay_us=config.batch_delay_us,
         )
         try:
-            await self.releases.start()
-            port = await self._bind()
+            await self.releases.start(announced)
+            port = await self._bind(formulas or {})
         except BaseException:
             await self._close()
             raise
         self._warmed = asyncio.Event()
         self._warming = asyncio.create_task(self._warm(), name="warm")
         self._loop_watch = asyncio.create_task(watch_loop(self.service.telemetry), name="loop watch")
+        self._writing = asyncio.create_task(self.service.samples.keep_written(), name="samples")
         return f"{config.host}:{port}"
 
-    async def _bind(self) -> int:
+    async def _bind(self, formulas: Mapping[str, str]) -> int:
         config, door = self._config, self._config.door
         self.service = RankingService(config, self.releases, self._source, self._sink, self._clock_ms)
+        for ranker, text in formulas.items():
+            self._take_formula(ranker, text)
+        self.service.samples = Samples(config.samples)
+        self.releases.warm_up = WarmUp(self.service.samples, self._source, self.service.telemetry, self.service.clock_ms)
         # A message too large for the transport is refused without the field's name, so its limit lies above the service's own.
         options = [
             *door.options,
@@ -129,6 +140,16 @@ class RankingServer:
         with suppress(RuntimeError):  # the loop is closed: there is nothing to switch any more
             self._loop.call_soon_threadsafe(self.releases.announce, ranker, release_id, generations)
 
+    def announce_formula(self, ranker: str, text: str) -> None:
+        """Changes a ranker's announced formula (`Formulas.announce`); may be called from any thread."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._take_formula, ranker, text)
+
+    def _take_formula(self, ranker: str, text: str) -> None:
+        self.service.formulas.announce(ranker, text)
+        if ranker in self.releases.rankers:
+            self.service.formulas.of(self.releases.served[ranker])  # refused here, not at the next request
+
     @property
     def ready(self) -> bool:
         """What the health service says: something is served, it was warmed, and `stop` was not called."""
@@ -141,12 +162,14 @@ class RankingServer:
     async def stop(self) -> None:
         """Says NOT_SERVING, lets calls under way end within drain_s, and closes what was opened. Source and sink stay open."""
         self._warmed.clear()
-        for task in (self._warming, self._loop_watch):
+        background = (self._warming, self._writing, self._loop_watch)
+        for task in background:
             task.cancel()
-        await asyncio.gather(self._warming, self._loop_watch, return_exceptions=True)
+        await asyncio.gather(*background, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
         await asyncio.to_thread(self._watch.close)
+        await self.service.samples.write()
         await self._close()
         log.info("ranking server stopped: %s", {name: round(value, 3) for name, value in self.statistics().items()})
 
@@ -155,6 +178,7 @@ class RankingServer:
         await self._triton.close()
 
     async def _warm(self) -> None:
+        await self.service.samples.load()
         await self.releases.warm()
         if not self.releases.rankers:
             self._warmed.set()

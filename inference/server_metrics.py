@@ -58,6 +58,9 @@ METRICS = (
     Described("rankers", "gauge", "", "Rankers that are served.", "releases_rankers"),
     Described("switches_total", "counter", "", "Releases or generations switched to.", "releases_switches"),
     Described("switch_failures_total", "counter", "", "Switches that failed; the log says why.", "releases_switch_failures"),
+    Described(
+        "formulas_refused_total", "counter", "", "Announced formulas that a release cannot use; the former stays.", "formula_refused"
+    ),
     Described("release_age_seconds", "gauge", "ranker", "Since the release in use was made."),
     Described("table_age_seconds", "gauge", "space", "Since the data of the table generation in use was read; the oldest one."),
     Described("log_dropped_total", "counter", "", "Ranking-log records dropped at a full queue.", "log_dropped"),

@@ -27,12 +27,14 @@ from features.ports import ForbiddenError, RankingSink, SequenceCorruptError, Se
 from features.request import RequestError, inputs_from_request
 from features.request_context import REQUEST_ID
 from inference.admission import Admission, OverloadedError, Stay
+from inference.formulas import Formulas, Rule
 from inference.ladder import Scored, checked_tier, score
 from inference.person import NotKeptError, Person, read_person
-from inference.scoring import best_first, final_scores, head_weights
+from inference.scoring import best_first, head_weights
 from inference.served import Releases, Served
 from inference.server_metrics import observe_inputs
 from inference.telemetry import Telemetry
+from inference.warmup import Samples
 from protos.v1.ranking_pb2 import (
     TIER_FEWER,
     TIER_MODEL,
@@ -93,11 +95,14 @@ class RankingService:
         clock_ms: Callable[[], int] | None = None,
     ) -> None:
         self._config, self._releases, self._source, self._sink = config, releases, source, sink
-        self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self.clock_ms = self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self.lineage = Lineage()
         """Logs that led to the present one: positions of them are understood in `after`."""
         self._admission = Admission(config.rankings_max, config.rankings_waiting_max)
         self._telemetry = Telemetry()
+        self.formulas = Formulas(self._telemetry.count)
+        """Takes announced formulas."""
+        self.samples = Samples()
 
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
@@ -155,21 +160,20 @@ class RankingService:
             request.request_time_ms = request.request_time_ms or self._clock_ms()
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
-            weights, wanted = _weights(served, request), checked_tier(request.tier)
+            rule, wanted = self.formulas.rule(served, request, _weights(served, request)), checked_tier(request.tier)
             person = await self._read(served, request, deadline_s, stay)
             inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
             self._telemetry.time("join_pack", time.monotonic() - lap_s)
             timeout_s = min(deadline_s - time.monotonic() - self._config.answer_reserve_s, self._config.model_timeout_s)
-            scored = await score(
-                served, packed, inputs, wanted, lambda probability, _: final_scores(probability, weights), timeout_s, self._telemetry
-            )
+            scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self._telemetry)
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
             self._count(inputs, packed, person, scored.tier)
             observe_inputs(self._telemetry, packed, person.state_age_ms)
-            response = _response(served, request, inputs, packed, person, scored)
+            response = _response(served, request, inputs, packed, person, scored, rule)
             self._log(served, request, packed, person, scored, response)
+        self.samples.offer(request.ranker, data)
         self._telemetry.time("total", time.monotonic() - started_s)
         return response
 
@@ -225,6 +229,7 @@ class RankingService:
             sequence_fingerprint=served.sequence_fingerprint,
             row_digest=rows_digest(person.rows),
             after_reached=response.after_reached,
+            score_formula=response.score_formula,
             sequence_source=response.sequence_source,
             state_age_ms=response.state_age_ms,
         )
@@ -279,6 +284,7 @@ def _response(
     packed: Packed,
     person: Person,
     scored: Scored,
+    rule: Rule,
 ) -> RankResponse:
     probability, scores = scored.probability, scored.scores
     order = best_first(scores)
@@ -295,6 +301,7 @@ def _response(
         sequence_age_ms=packed.sequence_age_ms,
         sequence_count=packed.sequence_count,
         cold_start=person.is_cold,
+        score_formula="" if probability is None else rule.text,
         after_reached=person.after_reached,
         sequence_source=int(person.origin),
         state_age_ms=person.state_age_ms,

@@ -25,6 +25,7 @@ from features.encodings import read_action
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
 from features.logs import ACTIONS, drop_past
+from features.samples import WARM, drop_samples
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
@@ -117,6 +118,7 @@ class _Run:
                 ("archives", self._rewrite_archives),
                 ("canonical logs", self._rewrite_logs),
                 ("embeddings", self._rewrite_tables),
+                ("warm-up requests", self._rewrite_samples),
             ):
                 found = rewrite(erased)
                 if found is not None:
@@ -233,6 +235,11 @@ class _Run:
                     self.progress(f"searching {root / space / generation}")
                     found = (found or 0) + drop_users(root, space, generation, erased)
         return found
+
+    def _rewrite_samples(self, erased: Erased) -> int | None:
+        """Requests that ranking servers keep for their next start. A server that writes them leaves out who is in the ledger."""
+        folder = self.job.home / WARM
+        return drop_samples(folder, erased) if folder.is_dir() else None
 
     def _sweep(self) -> None:
         """Removes what killed processes left half written, and old states that were set aside."""

@@ -29,6 +29,7 @@ PLACES = (
     "base history",
     "embeddings",
     "training arrays",
+    "warm-up requests",
 )
 """Where something of a user may stand."""
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import actions_pb2 as protos_dot_v1_dot_actions__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/ranking.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"\xba\x05\n\x0bRankRequest\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\x06\x12\x12\n\nidentities\x18\x03 \x03(\x06\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_kinds\x18\x05 \x01(\x0c\x12\x16\n\x0e\x63\x61ndidate_kind\x18\x06 \x01(\r\x12L\n\x12\x63\x61ndidate_features\x18\x07 \x03(\x0b\x32\x30.freshrank.v1.RankRequest.CandidateFeaturesEntry\x12H\n\x10request_features\x18\x08 \x03(\x0b\x32..freshrank.v1.RankRequest.RequestFeaturesEntry\x12@\n\x0chead_weights\x18\t \x03(\x0b\x32*.freshrank.v1.RankRequest.HeadWeightsEntry\x12\x17\n\x0frequest_time_ms\x18\n \x01(\x06\x12%\n\x05\x61\x66ter\x18\x0b \x03(\x0b\x32\x16.freshrank.v1.Position\x12\x12\n\nrequest_id\x18\x0c \x01(\x06\x12 \n\x04tier\x18\r \x01(\x0e\x32\x12.freshrank.v1.Tier\x1aU\n\x16\x43\x61ndidateFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.freshrank.v1.FeatureColumn:\x02\x38\x01\x1aS\n\x14RequestFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.freshrank.v1.FeatureColumn:\x02\x38\x01\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"F\n\rFeatureColumn\x12\x0e\n\x06number\x18\x01 \x01(\x0c\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\x0c\x12\x13\n\x0blist_length\x18\x03 \x01(\x0c\"\xd0\x04\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x12\n\nranked_ids\x18\x02 \x01(\x0c\x12\x14\n\x0cranked_kinds\x18\x03 \x01(\x0c\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12?\n\x0bhead_scores\x18\x05 \x03(\x0b\x32*.freshrank.v1.RankResponse.HeadScoresEntry\x12 \n\x04tier\x18\x06 \x01(\x0e\x32\x12.freshrank.v1.Tier\x12\x12\n\nrelease_id\x18\x07 \x01(\t\x12@\n\x0bgenerations\x18\x08 \x03(\x0b\x32+.freshrank.v1.RankResponse.GenerationsEntry\x12)\n\twatermark\x18\t \x03(\x0b\x32\x16.freshrank.v1.Position\x12\x17\n\x0fsequence_age_ms\x18\n \x01(\x12\x12\x16\n\x0esequence_count\x18\x0b \x01(\r\x12\x15\n\rafter_reached\x18\x0c \x01(\x08\x12\x12\n\ncold_start\x18\r \x01(\x08\x12\x35\n\x0fsequence_source\x18( \x01(\x0e\x32\x1c.freshrank.v1.SequenceSource\x12\x14\n\x0cstate_age_ms\x18) \x01(\x12\x1a\x31\n\x0fHeadScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x94\x07\n\rRankingRecord\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.freshrank.v1.RankRequest\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\x41\n\x0bgenerations\x18\x03 \x03(\x0b\x32,.freshrank.v1.RankingRecord.GenerationsEntry\x12)\n\twatermark\x18\x04 \x03(\x0b\x32\x16.freshrank.v1.Position\x12 \n\x04tier\x18\x05 \x01(\x0e\x32\x12.freshrank.v1.Tier\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x46\n\x0etensor_digests\x18\x07 \x03(\x0b\x32..freshrank.v1.RankingRecord.TensorDigestsEntry\x12@\n\x0bhead_scores\x18\x08 \x03(\x0b\x32+.freshrank.v1.RankingRecord.HeadScoresEntry\x12\x0e\n\x06scores\x18\t \x01(\x0c\x12\x12\n\ninline_row\x18\n \x01(\x0c\x12\x46\n\x0einline_tensors\x18\x0b \x03(\x0b\x32..freshrank.v1.RankingRecord.InlineTensorsEntry\x12\x0e\n\x06inline\x18\x0c \x01(\x08\x12\x16\n\x0eserved_time_ms\x18\r \x01(\x06\x12\x1c\n\x14sequence_fingerprint\x18\x0e \x01(\x06\x12\x12\n\nrow_digest\x18\x0f \x01(\x06\x12\x15\n\rafter_reached\x18\x10 \x01(\x08\x12\x35\n\x0fsequence_source\x18( \x01(\x0e\x32\x1c.freshrank.v1.SequenceSource\x12\x14\n\x0cstate_age_ms\x18) \x01(\x12\x12\x1c\n\x14inline_identity_rows\x18* \x03(\x0c\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12TensorDigestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x06:\x02\x38\x01\x1a\x31\n\x0fHeadScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x34\n\x12InlineTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xd1\x01\n\x13ReleaseAnnouncement\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12G\n\x0bgenerations\x18\x03 \x03(\x0b\x32\x32.freshrank.v1.ReleaseAnnouncement.GenerationsEntry\x12\x19\n\x11\x61nnounced_time_ms\x18\x04 \x01(\x06\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x9c\x01\n\x0eSequenceSource\x12\x1f\n\x1bSEQUENCE_SOURCE_UNSPECIFIED\x10\x00\x12\x19\n\x15SEQUENCE_SOURCE_LOCAL\x10\x01\x12\x19\n\x15SEQUENCE_SOURCE_OWNER\x10\x02\x12\x19\n\x15SEQUENCE_SOURCE_OLDER\x10\x03\x12\x18\n\x14SEQUENCE_SOURCE_NONE\x10\x04*\x8c\x01\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_MODEL\x10\x01\x12\x12\n\x0eTIER_EMBEDDING\x10\x02\x12\x15\n\x11TIER_CALLER_ORDER\x10\x03\x12\x0e\n\nTIER_FEWER\x10\x04\x12\x0e\n\nTIER_SMALL\x10\x05\x12\x13\n\x0fTIER_POPULARITY\x10\x06\x32H\n\x07Ranking\x12=\n\x04Rank\x12\x19.freshrank.v1.RankRequest\x1a\x1a.freshrank.v1.RankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/v1/ranking.proto\x12\x0c\x66reshrank.v1\x1a\x17protos/v1/actions.proto\"\xd1\x05\n\x0bRankRequest\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\x06\x12\x12\n\nidentities\x18\x03 \x03(\x06\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_kinds\x18\x05 \x01(\x0c\x12\x16\n\x0e\x63\x61ndidate_kind\x18\x06 \x01(\r\x12L\n\x12\x63\x61ndidate_features\x18\x07 \x03(\x0b\x32\x30.freshrank.v1.RankRequest.CandidateFeaturesEntry\x12H\n\x10request_features\x18\x08 \x03(\x0b\x32..freshrank.v1.RankRequest.RequestFeaturesEntry\x12@\n\x0chead_weights\x18\t \x03(\x0b\x32*.freshrank.v1.RankRequest.HeadWeightsEntry\x12\x17\n\x0frequest_time_ms\x18\n \x01(\x06\x12%\n\x05\x61\x66ter\x18\x0b \x03(\x0b\x32\x16.freshrank.v1.Position\x12\x12\n\nrequest_id\x18\x0c \x01(\x06\x12 \n\x04tier\x18\r \x01(\x0e\x32\x12.freshrank.v1.Tier\x12\x15\n\rscore_formula\x18\x0e \x01(\t\x1aU\n\x16\x43\x61ndidateFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.freshrank.v1.FeatureColumn:\x02\x38\x01\x1aS\n\x14RequestFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.freshrank.v1.FeatureColumn:\x02\x38\x01\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"F\n\rFeatureColumn\x12\x0e\n\x06number\x18\x01 \x01(\x0c\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\x0c\x12\x13\n\x0blist_length\x18\x03 \x01(\x0c\"\xe7\x04\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x12\n\nranked_ids\x18\x02 \x01(\x0c\x12\x14\n\x0cranked_kinds\x18\x03 \x01(\x0c\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12?\n\x0bhead_scores\x18\x05 \x03(\x0b\x32*.freshrank.v1.RankResponse.HeadScoresEntry\x12 \n\x04tier\x18\x06 \x01(\x0e\x32\x12.freshrank.v1.Tier\x12\x12\n\nrelease_id\x18\x07 \x01(\t\x12@\n\x0bgenerations\x18\x08 \x03(\x0b\x32+.freshrank.v1.RankResponse.GenerationsEntry\x12)\n\twatermark\x18\t \x03(\x0b\x32\x16.freshrank.v1.Position\x12\x17\n\x0fsequence_age_ms\x18\n \x01(\x12\x12\x16\n\x0esequence_count\x18\x0b \x01(\r\x12\x15\n\rafter_reached\x18\x0c \x01(\x08\x12\x12\n\ncold_start\x18\r \x01(\x08\x12\x15\n\rscore_formula\x18\x0f \x01(\t\x12\x35\n\x0fsequence_source\x18( \x01(\x0e\x32\x1c.freshrank.v1.SequenceSource\x12\x14\n\x0cstate_age_ms\x18) \x01(\x12\x1a\x31\n\x0fHeadScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xab\x07\n\rRankingRecord\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.freshrank.v1.RankRequest\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12\x41\n\x0bgenerations\x18\x03 \x03(\x0b\x32,.freshrank.v1.RankingRecord.GenerationsEntry\x12)\n\twatermark\x18\x04 \x03(\x0b\x32\x16.freshrank.v1.Position\x12 \n\x04tier\x18\x05 \x01(\x0e\x32\x12.freshrank.v1.Tier\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x46\n\x0etensor_digests\x18\x07 \x03(\x0b\x32..freshrank.v1.RankingRecord.TensorDigestsEntry\x12@\n\x0bhead_scores\x18\x08 \x03(\x0b\x32+.freshrank.v1.RankingRecord.HeadScoresEntry\x12\x0e\n\x06scores\x18\t \x01(\x0c\x12\x12\n\ninline_row\x18\n \x01(\x0c\x12\x46\n\x0einline_tensors\x18\x0b \x03(\x0b\x32..freshrank.v1.RankingRecord.InlineTensorsEntry\x12\x0e\n\x06inline\x18\x0c \x01(\x08\x12\x16\n\x0eserved_time_ms\x18\r \x01(\x06\x12\x1c\n\x14sequence_fingerprint\x18\x0e \x01(\x06\x12\x12\n\nrow_digest\x18\x0f \x01(\x06\x12\x15\n\rafter_reached\x18\x10 \x01(\x08\x12\x15\n\rscore_formula\x18\x11 \x01(\t\x12\x35\n\x0fsequence_source\x18( \x01(\x0e\x32\x1c.freshrank.v1.SequenceSource\x12\x14\n\x0cstate_age_ms\x18) \x01(\x12\x12\x1c\n\x14inline_identity_rows\x18* \x03(\x0c\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x34\n\x12TensorDigestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x06:\x02\x38\x01\x1a\x31\n\x0fHeadScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x34\n\x12InlineTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xe3\x01\n\x13ReleaseAnnouncement\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\x12\n\nrelease_id\x18\x02 \x01(\t\x12G\n\x0bgenerations\x18\x03 \x03(\x0b\x32\x32.freshrank.v1.ReleaseAnnouncement.GenerationsEntry\x12\x19\n\x11\x61nnounced_time_ms\x18\x04 \x01(\x06\x12\x10\n\x08previous\x18\x05 \x03(\t\x1a\x32\n\x10GenerationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x13\x46ormulaAnnouncement\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\x15\n\rscore_formula\x18\x02 \x01(\t\x12\x19\n\x11\x61nnounced_time_ms\x18\x03 \x01(\x06*\x9c\x01\n\x0eSequenceSource\x12\x1f\n\x1bSEQUENCE_SOURCE_UNSPECIFIED\x10\x00\x12\x19\n\x15SEQUENCE_SOURCE_LOCAL\x10\x01\x12\x19\n\x15SEQUENCE_SOURCE_OWNER\x10\x02\x12\x19\n\x15SEQUENCE_SOURCE_OLDER\x10\x03\x12\x18\n\x14SEQUENCE_SOURCE_NONE\x10\x04*\x8c\x01\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_MODEL\x10\x01\x12\x12\n\x0eTIER_EMBEDDING\x10\x02\x12\x15\n\x11TIER_CALLER_ORDER\x10\x03\x12\x0e\n\nTIER_FEWER\x10\x04\x12\x0e\n\nTIER_SMALL\x10\x05\x12\x13\n\x0fTIER_POPULARITY\x10\x06\x32H\n\x07Ranking\x12=\n\x04Rank\x12\x19.freshrank.v1.RankRequest\x1a\x1a.freshrank.v1.RankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,40 +52,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKINGRECORD_INLINETENSORSENTRY']._serialized_options = b'8\001'
   _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._loaded_options = None
   _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._serialized_options = b'8\001'
-  _globals['_SEQUENCESOURCE']._serialized_start=2566
-  _globals['_SEQUENCESOURCE']._serialized_end=2722
-  _globals['_TIER']._serialized_start=2725
-  _globals['_TIER']._serialized_end=2865
+  _globals['_SEQUENCESOURCE']._serialized_start=2742
+  _globals['_SEQUENCESOURCE']._serialized_end=2898
+  _globals['_TIER']._serialized_start=2901
+  _globals['_TIER']._serialized_end=3041
   _globals['_RANKREQUEST']._serialized_start=67
-  _globals['_RANKREQUEST']._serialized_end=765
-  _globals['_RANKREQUEST_CANDIDATEFEATURESENTRY']._serialized_start=543
-  _globals['_RANKREQUEST_CANDIDATEFEATURESENTRY']._serialized_end=628
-  _globals['_RANKREQUEST_REQUESTFEATURESENTRY']._serialized_start=630
-  _globals['_RANKREQUEST_REQUESTFEATURESENTRY']._serialized_end=713
-  _globals['_RANKREQUEST_HEADWEIGHTSENTRY']._serialized_start=715
-  _globals['_RANKREQUEST_HEADWEIGHTSENTRY']._serialized_end=765
-  _globals['_FEATURECOLUMN']._serialized_start=767
-  _globals['_FEATURECOLUMN']._serialized_end=837
-  _globals['_RANKRESPONSE']._serialized_start=840
-  _globals['_RANKRESPONSE']._serialized_end=1432
-  _globals['_RANKRESPONSE_HEADSCORESENTRY']._serialized_start=1331
-  _globals['_RANKRESPONSE_HEADSCORESENTRY']._serialized_end=1380
-  _globals['_RANKRESPONSE_GENERATIONSENTRY']._serialized_start=1382
-  _globals['_RANKRESPONSE_GENERATIONSENTRY']._serialized_end=1432
-  _globals['_RANKINGRECORD']._serialized_start=1435
-  _globals['_RANKINGRECORD']._serialized_end=2351
-  _globals['_RANKINGRECORD_GENERATIONSENTRY']._serialized_start=1382
-  _globals['_RANKINGRECORD_GENERATIONSENTRY']._serialized_end=1432
-  _globals['_RANKINGRECORD_TENSORDIGESTSENTRY']._serialized_start=2194
-  _globals['_RANKINGRECORD_TENSORDIGESTSENTRY']._serialized_end=2246
-  _globals['_RANKINGRECORD_HEADSCORESENTRY']._serialized_start=1331
-  _globals['_RANKINGRECORD_HEADSCORESENTRY']._serialized_end=1380
-  _globals['_RANKINGRECORD_INLINETENSORSENTRY']._serialized_start=2299
-  _globals['_RANKINGRECORD_INLINETENSORSENTRY']._serialized_end=2351
-  _globals['_RELEASEANNOUNCEMENT']._serialized_start=2354
-  _globals['_RELEASEANNOUNCEMENT']._serialized_end=2563
-  _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._serialized_start=1382
-  _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._serialized_end=1432
-  _globals['_RANKING']._serialized_start=2867
-  _globals['_RANKING']._serialized_end=2939
+  _globals['_RANKREQUEST']._serialized_end=788
+  _globals['_RANKREQUEST_CANDIDATEFEATURESENTRY']._serialized_start=566
+  _globals['_RANKREQUEST_CANDIDATEFEATURESENTRY']._serialized_end=651
+  _globals['_RANKREQUEST_REQUESTFEATURESENTRY']._serialized_start=653
+  _globals['_RANKREQUEST_REQUESTFEATURESENTRY']._serialized_end=736
+  _globals['_RANKREQUEST_HEADWEIGHTSENTRY']._serialized_start=738
+  _globals['_RANKREQUEST_HEADWEIGHTSENTRY']._serialized_end=788
+  _globals['_FEATURECOLUMN']._serialized_start=790
+  _globals['_FEATURECOLUMN']._serialized_end=860
+  _globals['_RANKRESPONSE']._serialized_start=863
+  _globals['_RANKRESPONSE']._serialized_end=1478
+  _globals['_RANKRESPONSE_HEADSCORESENTRY']._serialized_start=1377
+  _globals['_RANKRESPONSE_HEADSCORESENTRY']._serialized_end=1426
+  _globals['_RANKRESPONSE_GENERATIONSENTRY']._serialized_start=1428
+  _globals['_RANKRESPONSE_GENERATIONSENTRY']._serialized_end=1478
+  _globals['_RANKINGRECORD']._serialized_start=1481
+  _globals['_RANKINGRECORD']._serialized_end=2420
+  _globals['_RANKINGRECORD_GENERATIONSENTRY']._serialized_start=1428
+  _globals['_RANKINGRECORD_GENERATIONSENTRY']._serialized_end=1478
+  _globals['_RANKINGRECORD_TENSORDIGESTSENTRY']._serialized_start=2263
+  _globals['_RANKINGRECORD_TENSORDIGESTSENTRY']._serialized_end=2315
+  _globals['_RANKINGRECORD_HEADSCORESENTRY']._serialized_start=1377
+  _globals['_RANKINGRECORD_HEADSCORESENTRY']._serialized_end=1426
+  _globals['_RANKINGRECORD_INLINETENSORSENTRY']._serialized_start=2368
+  _globals['_RANKINGRECORD_INLINETENSORSENTRY']._serialized_end=2420
+  _globals['_RELEASEANNOUNCEMENT']._serialized_start=2423
+  _globals['_RELEASEANNOUNCEMENT']._serialized_end=2650
+  _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._serialized_start=1428
+  _globals['_RELEASEANNOUNCEMENT_GENERATIONSENTRY']._serialized_end=1478
+  _globals['_FORMULAANNOUNCEMENT']._serialized_start=2652
+  _globals['_FORMULAANNOUNCEMENT']._serialized_end=2739
+  _globals['_RANKING']._serialized_start=3043
+  _globals['_RANKING']._serialized_end=3115
 # @@protoc_insertion_point(module_scope)

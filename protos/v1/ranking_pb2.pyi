@@ -39,7 +39,7 @@ TIER_SMALL: Tier
 TIER_POPULARITY: Tier
 
 class RankRequest(_message.Message):
-    __slots__ = ("ranker", "user_id", "identities", "candidate_ids", "candidate_kinds", "candidate_kind", "candidate_features", "request_features", "head_weights", "request_time_ms", "after", "request_id", "tier")
+    __slots__ = ("ranker", "user_id", "identities", "candidate_ids", "candidate_kinds", "candidate_kind", "candidate_features", "request_features", "head_weights", "request_time_ms", "after", "request_id", "tier", "score_formula")
     class CandidateFeaturesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class RankRequest(_message.Message):
     AFTER_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FORMULA_FIELD_NUMBER: _ClassVar[int]
     ranker: str
     user_id: int
     identities: _containers.RepeatedScalarFieldContainer[int]
@@ -87,7 +88,8 @@ class RankRequest(_message.Message):
     after: _containers.RepeatedCompositeFieldContainer[_actions_pb2.Position]
     request_id: int
     tier: Tier
-    def __init__(self, ranker: _Optional[str] = ..., user_id: _Optional[int] = ..., identities: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., candidate_kinds: _Optional[bytes] = ..., candidate_kind: _Optional[int] = ..., candidate_features: _Optional[_Mapping[str, FeatureColumn]] = ..., request_features: _Optional[_Mapping[str, FeatureColumn]] = ..., head_weights: _Optional[_Mapping[str, float]] = ..., request_time_ms: _Optional[int] = ..., after: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., request_id: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    score_formula: str
+    def __init__(self, ranker: _Optional[str] = ..., user_id: _Optional[int] = ..., identities: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., candidate_kinds: _Optional[bytes] = ..., candidate_kind: _Optional[int] = ..., candidate_features: _Optional[_Mapping[str, FeatureColumn]] = ..., request_features: _Optional[_Mapping[str, FeatureColumn]] = ..., head_weights: _Optional[_Mapping[str, float]] = ..., request_time_ms: _Optional[int] = ..., after: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., request_id: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., score_formula: _Optional[str] = ...) -> None: ...
 
 class FeatureColumn(_message.Message):
     __slots__ = ("number", "category", "list_length")
@@ -100,7 +102,7 @@ class FeatureColumn(_message.Message):
     def __init__(self, number: _Optional[bytes] = ..., category: _Optional[bytes] = ..., list_length: _Optional[bytes] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start", "sequence_source", "state_age_ms")
+    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start", "score_formula", "sequence_source", "state_age_ms")
     class HeadScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +130,7 @@ class RankResponse(_message.Message):
     SEQUENCE_COUNT_FIELD_NUMBER: _ClassVar[int]
     AFTER_REACHED_FIELD_NUMBER: _ClassVar[int]
     COLD_START_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FORMULA_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
@@ -143,12 +146,13 @@ class RankResponse(_message.Message):
     sequence_count: int
     after_reached: bool
     cold_start: bool
+    score_formula: str
     sequence_source: SequenceSource
     state_age_ms: int
-    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ...) -> None: ...
 
 class RankingRecord(_message.Message):
-    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached", "sequence_source", "state_age_ms", "inline_identity_rows")
+    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached", "score_formula", "sequence_source", "state_age_ms", "inline_identity_rows")
     class GenerationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +197,7 @@ class RankingRecord(_message.Message):
     SEQUENCE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ROW_DIGEST_FIELD_NUMBER: _ClassVar[int]
     AFTER_REACHED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FORMULA_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     INLINE_IDENTITY_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -212,13 +217,14 @@ class RankingRecord(_message.Message):
     sequence_fingerprint: int
     row_digest: int
     after_reached: bool
+    score_formula: str
     sequence_source: SequenceSource
     state_age_ms: int
     inline_identity_rows: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., inline_identity_rows: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., inline_identity_rows: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseAnnouncement(_message.Message):
-    __slots__ = ("ranker", "release_id", "generations", "announced_time_ms")
+    __slots__ = ("ranker", "release_id", "generations", "announced_time_ms", "previous")
     class GenerationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -230,8 +236,20 @@ class ReleaseAnnouncement(_message.Message):
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCED_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     ranker: str
     release_id: str
     generations: _containers.ScalarMap[str, str]
     announced_time_ms: int
-    def __init__(self, ranker: _Optional[str] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., announced_time_ms: _Optional[int] = ...) -> None: ...
+    previous: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ranker: _Optional[str] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., announced_time_ms: _Optional[int] = ..., previous: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FormulaAnnouncement(_message.Message):
+    __slots__ = ("ranker", "score_formula", "announced_time_ms")
+    RANKER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FORMULA_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    ranker: str
+    score_formula: str
+    announced_time_ms: int
+    def __init__(self, ranker: _Optional[str] = ..., score_formula: _Optional[str] = ..., announced_time_ms: _Optional[int] = ...) -> None: ...

@@ -365,6 +365,9 @@ def test_a_release_is_switched_under_traffic_without_a_failure(stack):
         seen = [answer for stream in streams for answer in stream.result(60)]
     assert {tier for tier, _ in seen} == {"model"}
     assert {release for _, release in seen} >= {old}
+    assert stack.run(stack.server._triton.ready(old))  # kept for going back
+    third = write_ranker(stack.config.releases, stack.generations, "home", created_ms=NOW_MS + 120_000, seed=6).release_id
+    stack.run(stack.server.switch("home", third))
     until = time.monotonic() + 30
     while stack.run(stack.server._triton.ready(old)):  # unloaded once nothing uses it
         assert time.monotonic() < until

@@ -26,7 +26,9 @@ from features.erasures import LEDGER, Erasure, LedgerError, append_lines, erased
 from features.ids import partition_of, user_key
 from features.logs import ACTIONS as LOGGED_ACTIONS
 from features.logs import IMPRESSIONS, LoggedActions, LogWriter, actions_schema, impressions_schema, read_actions
+from features.samples import WARM, read_samples, write_samples
 from features.tables import USER, generation_names, open_generation
+from protos.v1.ranking_pb2 import RankRequest
 from streams.archive import ArchiveError, ParquetLog, write_archive
 from streams.core import fold_batch
 from streams.erasure import ErasureJob, Summary, run_job
@@ -264,6 +266,20 @@ def test_a_second_run_and_a_run_that_was_cut_off_change_nothing_more(home, monke
     assert run_job(home.job, NOW_MS + 2).removed == {"archives": 2, "canonical logs": 0, "embeddings": 0}
     assert {path: path.read_bytes() for path in home.path.rglob("*.parquet")} == files
     assert len(read_ledger(home.path / LEDGER)) == 1
+
+
+def test_requests_that_servers_keep_for_their_next_start_forget_the_user_too(home):
+    folder, other = home.path / WARM, ERASED + 1
+    requests = [RankRequest(user_id=ERASED), RankRequest(user_id=other), RankRequest(user_id=other, identities=[ERASED])]
+    folder.mkdir()
+    write_samples(folder / "home.pb", requests)
+    (folder / ".home.pb.part").write_bytes(requests[0].SerializeToString())  # of a killed server
+    assert run_job(home.job, NOW_MS).removed["warm-up requests"] == 2
+    assert read_samples(folder / "home.pb") == [requests[1]]
+    assert not any(ERASED.to_bytes(8, "little") in path.read_bytes() for path in folder.iterdir())
+    (entry,) = Audit(home.path / AUDIT).of_user(ERASED)
+    assert entry.places["warm-up requests"].status == "done"
+    assert run_job(home.job, NOW_MS + 1).removed["warm-up requests"] == 0
 
 
 def test_an_archive_made_later_and_one_from_another_log_are_rewritten_too(home, tmp_path):
