@@ -16,6 +16,7 @@ from deploy import (
     commands_chaos,
     commands_dead,
     commands_erasure,
+    commands_experiment,
     commands_http,
     commands_inspect,
     commands_move,
@@ -52,6 +53,7 @@ for _commands in (
     commands_chaos,
     commands_dead,
     commands_erasure,
+    commands_experiment,
     commands_http,
     commands_inspect,
     commands_move,
@@ -260,6 +262,7 @@ def train(
 @app.command()
 def publish(
     ranker: RankerName = None,
+    only: Annotated[bool, typer.Option("--only", help="Do not serve it: an experiment may name it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
 ) -> None:
@@ -276,6 +279,8 @@ def publish(
     name = work.domain.ranker_name(ranker)
     written = release(work, name)
     print(written.release_id)
+    if only:
+        return
     try:
         announce_release(running(settings, needs="kafka"), name, written.release_id, now_ms())
     except StackNotRunningError:

@@ -9,6 +9,7 @@ import sys
 import time
 
 from deploy.door import door
+from deploy.experiments import EXPERIMENT_KEY, experiment_of
 from deploy.logs import set_up_logging
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config, partition_count, product
 from deploy.scheduling import set_slice
@@ -77,6 +78,8 @@ async def _serve(settings: Settings) -> None:
         owners.take(key, value)
         if value is not None and key.startswith(MOVE_KEY):
             ranking.service.lineage.add(Predecessor.decode(value))
+        if key.startswith(EXPERIMENT_KEY):
+            ranking.experiment(key.removeprefix(EXPERIMENT_KEY), experiment_of(value) if value is not None else None)
         if value is None or not key.startswith(RELEASE_KEY):
             return
         message = ReleaseAnnouncement.FromString(value)

@@ -15,6 +15,7 @@ from features.domain import Domain, Ranker
 from features.pack import Packer
 from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
+from inference.beside import Beside
 from inference.popularity import Popularity, open_popularity
 from inference.release import (
     Release,
@@ -226,6 +227,8 @@ class Releases:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.beside = Beside(lambda ranker, release_id: self._prepare(ranker, release_id, {}), self._retire)
+        """Releases that experiments name."""
         self.switches = 0
         self.switch_failures = 0
 
@@ -240,15 +243,17 @@ class Releases:
         return self._served
 
     @contextmanager
-    def use(self, ranker: str) -> Iterator[Served]:
-        """What is served for a ranker, which stays loaded until the block ends. Raises KeyError where there is none."""
-        served = self._served[ranker]
+    def use(self, ranker: str, release_id: str = "") -> Iterator[Served]:
+        """What is served for a ranker, which stays loaded until the block ends. With `release_id` the release of an experiment, where it
+        is in use, else the served one all the same. Raises KeyError where there is none.
+        """
+        served = (release_id and self.beside.find(ranker, release_id)) or self._served[ranker]
         served.in_flight += 1
         try:
             yield served
         finally:
             served.in_flight -= 1
-            if not served.in_flight and self._served.get(ranker) is not served:
+            if not served.in_flight and self._served.get(ranker) is not served and not self.beside.holds(served):
                 self._retire(served)
 
     async def start(self) -> None:
@@ -292,6 +297,7 @@ class Releases:
             self.any_served.set()
             self.switches += 1
             log.info("ranker %s: serving %s with %s", ranker, release_id, dict(new.generations))
+        self.beside.refresh(ranker)
         if old is not None and not old.in_flight:
             self._retire(old)
 
@@ -311,6 +317,7 @@ class Releases:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.beside.close()
         for served in self._served.values():
             await served.gate.close()
 
@@ -323,6 +330,7 @@ class Releases:
             "model_trips": sum(gate.trips for gate in gates),
             "switches": self.switches,
             "switch_failures": self.switch_failures,
+            **self.beside.statistics(),
         }
 
     def _prepare(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
@@ -366,9 +374,11 @@ class Releases:
     async def _unload(self, served: Served) -> None:
         await asyncio.sleep(self._unload_delay_s)
         async with self._lock:  # not while a switch may be bringing the same model back
-            if any(other.gate.model == served.gate.model for other in self._served.values()):
+            others = [*self._served.values(), *self.beside]
+            if not any(other.gate is served.gate for other in others):
+                await served.gate.close()
+            if any(other.gate.model == served.gate.model for other in others):
                 return
-            await served.gate.close()
             try:
                 await self._triton.unload(served.gate.model)
             except TritonError as error:
