@@ -14,6 +14,7 @@ from rich.text import Text
 from deploy import (
     commands_bootstrap,
     commands_chaos,
+    commands_compare,
     commands_dead,
     commands_erasure,
     commands_experiment,
@@ -51,6 +52,7 @@ app = typer.Typer(
 for _commands in (
     commands_bootstrap,
     commands_chaos,
+    commands_compare,
     commands_dead,
     commands_erasure,
     commands_experiment,

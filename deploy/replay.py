@@ -207,7 +207,8 @@ class _Replay:
                     user_id = record.request.user_id
                     if string_id(user_key(user_id).decode()) >= self.options.users_share * 2**64:
                         continue
-                    self.report.rankings_read += 1
+                    self.report.rankings_read += not record.shadow
+                    self.report.shadows_read += record.shadow
                     try:
                         self._check(record)
                     except _Excluded as excluded:
@@ -375,11 +376,12 @@ class _Replay:
         row, *further = rows if record.watermark else (b"",)
         agree = self.tally.compare(record, row, packer, packed, further)
         later: npt.NDArray[np.void] = np.concatenate([logged.later[i] for i in range(len(rows))])
-        # Each identity's own erasure has been applied to `later`.
+        # Each identity's own erasure has been applied to `later`. A shadow saw what its ranking saw.
         fresh = missing_events(
             definition(release.domain, sequence), packer, dataclasses.replace(inputs, erased_before_ms=NEVER_ERASED), later
         )
-        self.tally.add_freshness(request.request_time_ms, *fresh)
+        if not record.shadow:
+            self.tally.add_freshness(request.request_time_ms, *fresh)
         logged.rows.clear()
         logged.later.clear()
         if agree and id(record) in self._to_score:
