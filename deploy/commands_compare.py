@@ -72,7 +72,7 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
     sides = _sides("release", [(result[side]["release_id"], result[side]) for side in ("base", "other")])
     tables = [agreement, sides]
     if result["arms"]:
-        tables.append(_sides("arm", [(f"{arm['experiment']} / {arm['arm']}", arm) for arm in result["arms"]]))
+        tables.append(_sides("arm", [(f"{arm['experiment']} / {arm['arm']} / {arm['release_id']}", arm) for arm in result["arms"]]))
     return tables
 
 

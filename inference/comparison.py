@@ -18,6 +18,8 @@ from protos.v1.ranking_pb2 import TIER_MODEL, RankingRecord, Tier
 F32 = npt.NDArray[np.float32]
 FINAL = "final score"
 TOP = 3
+WAITING_MAX = 20_000
+"""Records that wait for their partner. It follows soon: both are of one user, so in one partition of the log."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Comparison:
 
     def __init__(self, base: str, other: str) -> None:
         self.base, self.other = Side(base), Side(other)
-        self._arms: dict[tuple[str, str], Side] = {}
+        self._arms: dict[tuple[str, str, str], Side] = {}
         self._waiting: dict[tuple[str, int], RankingRecord] = {}
         self._pairs = 0
         self._agreement: dict[str, dict[str, list[float]]] = {}
@@ -76,12 +78,14 @@ class Comparison:
             return
         side.add(record)
         if record.experiment and not record.shadow:
-            key = (record.experiment, record.arm or "-")
+            key = (record.experiment, record.arm or "-", record.release_id)
             self._arms.setdefault(key, Side(record.release_id)).add(record)
         theirs = self.other if side is self.base else self.base
         partner = self._waiting.pop((theirs.release_id, record.request.request_id), None)
         if partner is None or partner.request.user_id != record.request.user_id or partner.shadow == record.shadow:
             self._waiting[(record.release_id, record.request.request_id)] = record
+            if len(self._waiting) > WAITING_MAX:
+                del self._waiting[next(iter(self._waiting))]
             return
         self._compare(*((record, partner) if side is self.base else (partner, record)))
 
@@ -92,7 +96,7 @@ class Comparison:
         return {
             "base": self.base.result(),
             "other": self.other.result(),
-            "arms": [{"experiment": name, "arm": arm, **side.result()} for (name, arm), side in sorted(self._arms.items())],
+            "arms": [{"experiment": name, "arm": arm, **side.result()} for (name, arm, _), side in sorted(self._arms.items())],
             "pairs": self._pairs,
             "scores": {
                 head: {name: _spread(values) for name, values in figures.items()} for head, figures in sorted(self._agreement.items())
