@@ -15,7 +15,7 @@ from features.ids import U64, string_ids
 from features.ports import Position
 from inference.throttle import Throttle
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
+from protos.v1.ranking_pb2 import Explanation, FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
@@ -231,13 +231,22 @@ class RankingClient(Connections):
         self, request: RankRequest, *, timeout_s: float | None = None, traceparent: str = "", token: str | None = None
     ) -> RankResponse:
         """`rank` for a request that is there already. `token` stands in for the client's own. Raises as `rank`."""
+        response: RankResponse = self._call("Rank", request, timeout_s, traceparent, token)
+        return response
+
+    def explain(self, request: RankRequest, *, timeout_s: float | None = None) -> Explanation:
+        """What `call` would answer, and why (protos `Ranking.Explain`). Needs a permission of its own. Raises as `rank`."""
+        explanation: Explanation = self._call("Explain", request, timeout_s, "", None)
+        return explanation
+
+    def _call(self, method: str, request: RankRequest, timeout_s: float | None, traceparent: str, token: str | None) -> Any:
         attempts = self._attempts(timeout_s, traceparent, token)
         self.before_call()
         code = grpc.StatusCode.CANCELLED
         try:
             while True:
                 try:
-                    response = self._stubs[next(self._turns)].Rank(request, **attempts.options())
+                    response = getattr(self._stubs[next(self._turns)], method)(request, **attempts.options())
                 except grpc.RpcError as error:
                     code = error.code()
                     time.sleep(attempts.failed(error))

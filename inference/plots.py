@@ -72,7 +72,7 @@ def plot_releases(comparison: dict[str, Any], path: str | Path) -> None:
                 axes[3].plot([p50, p99], [place + shift] * 2, color="0.3", linewidth=1.5, marker="|")
     axes[3].set_yticks((0, 1), ("base", "other"))
     axes[3].invert_yaxis()
-    axes[3].set_title("latency, ms: p50 to p99 (orange: in the shadow)", fontsize="small")
+    axes[3].set_title("ms, p50 to p99 (orange: shadow)", fontsize="small")
     figure.suptitle(f"{comparison['base']['release_id']} against {comparison['other']['release_id']}, {comparison['pairs']} pairs")
     _save(figure, path)
 

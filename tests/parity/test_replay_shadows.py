@@ -23,8 +23,11 @@ SHADOW_DOMAIN = DOMAIN.replace("sequence_length = 8", "sequence_length = 5").rep
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return shadowed_world(tmp_path_factory.mktemp("shadows"))
+
+
+def shadowed_world(root):
     """A served log in which a second release scored every third ranking in the shadow."""
-    root = tmp_path_factory.mktemp("shadows")
     world = make_served_world(root, DOMAIN, random_actions(size=400))
     domain = parse_domain(SHADOW_DOMAIN, source="test")
     torch.manual_seed(4)
