@@ -17,7 +17,7 @@ from features.domain import Domain
 from features.pack import FIRST, MISSING, OUTSIDE
 from protos.v1.ranking_pb2 import ExplainedFeature, Explanation, Tier
 
-PAGE_COLUMNS = 150
+PAGE_COLUMNS = 180
 _BAR_WIDTH = 24
 _LIST_VALUES_MAX = 4
 
@@ -80,17 +80,26 @@ def _actions(found: Explanation, count_max: int) -> Table:
     effects = [np.frombuffer(action.effect, "<f4") if action.left_out else None for action in found.actions]
     greatest = max((abs(float(effect[0])) for effect in effects if effect is not None), default=0.0)
     shown = min(len(found.actions), count_max)
-    table = Table("when", "age", "action", "item", "surface", "value", "seen", "effect on the 1st", "", "greatest effect", "Kendall tau")
+    table = Table(
+        "when (UTC)", "age", "action", "item", "surface", "value", "seen", "effect on the 1st", "", "greatest effect", "Kendall tau"
+    )
     table.title = f"what the user did: {shown} of {len(found.actions)} actions, newest first" if found.actions else "the user did nothing"
     for action, effect in zip(found.actions[:shown], effects, strict=False):
         first: tuple[str | Text, ...] = ("", "", "", "")
         if effect is not None:
             most = int(np.abs(effect).argmax())
             tau = "-" if np.isnan(action.kendall_tau) else f"{action.kendall_tau:.3f}"
-            first = (f"{effect[0]:+.4f}", bar(float(effect[0]), greatest), f"{effect[most]:+.4f} on {ids[most]} ({most + 1}.)", tau)
+            first = (f"{effect[0]:+.4f}", bar(float(effect[0]), greatest), f"{effect[most]:+.4f} on {ids[most]}", tau)
         value = "-" if np.isnan(action.value) else f"{action.value:g}"
         age = duration(action.age_ms / 1000)
-        what = (iso(action.event_time_ms), age, action.action, f"{action.kind} {action.entity_id}", action.surface or "-", value)
+        what = (
+            iso(action.event_time_ms)[:19].replace("T", " "),
+            age,
+            action.action,
+            f"{action.kind} {action.entity_id}",
+            action.surface or "-",
+            value,
+        )
         table.add_row(*what, "yes" if action.seen else "no", *first)
     return table
 
