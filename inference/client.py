@@ -41,7 +41,8 @@ class Ranking:
 
     ids uint64 [C]; kinds uint8 [C]; scores float32 [C]; head_scores: float32 [C] by head, empty without the model; tier: "model",
     "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used; watermark: of user_id and each further identity;
-    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known.
+    sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known; experiment: "" where none runs; arm: ""
+    where the user is in none.
     """
 
     request_id: int
@@ -59,6 +60,8 @@ class Ranking:
     cold_start: bool
     sequence_source: str = "local"
     state_age_ms: int = -1
+    experiment: str = ""
+    arm: str = ""
 
 
 class RequestFields(TypedDict, total=False):
@@ -321,4 +324,6 @@ def typed(response: RankResponse) -> Ranking:
         cold_start=response.cold_start,
         sequence_source=SequenceSource.Name(response.sequence_source).removeprefix("SEQUENCE_SOURCE_").lower(),
         state_age_ms=response.state_age_ms,
+        experiment=response.experiment,
+        arm=response.arm,
     )

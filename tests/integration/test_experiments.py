@@ -102,6 +102,8 @@ def test_noop_answers_in_the_callers_order(stack, other):
     run(stack, Arm(name="noop", noop=True, share=ALL - 1), Arm(name="keep", release_id=other, share=1))
     answer = call(stack)
     assert (answer.arm, answer.tier, ids(answer)) == ("noop", TIER_CALLER_ORDER, CANDIDATES)
+    ranking = stack.rank()
+    assert (ranking.experiment, ranking.arm, ranking.tier) == ("exp", "noop", "caller_order")
 
 
 def test_shuffle_moves_the_models_order_within_its_bound(stack, other):
