@@ -1,11 +1,13 @@
 """What is announced about rankers: said by commands, followed by servers.
 
-Keys of the announcements topic: "release/RANKER" (ReleaseAnnouncement), "formula/RANKER" (FormulaAnnouncement).
+Keys of the announcements topic: "release/RANKER" (ReleaseAnnouncement), "formula/RANKER" (FormulaAnnouncement), "experiment/RANKER"
+(Experiment).
 """
 
 import threading
 from collections.abc import Mapping
 
+from deploy.experiments import EXPERIMENT_KEY, experiment_of
 from deploy.processes import MOVE_KEY, RELEASE_KEY, kafka_config
 from deploy.settings import Settings
 from features.lineage import Predecessor
@@ -91,7 +93,7 @@ class News:
         with self._lock:
             self._server = server
             for key, value in self._held.items():
-                if key.startswith(MOVE_KEY) or value != self._known.get(key):
+                if key.startswith((MOVE_KEY, EXPERIMENT_KEY)) or value != self._known.get(key):
                     self._pass_on(server, key, value)
             self._held.clear()
 
@@ -102,6 +104,8 @@ class News:
         elif value is not None and key.startswith(RELEASE_KEY):
             message = ReleaseAnnouncement.FromString(value)
             server.announce(message.ranker, message.release_id, dict(message.generations))
+        elif key.startswith(EXPERIMENT_KEY):
+            server.experiment(key.removeprefix(EXPERIMENT_KEY), None if value is None else experiment_of(value))
         elif key.startswith(FORMULA_KEY):
             text = "" if value is None else FormulaAnnouncement.FromString(value).score_formula
             server.announce_formula(key.removeprefix(FORMULA_KEY), text)

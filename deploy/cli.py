@@ -14,8 +14,11 @@ from rich.text import Text
 from deploy import (
     commands_bootstrap,
     commands_chaos,
+    commands_compare,
     commands_dead,
     commands_erasure,
+    commands_experiment,
+    commands_explain,
     commands_http,
     commands_inspect,
     commands_move,
@@ -51,8 +54,11 @@ app = typer.Typer(
 for _commands in (
     commands_bootstrap,
     commands_chaos,
+    commands_compare,
     commands_dead,
     commands_erasure,
+    commands_experiment,
+    commands_explain,
     commands_http,
     commands_inspect,
     commands_move,
@@ -262,6 +268,7 @@ def train(
 @app.command()
 def publish(
     ranker: RankerName = None,
+    only: Annotated[bool, typer.Option("--only", help="Do not serve it: an experiment may name it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
 ) -> None:
@@ -278,6 +285,8 @@ def publish(
     name = work.domain.ranker_name(ranker)
     written = release(work, name)
     print(written.release_id)
+    if only:
+        return
     try:
         announce_release(running(settings, needs="kafka"), name, written.release_id, now_ms())
     except StackNotRunningError:

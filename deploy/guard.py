@@ -31,6 +31,7 @@ ERASE, REFLECT, ADMIN = "erase", "reflect", "admin"
 HTTP_ACTIONS = "POST /v1/actions"
 PERMISSIONS: Mapping[str, str] = {
     "/freshrank.v1.Ranking/Rank": RANK,
+    "/freshrank.v1.Ranking/Explain": EXPLAIN,
     HTTP_ACTIONS: PRODUCE,
     "/freshrank.v1.SequenceReader/GetSequences": READ_SEQUENCES,
     "/freshrank.v1.SequenceReader/GetPosition": READ_SEQUENCES,

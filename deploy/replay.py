@@ -20,7 +20,7 @@ from features.actions import FORGOTTEN, REJECTED, decode_batch
 from features.base import Base, BaseError, BaseRecords
 from features.domain import Encoding
 from features.ids import partition_of, string_id, user_key
-from features.pack import Packer
+from features.pack import Packed, Packer, RankInputs
 from features.parity import PartitionLog, Report, Tally, missing_events
 from features.person import events_of_rows
 from features.request import RequestError, inputs_from_request
@@ -47,7 +47,8 @@ class ReplayOptions:
     releases, tables: folders of the release files. archive: folder that `archive_logs` wrote. users_share: share of users, chosen by the
     hash of their key, so that all rankings of a chosen user are replayed. base, history: the base that the state stands on, and where its
     history is; the log says which base it must be. score_sample: how many rankings are scored again, chosen by
-    `seed`; device: where ("cpu", "cuda"). progress: called with (events read, events there are).
+    `seed`; device: where ("cpu", "cuda"). progress: called with (events read, events there are). only: which records are replayed, of all
+    others nothing is counted; on_rebuilt: called with each as it was rebuilt.
     """
 
     releases: Path
@@ -62,6 +63,8 @@ class ReplayOptions:
     seed: int = 0
     device: str = "cpu"
     progress: Callable[[int, int], None] | None = None
+    only: Callable[[RankingRecord], bool] | None = None
+    on_rebuilt: Callable[["Rebuilt"], None] | None = None
 
 
 @contextmanager
@@ -106,6 +109,18 @@ def replay(options: ReplayOptions) -> Report:
     started = time.monotonic()
     with open_logs(options) as (rankings, actions):
         return _Replay(options, rankings, actions).run(started)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A logged ranking, and its inputs and tensors as the logs and the release files give them; agree: whether no byte of them differs."""
+
+    record: RankingRecord
+    release: Release
+    packer: Packer
+    inputs: RankInputs
+    packed: Packed
+    agree: bool
 
 
 _Rules = tuple[int, tuple[Encoding, ...]]
@@ -193,7 +208,7 @@ class _Replay:
         for partition in sorted(self.rankings.partitions):
             for records in self.rankings.read(partition):
                 forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten
-                if self.options.users_share == 1.0:  # of a share it cannot be told any more whose they were
+                if self.options.users_share == 1.0 and self.options.only is None:  # of a share it cannot be told any more whose they were
                     self.report.rankings_read += int(forgotten.sum())
                     for _ in range(int(forgotten.sum())):
                         self.tally.exclude("erased_since", "taken out of the archive")
@@ -201,13 +216,18 @@ class _Replay:
                     try:
                         record = RankingRecord.FromString(value or b"")
                     except DecodeError as error:
+                        if self.options.only is not None:
+                            continue
                         self.report.rankings_read += 1
                         self.tally.exclude("undecodable", f"{self.rankings.topic} partition {partition} offset {offset}: {error}")
                         continue
                     user_id = record.request.user_id
+                    if self.options.only is not None and not self.options.only(record):
+                        continue
                     if string_id(user_key(user_id).decode()) >= self.options.users_share * 2**64:
                         continue
-                    self.report.rankings_read += 1
+                    self.report.rankings_read += not record.shadow
+                    self.report.shadows_read += record.shadow
                     try:
                         self._check(record)
                     except _Excluded as excluded:
@@ -374,12 +394,15 @@ class _Replay:
         packed = packer.pack(inputs)
         row, *further = rows if record.watermark else (b"",)
         agree = self.tally.compare(record, row, packer, packed, further)
+        if self.options.on_rebuilt is not None:
+            self.options.on_rebuilt(Rebuilt(record, release, packer, inputs, packed, agree))
         later: npt.NDArray[np.void] = np.concatenate([logged.later[i] for i in range(len(rows))])
-        # Each identity's own erasure has been applied to `later`.
+        # Each identity's own erasure has been applied to `later`. A shadow saw what its ranking saw.
         fresh = missing_events(
             definition(release.domain, sequence), packer, dataclasses.replace(inputs, erased_before_ms=NEVER_ERASED), later
         )
-        self.tally.add_freshness(request.request_time_ms, *fresh)
+        if not record.shadow:
+            self.tally.add_freshness(request.request_time_ms, *fresh)
         logged.rows.clear()
         logged.later.clear()
         if agree and id(record) in self._to_score:

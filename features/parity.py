@@ -194,14 +194,20 @@ def missing_events(what: Definition, packer: Packer, inputs: RankInputs, later: 
 
 @dataclass
 class Report:
-    """What a replay found. Everything counted is in rankings unless its name says otherwise."""
+    """What a replay found. Everything counted is in rankings unless its name says otherwise.
+
+    Shadows are compared like rankings (digests, bytes, rows, scores), and counted apart: each has a ranking beside it.
+    """
 
     ok: bool = False
     verdict: str = ""
     rankings_read: int = 0
     rankings_replayed: int = 0
     rankings_different: int = 0
-    """Replayed rankings with any difference of digest, inline bytes or row."""
+    """Replayed rankings and shadows with any difference of digest, inline bytes or row."""
+    shadows_read: int = 0
+    shadows_replayed: int = 0
+    shadows_excluded: dict[str, int] = field(default_factory=dict)
     digests_equal: int = 0
     digests_different: int = 0
     bytes_compared: int = 0
@@ -259,6 +265,7 @@ class Report:
             "",
             f"rankings read        {self.rankings_read}",
             f"rankings replayed    {self.rankings_replayed}  {_listed(self.tiers)}",
+            *([f"shadows              {self.shadows_replayed} replayed of {self.shadows_read} read"] if self.shadows_read else []),
             f"digests              {self.digests_equal} equal, {self.digests_different} different",
             f"bytes different      {self.bytes_different} of {self.bytes_compared}",
             *(f"  tensor {name}: {count} rankings" for name, count in sorted(self.tensors_different.items())),
@@ -268,6 +275,7 @@ class Report:
             f"scores               {self.scores_different} of {self.scores_compared} different, greatest difference "
             f"{self.score_difference_max:.2e}, tolerance {self.score_tolerance:.0e}",
             *(f"excluded             {count} {reason}: {EXCLUSIONS[reason]}" for reason, count in sorted(self.excluded.items())),
+            *(f"excluded shadows     {count} {reason}: {EXCLUSIONS[reason]}" for reason, count in sorted(self.shadows_excluded.items())),
             f"freshness skew       {self.events_missing} of {self.events_visible} events ({100 * self.events_missing_share:.3f} %) were "
             f"not in the served sequence yet, in {self.rankings_missing_events} rankings",
             *([f"  age at request, ms: {_listed(self.missing_age_ms)}"] if self.missing_age_ms else []),
@@ -291,7 +299,7 @@ class Tally:
 
     def exclude(self, reason: str, why: str, record: RankingRecord | None = None) -> None:
         """Counts a ranking that is not replayed; `reason` is one of EXCLUSIONS."""
-        self.report.excluded[reason] = self.report.excluded.get(reason, 0) + 1
+        _count(self.report.shadows_excluded if record is not None and record.shadow else self.report.excluded, reason)
         if reason not in ACCEPTED:
             self._example(record, excluded=reason, why=why)
 
@@ -300,9 +308,12 @@ class Tally:
         identities, in the request's order."""
         report, tensors = self.report, packed.tensors
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        report.rankings_replayed += 1
-        _count(report.tiers, Tier.Name(record.tier))
-        self._counts.append(packed.sequence_count)
+        if record.shadow:
+            report.shadows_replayed += 1
+        else:
+            report.rankings_replayed += 1
+            _count(report.tiers, Tier.Name(record.tier))
+            self._counts.append(packed.sequence_count)
         report.bytes_compared += sum(sizes.values())
         different: dict[str, int] = {}
         digest_equal = packer.digest(tensors) == record.digest
@@ -323,9 +334,9 @@ class Tally:
             report.bytes_different += count
         agree = digest_equal and not different and rows_agree
         hour = report.hours.setdefault(str(np.datetime64(record.request.request_time_ms, "ms").astype("datetime64[h]")), [0, 0])
-        hour[0] += 1
+        hour[0] += not record.shadow
         if not agree:
-            hour[1] += 1
+            hour[1] += not record.shadow
             report.rankings_different += 1
             self._example(record, tensors_different=sorted(different), row_different=not rows_agree)
         return agree
@@ -385,17 +396,18 @@ class Tally:
         report.events_per_s = report.events_read / max(report.reading_s, 1e-9)
         report.sequence_counts = _percentiles(self._counts)
         report.missing_age_ms = _percentiles(np.concatenate(self._missing_ages_ms)) if self._missing_ages_ms else {}
-        refused = {reason: count for reason, count in report.excluded.items() if reason not in ACCEPTED}
+        excluded = (*report.excluded.items(), *report.shadows_excluded.items())
+        refused = [(reason, count) for reason, count in excluded if reason not in ACCEPTED]
         faults = [
             f"{count} {what}"
             for count, what in (
                 (report.rankings_different, "rankings differ"),
                 (report.scores_different, "scores differ"),
-                (sum(refused.values()), f"rankings could not be replayed ({', '.join(sorted(refused))})"),
+                (sum(count for _, count in refused), f"rankings could not be replayed ({', '.join(sorted({why for why, _ in refused}))})"),
             )
             if count
         ]
-        if not report.rankings_replayed:
+        if not report.rankings_replayed + report.shadows_replayed:
             faults.append("nothing was replayed")
         report.ok = not faults
         report.verdict = f"FAILED: {'; '.join(faults)}" if faults else f"OK: {report.rankings_replayed} rankings replayed, 0 bytes differ"

@@ -136,8 +136,10 @@ class Admission:
 
 
 class Stay:
-    """One ranking's stay. `aside_s`: time in it that was no work (waiting for `after`); `counts`: whether it tells of the load."""
+    """One ranking's stay. `aside_s`: time in it that was no work (waiting for `after`); `counts`: whether it tells of the load;
+    called_s: when the call came (time.monotonic), which was before the wait at the door."""
 
     def __init__(self) -> None:
+        self.called_s = time.monotonic()
         self.aside_s = 0.0
         self.counts = True

@@ -15,7 +15,7 @@ from features.ids import U64, string_ids
 from features.ports import Position
 from inference.throttle import Throttle
 from protos.v1.actions_pb2 import Position as WirePosition
-from protos.v1.ranking_pb2 import FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
+from protos.v1.ranking_pb2 import Explanation, FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
@@ -42,7 +42,7 @@ class Ranking:
     ids uint64 [C]; kinds uint8 [C]; scores float32 [C]; head_scores: float32 [C] by head, empty without the model; tier: "model",
     "embedding" or "caller_order"; sequence_age_ms: -1 where no action was used; watermark: of user_id and each further identity;
     sequence_source: "local", "owner", "older" or "none"; state_age_ms: -1 where it is not known; score_formula: that of the scores, empty:
-    the weighted sum of heads.
+    the weighted sum of heads; experiment: "" where none runs; arm: "" where the user is in none.
     """
 
     request_id: int
@@ -61,6 +61,8 @@ class Ranking:
     sequence_source: str = "local"
     state_age_ms: int = -1
     score_formula: str = ""
+    experiment: str = ""
+    arm: str = ""
 
 
 class RequestFields(TypedDict, total=False):
@@ -235,13 +237,22 @@ class RankingClient(Connections):
         self, request: RankRequest, *, timeout_s: float | None = None, traceparent: str = "", token: str | None = None
     ) -> RankResponse:
         """`rank` for a request that is there already. `token` stands in for the client's own. Raises as `rank`."""
+        response: RankResponse = self._call("Rank", request, timeout_s, traceparent, token)
+        return response
+
+    def explain(self, request: RankRequest, *, timeout_s: float | None = None) -> Explanation:
+        """What `call` would answer, and why (protos `Ranking.Explain`). Needs a permission of its own. Raises as `rank`."""
+        explanation: Explanation = self._call("Explain", request, timeout_s, "", None)
+        return explanation
+
+    def _call(self, method: str, request: RankRequest, timeout_s: float | None, traceparent: str, token: str | None) -> Any:
         attempts = self._attempts(timeout_s, traceparent, token)
         self.before_call()
         code = grpc.StatusCode.CANCELLED
         try:
             while True:
                 try:
-                    response = self._stubs[next(self._turns)].Rank(request, **attempts.options())
+                    response = getattr(self._stubs[next(self._turns)], method)(request, **attempts.options())
                 except grpc.RpcError as error:
                     code = error.code()
                     time.sleep(attempts.failed(error))
@@ -317,4 +328,6 @@ def typed(response: RankResponse) -> Ranking:
         sequence_source=SequenceSource.Name(response.sequence_source).removeprefix("SEQUENCE_SOURCE_").lower(),
         state_age_ms=response.state_age_ms,
         score_formula=response.score_formula,
+        experiment=response.experiment,
+        arm=response.arm,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+AGREEMENT = {"correlation": "score correlation", "kendall_tau": "Kendall tau", "top3_overlap": "top-3 overlap"}
 FIGURES = {"auc": "AUC", "ndcg": "NDCG@10", "hit": "HIT@3", "log_loss": "log loss"}
 
 
@@ -45,6 +46,34 @@ def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str 
         axis.tick_params(axis="x", labelsize="small", rotation=30)
         axis.set_yticks(range(len(comparison)), list(comparison))
     axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def plot_releases(comparison: dict[str, Any], path: str | Path) -> None:
+    """Two releases side by side; `comparison` as `inference.comparison.Comparison.result` gives it: agreement by head, and latency."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 4)
+    heads = comparison["scores"]
+    for axis, (name, title) in zip(axes, AGREEMENT.items(), strict=False):
+        for place, figures in enumerate(heads.values()):
+            row = figures[name]
+            if row["mean"] is not None:
+                axis.plot([row["p10"], row["p90"]], [place, place], color="C0", linewidth=2)
+                axis.plot(row["mean"], place, "o", color="C0")
+        axis.set_title(f"{title}, mean and p10 to p90", fontsize="small")
+        axis.set_yticks(range(len(heads)), list(heads))
+        axis.set_xlim(-0.05 if name == "top3_overlap" else -1.05, 1.05)
+        axis.invert_yaxis()
+    for place, side in enumerate(("base", "other")):
+        for kind, shift, color in (("latency_ms", -0.18, "C0"), ("shadow_latency_ms", 0.18, "C1")):
+            p50, p99 = (comparison[side][kind][name] for name in ("p50", "p99"))
+            if p50 is not None:
+                axes[3].barh(place + shift, p50, height=0.3, color=color)
+                axes[3].plot([p50, p99], [place + shift] * 2, color="0.3", linewidth=1.5, marker="|")
+    axes[3].set_yticks((0, 1), ("base", "other"))
+    axes[3].invert_yaxis()
+    axes[3].set_title("ms, p50 to p99 (orange: shadow)", fontsize="small")
+    figure.suptitle(f"{comparison['base']['release_id']} against {comparison['other']['release_id']}, {comparison['pairs']} pairs")
     _save(figure, path)
 
 

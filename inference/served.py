@@ -16,6 +16,7 @@ from features.pack import Packer
 from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
 from inference.announced import Announced, options
+from inference.beside import Beside
 from inference.popularity import Popularity, open_popularity
 from inference.release import (
     Release,
@@ -235,6 +236,8 @@ class Releases:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.beside = Beside(lambda ranker, release_id: self._prepare(ranker, release_id, {}), self._retire)
+        """Releases that experiments name."""
         self.switches = 0
         self.switch_failures = 0
 
@@ -249,9 +252,11 @@ class Releases:
         return self._served
 
     @contextmanager
-    def use(self, ranker: str) -> Iterator[Served]:
-        """What is served for a ranker, which stays loaded until the block ends. Raises KeyError where there is none."""
-        served = self._served[ranker]
+    def use(self, ranker: str, release_id: str = "") -> Iterator[Served]:
+        """What is served for a ranker, which stays loaded until the block ends. With `release_id` the release of an experiment, where it
+        is in use, else the served one all the same. Raises KeyError where there is none.
+        """
+        served = (release_id and self.beside.find(ranker, release_id)) or self._served[ranker]
         served.in_flight += 1
         try:
             yield served
@@ -316,6 +321,7 @@ class Releases:
             self.switches += 1
             log.info("ranker %s: serving %s with %s", ranker, release_id, dict(new.generations))
             gone = self._keep(ranker, old)
+        self.beside.refresh(ranker)
         if gone is not None and not gone.in_flight and not self._is_held(gone):
             self._retire(gone)
 
@@ -335,6 +341,7 @@ class Releases:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.beside.close()
         for served in (*self._served.values(), *self._kept.values()):
             await served.gate.close()
 
@@ -348,6 +355,7 @@ class Releases:
             "switches": self.switches,
             "switch_failures": self.switch_failures,
             "kept": len(self._kept),
+            **self.beside.statistics(),
         }
 
     async def _open(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
@@ -378,7 +386,7 @@ class Releases:
 
     def _is_held(self, served: Served) -> bool:
         ranker = served.release.ranker
-        return served is self._served.get(ranker) or served is self._kept.get(ranker)
+        return served is self._served.get(ranker) or served is self._kept.get(ranker) or self.beside.holds(served)
 
     async def _rehearse(self, served: Served) -> None:
         if self.warm_up is not None:
@@ -425,9 +433,11 @@ class Releases:
     async def _unload(self, served: Served) -> None:
         await asyncio.sleep(self._unload_delay_s)
         async with self._lock:  # not while a switch may be bringing the same model back
-            if any(other.gate.model == served.gate.model for other in (*self._served.values(), *self._kept.values())):
+            others = [*self._served.values(), *self._kept.values(), *self.beside]
+            if not any(other.gate is served.gate for other in others):
+                await served.gate.close()
+            if any(other.gate.model == served.gate.model for other in others):
                 return
-            await served.gate.close()
             try:
                 await self._triton.unload(served.gate.model)
             except TritonError as error:

@@ -16,13 +16,14 @@ from grpc_reflection.v1alpha import reflection
 
 from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.announced import Announced
+from inference.experiments import ExperimentError, needed
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
 from inference.telemetry import watch_loop
 from inference.triton import TritonModels
 from inference.warmup import Samples, WarmUp
 from inference.watch import CallWatch, WatchConfig
-from protos.v1.ranking_pb2 import RankResponse
+from protos.v1.ranking_pb2 import Experiment, Explanation, RankResponse
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ class RankingServer:
         self._watch = CallWatch(config.watch, self.service.telemetry)
         rank = self._watch.watched(SERVICE, "Rank", self.service.rank)
         method = grpc.unary_unary_rpc_method_handler(rank, response_serializer=RankResponse.SerializeToString)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Rank": method}),))
+        methods = {"Rank": method}
+        explain = self._watch.watched(SERVICE, "Explain", self.service.explain)
+        methods["Explain"] = grpc.unary_unary_rpc_method_handler(explain, response_serializer=Explanation.SerializeToString)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -150,6 +154,20 @@ class RankingServer:
         if ranker in self.releases.rankers:
             self.service.formulas.of(self.releases.served[ranker])  # refused here, not at the next request
 
+    def experiment(self, ranker: str, experiment: Experiment | None) -> None:
+        """Routes by an experiment from now on, None: by none; what it names is loaded in the background. May be called from any thread."""
+
+        def change() -> None:
+            try:
+                self.service.experiments.set(ranker, experiment)
+            except ExperimentError as error:
+                log.error("ranker %s: the announced experiment cannot run, what ran goes on: %s", ranker, error)  # noqa: TRY400
+            else:
+                self.releases.beside.name(ranker, needed(experiment) if experiment is not None else set())
+
+        with suppress(RuntimeError):  # see `announce`
+            self._loop.call_soon_threadsafe(change)
+
     @property
     def ready(self) -> bool:
         """What the health service says: something is served, it was warmed, and `stop` was not called."""
@@ -168,6 +186,7 @@ class RankingServer:
         await asyncio.gather(*background, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_s)
+        await self.service.close()
         await asyncio.to_thread(self._watch.close)
         await self.service.samples.write()
         await self._close()

@@ -72,6 +72,10 @@ METRICS = (
     Described("ready", "gauge", "", "1: loaded, warm and not draining."),
     Described("resident_memory_bytes", "gauge", "", "Resident memory of the server's process."),
     Described("cpu_seconds_total", "counter", "", "CPU time of the server's process, all threads."),
+    Described("beside_in_use", "gauge", "", "Releases of arms and shadows that are loaded and warm.", "releases_beside_in_use"),
+    Described("arm_fallbacks_total", "counter", "", "Rankings that the served release made in the place of an arm's.", "arm_fallbacks"),
+    Described("shadows_total", "counter", "", "Requests that a release scored in the shadow.", "shadow_logged"),
+    Described("shadows_dropped_total", "counter", "", "Shadows not scored: too many, or rankings waited.", "shadow_dropped"),
 )
 
 

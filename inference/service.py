@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,17 +28,21 @@ from features.ports import ForbiddenError, RankingSink, SequenceCorruptError, Se
 from features.request import RequestError, inputs_from_request
 from features.request_context import REQUEST_ID
 from inference.admission import Admission, OverloadedError, Stay
+from inference.experiments import NOTHING, Choice, Experiments
+from inference.explain import Explainer
 from inference.formulas import Formulas, Rule
 from inference.ladder import Scored, checked_tier, score
 from inference.person import NotKeptError, Person, read_person
-from inference.scoring import best_first, head_weights
+from inference.scoring import head_weights
 from inference.served import Releases, Served
 from inference.server_metrics import observe_inputs
+from inference.shadow import Shadows
 from inference.telemetry import Telemetry
 from inference.warmup import Samples
 from protos.v1.ranking_pb2 import (
     TIER_FEWER,
     TIER_MODEL,
+    Explanation,
     RankingRecord,
     RankRequest,
     RankResponse,
@@ -103,6 +108,9 @@ class RankingService:
         self.formulas = Formulas(self._telemetry.count)
         """Takes announced formulas."""
         self.samples = Samples()
+        self.experiments = Experiments()
+        self._shadows = Shadows(self._admission, releases, self._telemetry, self._rule, self._log_shadow)
+        self._explainer = Explainer(self._admission)
 
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
@@ -114,6 +122,7 @@ class RankingService:
             await self._admission.enter(left_s)
             self._telemetry.time("admission", time.monotonic() - started_s)
             with self._admission.taken() as stay:
+                stay.called_s = started_s
                 return await self._rank(data, deadline_s, stay)
         except Exception as error:
             code, message = self._status(error)
@@ -121,6 +130,24 @@ class RankingService:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
         await context.abort(code, message)
         raise AssertionError("unreachable: abort raises")
+
+    async def explain(self, data: bytes, context: Any) -> Explanation:
+        """The Explain method: what `rank` would answer, and why (`inference.explain`). Nothing is logged."""
+        left_s = context.time_remaining()
+        left_s = self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max)
+        deadline_s = time.monotonic() + left_s
+        try:
+            with self._explainer.place():
+                self._telemetry.count("explained")
+                return await self._explain(data, deadline_s)
+        except Exception as error:
+            code, message = self._status(error)
+        await context.abort(code, message)
+        raise AssertionError("unreachable: abort raises")
+
+    async def close(self) -> None:
+        """Ends what goes on in the background."""
+        await self._shadows.close()
 
     def statistics(self) -> dict[str, float]:
         """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
@@ -150,17 +177,12 @@ class RankingService:
 
     async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
         started_s = time.monotonic()
-        request = parse_request(data, self._config.message_bytes_max)
-        if request.ranker not in self._releases.rankers:
-            names = ", ".join(self._releases.rankers) or "none; publish a release"
-            raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
-        with self._releases.use(request.ranker) as served:
-            request.request_id = request.request_id or secrets.randbits(64) or 1
-            REQUEST_ID.set(request.request_id)  # for the log lines of this call
-            request.request_time_ms = request.request_time_ms or self._clock_ms()
+        request = self._request(data)
+        choice = self._choose(request)
+        with self._releases.use(request.ranker, choice.release_id) as served:
             # Checked before anything is waited for or read; the events are put in when they are there.
             inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
-            rule, wanted = self.formulas.rule(served, request, _weights(served, request)), checked_tier(request.tier)
+            rule, wanted = self._rule(served, request), choice.tier or checked_tier(request.tier)
             person = await self._read(served, request, deadline_s, stay)
             inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
@@ -171,11 +193,56 @@ class RankingService:
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
             self._count(inputs, packed, person, scored.tier)
             observe_inputs(self._telemetry, packed, person.state_age_ms)
-            response = _response(served, request, inputs, packed, person, scored, rule)
-            self._log(served, request, packed, person, scored, response)
+            response = _response(served, request, inputs, packed, person, scored, rule, choice)
+            self._log(served, request, packed, person, scored, response, stay.called_s, choice)
         self.samples.offer(request.ranker, data)
+        self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
         self._telemetry.time("total", time.monotonic() - started_s)
         return response
+
+    def _request(self, data: bytes) -> RankRequest:
+        """The request of a ranker that is served, with its id and time set."""
+        request = parse_request(data, self._config.message_bytes_max)
+        if request.ranker not in self._releases.rankers:
+            names = ", ".join(self._releases.rankers) or "none; publish a release"
+            raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
+        request.request_id = request.request_id or secrets.randbits(64) or 1
+        REQUEST_ID.set(request.request_id)  # for the log lines of this call
+        request.request_time_ms = request.request_time_ms or self._clock_ms()
+        return request
+
+    def _rule(self, served: Served, request: RankRequest) -> Rule:
+        """How this release scores the request in the end. Raises RequestError."""
+        return self.formulas.rule(served, request, _weights(served, request))
+
+    def _choose(self, request: RankRequest) -> Choice:
+        """The experiment's choice; without its release where that is not in use, or cannot answer this request as the served one might."""
+        choice = self.experiments.choose(request.ranker, request.user_id)
+        if not choice.release_id:
+            return choice
+        arm = self._releases.beside.find(request.ranker, choice.release_id)
+        if arm is not None and arm.sequence_fingerprint == self._releases.served[request.ranker].sequence_fingerprint:
+            with suppress(RequestError):
+                inputs_from_request(arm.domain, request, _NO_EVENTS)
+                self._rule(arm, request)
+                return choice
+        self._telemetry.count("arm_fallbacks")
+        return replace(choice, release_id="")
+
+    async def _explain(self, data: bytes, deadline_s: float) -> Explanation:
+        request = self._request(data)
+        choice = self._choose(request)
+        with self._releases.use(request.ranker, choice.release_id) as served:
+            inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
+            rule, wanted = self._rule(served, request), choice.tier or checked_tier(request.tier)
+            person = await self._read(served, request, deadline_s, Stay())
+            inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
+            packed = served.packer.pack(inputs)
+            end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
+            scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), Telemetry())
+            response = _response(served, request, inputs, packed, person, scored, rule, choice)
+            order = choice.order(scored.scores, request.request_id)
+            return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
     async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay) -> Person:
         """What the person did, or nothing where no state answers; leaves time to rank."""
@@ -211,6 +278,10 @@ class RankingService:
         person: Person,
         scored: Scored,
         response: RankResponse,
+        called_s: float,
+        choice: Choice = NOTHING,
+        *,
+        shadow: bool = False,
     ) -> None:
         lap_s = time.monotonic()
         digest, tensor_digests = served.packer.digests(packed.tensors)
@@ -232,6 +303,11 @@ class RankingService:
             score_formula=response.score_formula,
             sequence_source=response.sequence_source,
             state_age_ms=response.state_age_ms,
+            experiment=response.experiment,
+            arm=response.arm,
+            shadow=shadow,
+            latency_us=round((lap_s - called_s) * 1e6),
+            shuffle_bound=choice.shuffle_bound,
         )
         if record.inline:
             record.inline_row, *further = person.rows
@@ -240,6 +316,20 @@ class RankingService:
                 record.inline_tensors[name] = value.tobytes()
         self._telemetry.count("log_dropped", not self._sink.put(request.user_id, record.SerializeToString()))
         self._telemetry.time("log", time.monotonic() - lap_s)
+
+    def _log_shadow(
+        self,
+        served: Served,
+        request: RankRequest,
+        inputs: RankInputs,
+        packed: Packed,
+        person: Person,
+        scored: Scored,
+        rule: Rule,
+        started_s: float,
+    ) -> None:
+        response = _response(served, request, inputs, packed, person, scored, rule)
+        self._log(served, request, packed, person, scored, response, started_s, shadow=True)
 
 
 def parse_request(data: bytes, bytes_max: int) -> RankRequest:
@@ -285,9 +375,10 @@ def _response(
     person: Person,
     scored: Scored,
     rule: Rule,
+    choice: Choice = NOTHING,
 ) -> RankResponse:
     probability, scores = scored.probability, scored.scores
-    order = best_first(scores)
+    order = choice.order(scores, request.request_id)
     return RankResponse(
         request_id=request.request_id,
         ranked_ids=inputs.candidate_ids[order].tobytes(),
@@ -305,4 +396,6 @@ def _response(
         after_reached=person.after_reached,
         sequence_source=int(person.origin),
         state_age_ms=person.state_age_ms,
+        experiment=choice.experiment,
+        arm=choice.arm,
     )

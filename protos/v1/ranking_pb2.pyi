@@ -102,7 +102,7 @@ class FeatureColumn(_message.Message):
     def __init__(self, number: _Optional[bytes] = ..., category: _Optional[bytes] = ..., list_length: _Optional[bytes] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start", "score_formula", "sequence_source", "state_age_ms")
+    __slots__ = ("request_id", "ranked_ids", "ranked_kinds", "scores", "head_scores", "tier", "release_id", "generations", "watermark", "sequence_age_ms", "sequence_count", "after_reached", "cold_start", "score_formula", "sequence_source", "state_age_ms", "experiment", "arm")
     class HeadScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,8 @@ class RankResponse(_message.Message):
     SCORE_FORMULA_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     ranked_ids: bytes
     ranked_kinds: bytes
@@ -149,10 +151,12 @@ class RankResponse(_message.Message):
     score_formula: str
     sequence_source: SequenceSource
     state_age_ms: int
-    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ...) -> None: ...
+    experiment: str
+    arm: str
+    def __init__(self, request_id: _Optional[int] = ..., ranked_ids: _Optional[bytes] = ..., ranked_kinds: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., tier: _Optional[_Union[Tier, str]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., sequence_age_ms: _Optional[int] = ..., sequence_count: _Optional[int] = ..., after_reached: _Optional[bool] = ..., cold_start: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., experiment: _Optional[str] = ..., arm: _Optional[str] = ...) -> None: ...
 
 class RankingRecord(_message.Message):
-    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached", "score_formula", "sequence_source", "state_age_ms", "inline_identity_rows")
+    __slots__ = ("request", "release_id", "generations", "watermark", "tier", "digest", "tensor_digests", "head_scores", "scores", "inline_row", "inline_tensors", "inline", "served_time_ms", "sequence_fingerprint", "row_digest", "after_reached", "score_formula", "sequence_source", "state_age_ms", "inline_identity_rows", "experiment", "arm", "shadow", "latency_us", "shuffle_bound")
     class GenerationsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +205,11 @@ class RankingRecord(_message.Message):
     SEQUENCE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     STATE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     INLINE_IDENTITY_ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    SHUFFLE_BOUND_FIELD_NUMBER: _ClassVar[int]
     request: RankRequest
     release_id: str
     generations: _containers.ScalarMap[str, str]
@@ -221,7 +230,12 @@ class RankingRecord(_message.Message):
     sequence_source: SequenceSource
     state_age_ms: int
     inline_identity_rows: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., inline_identity_rows: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    experiment: str
+    arm: str
+    shadow: bool
+    latency_us: int
+    shuffle_bound: int
+    def __init__(self, request: _Optional[_Union[RankRequest, _Mapping]] = ..., release_id: _Optional[str] = ..., generations: _Optional[_Mapping[str, str]] = ..., watermark: _Optional[_Iterable[_Union[_actions_pb2.Position, _Mapping]]] = ..., tier: _Optional[_Union[Tier, str]] = ..., digest: _Optional[bytes] = ..., tensor_digests: _Optional[_Mapping[str, int]] = ..., head_scores: _Optional[_Mapping[str, bytes]] = ..., scores: _Optional[bytes] = ..., inline_row: _Optional[bytes] = ..., inline_tensors: _Optional[_Mapping[str, bytes]] = ..., inline: _Optional[bool] = ..., served_time_ms: _Optional[int] = ..., sequence_fingerprint: _Optional[int] = ..., row_digest: _Optional[int] = ..., after_reached: _Optional[bool] = ..., score_formula: _Optional[str] = ..., sequence_source: _Optional[_Union[SequenceSource, str]] = ..., state_age_ms: _Optional[int] = ..., inline_identity_rows: _Optional[_Iterable[bytes]] = ..., experiment: _Optional[str] = ..., arm: _Optional[str] = ..., shadow: _Optional[bool] = ..., latency_us: _Optional[int] = ..., shuffle_bound: _Optional[int] = ...) -> None: ...
 
 class ReleaseAnnouncement(_message.Message):
     __slots__ = ("ranker", "release_id", "generations", "announced_time_ms", "previous")
@@ -253,3 +267,91 @@ class FormulaAnnouncement(_message.Message):
     score_formula: str
     announced_time_ms: int
     def __init__(self, ranker: _Optional[str] = ..., score_formula: _Optional[str] = ..., announced_time_ms: _Optional[int] = ...) -> None: ...
+
+class Experiment(_message.Message):
+    __slots__ = ("ranker", "name", "arms", "shadows", "announced_time_ms")
+    RANKER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARMS_FIELD_NUMBER: _ClassVar[int]
+    SHADOWS_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    ranker: str
+    name: str
+    arms: _containers.RepeatedCompositeFieldContainer[Arm]
+    shadows: _containers.RepeatedCompositeFieldContainer[Shadow]
+    announced_time_ms: int
+    def __init__(self, ranker: _Optional[str] = ..., name: _Optional[str] = ..., arms: _Optional[_Iterable[_Union[Arm, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[Shadow, _Mapping]]] = ..., announced_time_ms: _Optional[int] = ...) -> None: ...
+
+class Arm(_message.Message):
+    __slots__ = ("name", "share", "release_id", "noop", "shuffle")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    NOOP_FIELD_NUMBER: _ClassVar[int]
+    SHUFFLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    share: int
+    release_id: str
+    noop: bool
+    shuffle: int
+    def __init__(self, name: _Optional[str] = ..., share: _Optional[int] = ..., release_id: _Optional[str] = ..., noop: _Optional[bool] = ..., shuffle: _Optional[int] = ...) -> None: ...
+
+class Shadow(_message.Message):
+    __slots__ = ("release_id", "share")
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    release_id: str
+    share: int
+    def __init__(self, release_id: _Optional[str] = ..., share: _Optional[int] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("response", "actions", "features", "by_model")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    BY_MODEL_FIELD_NUMBER: _ClassVar[int]
+    response: RankResponse
+    actions: _containers.RepeatedCompositeFieldContainer[ExplainedAction]
+    features: _containers.RepeatedCompositeFieldContainer[ExplainedFeature]
+    by_model: bool
+    def __init__(self, response: _Optional[_Union[RankResponse, _Mapping]] = ..., actions: _Optional[_Iterable[_Union[ExplainedAction, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[ExplainedFeature, _Mapping]]] = ..., by_model: _Optional[bool] = ...) -> None: ...
+
+class ExplainedAction(_message.Message):
+    __slots__ = ("action", "kind", "surface", "entity_id", "event_time_ms", "age_ms", "value", "seen", "left_out", "effect", "kendall_tau")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
+    ENTITY_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENT_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
+    KENDALL_TAU_FIELD_NUMBER: _ClassVar[int]
+    action: str
+    kind: str
+    surface: str
+    entity_id: int
+    event_time_ms: int
+    age_ms: int
+    value: float
+    seen: bool
+    left_out: bool
+    effect: bytes
+    kendall_tau: float
+    def __init__(self, action: _Optional[str] = ..., kind: _Optional[str] = ..., surface: _Optional[str] = ..., entity_id: _Optional[int] = ..., event_time_ms: _Optional[int] = ..., age_ms: _Optional[int] = ..., value: _Optional[float] = ..., seen: _Optional[bool] = ..., left_out: _Optional[bool] = ..., effect: _Optional[bytes] = ..., kendall_tau: _Optional[float] = ...) -> None: ...
+
+class ExplainedFeature(_message.Message):
+    __slots__ = ("name", "side", "number", "code", "width")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    side: str
+    number: bytes
+    code: bytes
+    width: int
+    def __init__(self, name: _Optional[str] = ..., side: _Optional[str] = ..., number: _Optional[bytes] = ..., code: _Optional[bytes] = ..., width: _Optional[int] = ...) -> None: ...

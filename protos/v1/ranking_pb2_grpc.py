@@ -39,6 +39,11 @@ class RankingStub:
                 request_serializer=protos_dot_v1_dot_ranking__pb2.RankRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_ranking__pb2.RankResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/freshrank.v1.Ranking/Explain',
+                request_serializer=protos_dot_v1_dot_ranking__pb2.RankRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_ranking__pb2.Explanation.FromString,
+                _registered_method=True)
 
 
 class RankingServicer:
@@ -51,6 +56,13 @@ class RankingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What Rank would answer, and why. It is not a ranking: nothing is logged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_RankingServicer_to_server(servicer, server):
                     servicer.Rank,
                     request_deserializer=protos_dot_v1_dot_ranking__pb2.RankRequest.FromString,
                     response_serializer=protos_dot_v1_dot_ranking__pb2.RankResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_v1_dot_ranking__pb2.RankRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_ranking__pb2.Explanation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Ranking:
             '/freshrank.v1.Ranking/Rank',
             protos_dot_v1_dot_ranking__pb2.RankRequest.SerializeToString,
             protos_dot_v1_dot_ranking__pb2.RankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/freshrank.v1.Ranking/Explain',
+            protos_dot_v1_dot_ranking__pb2.RankRequest.SerializeToString,
+            protos_dot_v1_dot_ranking__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from deploy import cli
 from deploy.drive import drive, logged_moments, rank_fresh
+from deploy.experiments import announced_experiments
 from deploy.processes import kafka_config
 from deploy.settings import load_settings
 from deploy.stack import running
@@ -28,6 +31,7 @@ from features.ids import user_key
 from features.logs import read_requests
 from features.ports import Position
 from inference.client import RankingClient
+from inference.experiments import ExperimentError, choose
 from streams.producer import ActionProducer
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +259,65 @@ def test_a_published_release_is_served_without_a_restart(client, home):
     while (answer := client.rank("feed", 1, [1, 2], kinds=1)).release_id != published:
         assert answer.tier == "model"
         assert time.monotonic() < deadline, f"{published} was announced, {answer.release_id} is still served"
+
+
+def command(*arguments, home):
+    """`freshrank` in this process: starting one takes seconds."""
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*arguments, "--home", str(home)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_an_experiment_its_shadow_a_comparison_and_an_explanation(up, producer, client, home, tmp_path):
+    """A release that is not served gets an arm and a shadow by one command; the log then says what each did, and why."""
+    served = client.rank("feed", 1, [1, 2], kinds=1).release_id
+    canary = command("publish", "--only", "--domain", str(DOMAIN), home=home).strip()
+    routes = ("--name", "exp1", "--arm", f"canary={canary}:50%", "--arm", "noop:20%", "--shadow", f"{canary}:100%")
+    with pytest.raises(ExperimentError, match="101 % together"):
+        command("experiment", "set", *routes, "--arm", "shuffle3:31%", home=home)
+    command("experiment", "set", *routes, home=home)
+    shown = json.loads(command("experiment", "show", "--json", home=home))
+    assert [(one["name"], len(one["arms"]), len(one["shadows"])) for one in shown] == [("exp1", 2, 1)]
+    experiment = announced_experiments(up.settings)["feed"]
+    arm_of = {choose(experiment, user).arm: user for user in range(10**17, 10**17 + 100)}
+    users = {arm: arm_of[arm] for arm in ("", "canary", "noop")}
+    deadline = time.monotonic() + 60
+    while client.rank("feed", users["canary"], [1, 2], kinds=1).release_id != canary:
+        assert time.monotonic() < deadline, "the canary never took part"
+    asked = {}
+    for arm, user_id in users.items():
+        positions = [producer.produce(user_id=user_id, entity_kind="video", entity_id=item, action="click").result() for item in (3, 4, 5)]
+        asked[arm] = client.rank("feed", user_id, list(range(1, 21)), kinds=1, after=positions)
+    assert {arm: answer.release_id for arm, answer in asked.items()} == {"": served, "canary": canary, "noop": served}
+    assert asked["noop"].ids.tolist() == list(range(1, 21))
+
+    figures = tmp_path / "comparison.json"
+    compare = ("compare", "--base", served, "--other", canary, "--since", "1h", "--json", str(figures))
+    while not (json.loads(figures.read_text())["scores"] if figures.exists() else {}):  # the log's producer is asynchronous
+        assert time.monotonic() < deadline
+        command(*compare, home=home)
+    compared = json.loads(figures.read_text())
+    assert compared["scores"]["final score"]["top3_overlap"]["mean"] == 1.0, "both releases have the same weights"
+    assert {arm["arm"] for arm in compared["arms"]} == {"-", "canary", "noop"}
+    assert figures.with_suffix(".png").exists()
+
+    html = tmp_path / "why.html"
+    text = command("explain", "--request-id", str(asked[""].request_id), "--html", str(html), home=home)
+    assert "byte for byte" in text
+    assert html.read_text().count("█") > 0
+    live = command("explain", "--user", str(users["canary"]), "--candidates", "1,2,3", home=home)
+    assert canary in live
+    assert "exp1, arm canary" in live
+
+    command("experiment", "stop", home=home)
+    while client.rank("feed", users["canary"], [1, 2], kinds=1).release_id != served:
+        assert time.monotonic() < deadline + 60
+    report = tmp_path / "parity.json"
+    command("replay", "--json", str(report), home=home)
+    parity = json.loads(report.read_text())
+    assert parity["ok"], parity["verdict"]
+    assert parity["shadows_replayed"] >= 2
+    assert parity["bytes_different"] == 0
 
 
 def test_second_start_keeps_the_data(up, home, producer, client):
