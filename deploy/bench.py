@@ -39,7 +39,7 @@ from features.ports import Position
 from features.tables import Member, item_member, write_generation
 from inference.client import feature_column
 from inference.release import write_release
-from inference.transact import TransActRanker
+from inference.transact import NoopRanker, TransActRanker
 from protos.v1.ranking_pb2 import RankRequest
 from streams.kafka import end_offsets
 from streams.producer import ActionProducer
@@ -81,6 +81,7 @@ BENCHES = {
     "peers": "deploy.bench_peers:bench_peers",
     "restore": "deploy.bench_restore:bench_restore",
     "scale": "deploy.bench_scale:bench_scale",
+    "drain": "deploy.bench_drain:bench_drain",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 
@@ -199,8 +200,10 @@ def paper_size(domain_toml: str) -> str:
     return domain_toml
 
 
-def write_untrained_release(home: Path, domain_path: Path, random: np.random.Generator) -> Domain:
-    """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`."""
+def write_untrained_release(home: Path, domain_path: Path, random: np.random.Generator, *, noop: bool = False) -> Domain:
+    """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`; `noop`: with the
+    model that does nothing.
+    """
     domain = load_domain(domain_path)
     dimension = domain.ranker["home"].embedding_dimension
     tables = home / "tables"
@@ -222,7 +225,7 @@ def write_untrained_release(home: Path, domain_path: Path, random: np.random.Gen
     spaces["features"] = write_generation(tables, "features", now_ms(), features).name
     write_release(
         home / "releases",
-        model=TransActRanker(domain, "home").eval(),
+        model=NoopRanker(domain, "home") if noop else TransActRanker(domain, "home").eval(),
         domain_toml=domain_path.read_text("utf-8"),
         ranker="home",
         created_ms=now_ms(),

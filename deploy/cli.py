@@ -385,7 +385,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank or replay."
+            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, drain, "
+            "or replay."
         ),
     ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
