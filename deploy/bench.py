@@ -39,8 +39,9 @@ from features.ports import Position
 from features.tables import Member, item_member, write_generation
 from inference.client import feature_column
 from inference.release import write_release
-from inference.transact import NoopRanker, TransActRanker
-from protos.v1.ranking_pb2 import RankRequest
+from inference.small import SmallInputs, small_shapes
+from inference.transact import TransActRanker
+from protos.v1.ranking_pb2 import TIER_SMALL, RankRequest
 from streams.kafka import end_offsets
 from streams.producer import ActionProducer
 
@@ -54,6 +55,8 @@ _PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_
 _UNITS = (
     ("bytes_", "bytes"),
     ("_ms", "ms"),
+    ("per_cpu_s", "rankings/CPU s"),
+    ("_ratio", "1"),
     ("events_per_s", "events/s"),
     ("requests_per_s", "requests/s"),
     ("cpu_us_per_event", "us"),
@@ -80,6 +83,8 @@ BENCHES = {
     "growth": "deploy.bench_growth:bench_growth",
     "peers": "deploy.bench_peers:bench_peers",
     "restore": "deploy.bench_restore:bench_restore",
+    "overload": "deploy.bench_overload:bench_overload",
+    "service": "deploy.bench_service:bench_service",
     "scale": "deploy.bench_scale:bench_scale",
     "drain": "deploy.bench_drain:bench_drain",
 }
@@ -131,7 +136,7 @@ def ingest(runs: int, folder: Path, console: Console) -> Runs:
 
 
 @dataclass
-class _World:
+class World:
     """A running stack with a release, items, and users with full histories."""
 
     stack: Stack
@@ -170,12 +175,15 @@ class _World:
 
 
 @contextlib.contextmanager
-def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_World]:
+def world(
+    folder: Path, serving: tuple[str, ...], *, model: Callable[[Domain, str], Any] = TransActRanker, small: bool = False, **given: Any
+) -> Iterator[World]:
+    """A running stack with an untrained release of `model`, items, and users with full histories."""
     path = folder / "paper-size.toml"
     path.write_text(paper_size(_SIMULATOR.read_text("utf-8")), "utf-8")
     settings = load_settings(home=folder / "home", domain=path, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
     random = np.random.default_rng(1)
-    domain = write_untrained_release(settings.home, path, random)
+    domain = write_untrained_release(settings.home, path, random, model=model, small=small)
     with Stack(settings, serving=serving) as stack:
         producer = ActionProducer(kafka_config(stack.settings), domain, topics(stack.settings).actions)
         try:
@@ -186,7 +194,7 @@ def _world(folder: Path, serving: tuple[str, ...], **given: Any) -> Iterator[_Wo
             events["entity_kind"], events["action"], events["value"] = 1, domain.actions["click"].id, np.nan
             producer.produce_many(np.repeat(np.arange(1, USERS + 1, dtype=np.uint64), HISTORY), events)
             producer.flush()
-            yield _World(stack, domain, producer, random)
+            yield World(stack, domain, producer, random)
         finally:
             producer.close()
 
@@ -200,9 +208,16 @@ def paper_size(domain_toml: str) -> str:
     return domain_toml
 
 
-def write_untrained_release(home: Path, domain_path: Path, random: np.random.Generator, *, noop: bool = False) -> Domain:
-    """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`; `noop`: with the
-    model that does nothing.
+def write_untrained_release(
+    home: Path,
+    domain_path: Path,
+    random: np.random.Generator,
+    *,
+    model: Callable[[Domain, str], Any] = TransActRanker,
+    small: bool = False,
+) -> Domain:
+    """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`; with a `small`
+    model too.
     """
     domain = load_domain(domain_path)
     dimension = domain.ranker["home"].embedding_dimension
@@ -225,14 +240,23 @@ def write_untrained_release(home: Path, domain_path: Path, random: np.random.Gen
     spaces["features"] = write_generation(tables, "features", now_ms(), features).name
     write_release(
         home / "releases",
-        model=NoopRanker(domain, "home") if noop else TransActRanker(domain, "home").eval(),
+        model=model(domain, "home").eval(),
         domain_toml=domain_path.read_text("utf-8"),
         ranker="home",
         created_ms=now_ms(),
         generations=spaces,
         metrics={},
+        small=_untrained_small(domain, random) if small else None,
     )
     return domain
+
+
+def _untrained_small(domain: Domain, random: np.random.Generator) -> bytes:
+    from safetensors.numpy import save
+
+    shapes = small_shapes(SmallInputs(domain, "home"), len(domain.ranker["home"].heads))
+    found: bytes = save({name: random.normal(scale=0.1, size=shape).astype(np.float32) for name, shape in shapes.items()})
+    return found
 
 
 def rank(runs: int, folder: Path, console: Console) -> Runs:
@@ -240,11 +264,11 @@ def rank(runs: int, folder: Path, console: Console) -> Runs:
     console.print(
         f"{RANKINGS_PER_S} rankings/s at constant intervals, {CANDIDATES} candidates, {RANK_S:.0f} s a run, {EVENTS_PER_S} events/s"
     )
-    with _world(folder, ("worker", "server"), torch_threads=2) as world:
-        return [_rank_run(world) for _ in range(runs)]
+    with world(folder, ("worker", "server"), torch_threads=2, small=True) as running:
+        return [_rank_run(running) for _ in range(runs)]
 
 
-def _rank_run(world: _World) -> dict[str, float]:
+def _rank_run(running: World) -> dict[str, float]:
     stop = threading.Event()
     tiers: list[int] = []
 
@@ -252,7 +276,7 @@ def _rank_run(world: _World) -> dict[str, float]:
         begin_s, i = time.perf_counter(), 0
         while not stop.is_set():
             time.sleep(max(0.0, begin_s + i / EVENTS_PER_S - time.perf_counter()))
-            world.produce()
+            running.produce()
             i += 1
 
     def ask(due_s: float, request: RankRequest) -> float:
@@ -260,11 +284,11 @@ def _rank_run(world: _World) -> dict[str, float]:
         tiers.append(answer.tier)
         return (time.perf_counter() - due_s) * 1e3
 
-    requests = [world.request(CANDIDATES) for _ in range(int(RANK_S * RANKINGS_PER_S))]
+    requests = [running.request(CANDIDATES) for _ in range(int(RANK_S * RANKINGS_PER_S))]
     producing = threading.Thread(target=ingest)
-    with ranking_client(world.settings, timeout_s=5.0) as client, ThreadPoolExecutor(8) as pool:
+    with ranking_client(running.settings, timeout_s=5.0) as client, ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            client.call(world.request(CANDIDATES))
+            client.call(running.request(CANDIDATES))
         producing.start()
         begin_s = time.perf_counter()
         pending = []
@@ -275,11 +299,27 @@ def _rank_run(world: _World) -> dict[str, float]:
         found_ms = [future.result() for future in pending]
         stop.set()
         producing.join()
-    world.producer.flush()
+    running.producer.flush()
     if set(tiers) != {1}:
         raise RuntimeError(f"rankings came from tiers {sorted(set(tiers))}, not all from the model")
     p50, p99 = np.percentile(found_ms, (50, 99))
-    return {"rank_ms_p50": float(p50), "rank_ms_p99": float(p99)}
+    return {"rank_ms_p50": float(p50), "rank_ms_p99": float(p99), "small_ms_p99": _small_ms_p99(running)}
+
+
+def _small_ms_p99(running: World) -> float:
+    """The tier of the small model at the same rate, at the client."""
+    found_ms = []
+    with ranking_client(running.settings, timeout_s=5.0) as client:
+        begin_s = time.perf_counter()
+        for i in range(int(RANK_S * RANKINGS_PER_S)):
+            request = running.request(CANDIDATES)
+            request.tier = TIER_SMALL
+            due_s = begin_s + i / RANKINGS_PER_S
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+            if client.call(request).tier != TIER_SMALL:
+                raise RuntimeError("another tier than the small model answered")
+            found_ms.append((time.perf_counter() - due_s) * 1e3)
+    return float(np.percentile(found_ms, 99))
 
 
 def replay(runs: int, folder: Path, console: Console) -> Runs:
@@ -287,22 +327,22 @@ def replay(runs: int, folder: Path, console: Console) -> Runs:
     console.print(
         f"{REPLAY_RANKINGS} rankings of {REPLAY_CANDIDATES} candidates, {USERS * HISTORY} events; each run replays all, without scoring"
     )
-    with _world(folder, ("worker", "server"), torch_threads=2) as world:
-        with ranking_client(world.settings, timeout_s=10.0) as client:
+    with world(folder, ("worker", "server"), torch_threads=2) as running:
+        with ranking_client(running.settings, timeout_s=10.0) as client:
             for _ in range(REPLAY_RANKINGS):
-                user_id, _, future = world.produce()
-                request = world.request(REPLAY_CANDIDATES)
+                user_id, _, future = running.produce()
+                request = running.request(REPLAY_CANDIDATES)
                 request.user_id = user_id
                 at = future.result()
                 request.after.add(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset)
                 client.call(request)
-        _wait_for_rankings(world.settings)
-        home = world.settings.home
+        _wait_for_rankings(running.settings)
+        home = running.settings.home
         options = ReplayOptions(
             releases=home / "releases",
             tables=home / "tables",
-            kafka=kafka_config(world.settings),
-            topics=topics(world.settings),
+            kafka=kafka_config(running.settings),
+            topics=topics(running.settings),
             score_sample=0,
         )
         found = []

@@ -27,6 +27,7 @@ from deploy.settings import load_settings
 from deploy.stack import Stack
 from inference.async_client import AsyncRankingClient
 from inference.client import RankError, RankingClient, rank_request
+from inference.transact import NoopRanker
 from protos.v1.ranking_pb2 import TIER_MODEL, RankRequest
 
 CALLS_PER_S, CHANNELS, TIMEOUT_S = 80.0, 8, 2.0
@@ -45,7 +46,7 @@ def bench_drain(runs: int, folder: Path, console: Console) -> list[dict[str, flo
     )
     home, random = folder / "home", np.random.default_rng(1)
     settings = load_settings(home=home, domain=_SIMULATOR, kafka_bootstrap="", triton_url="", server_processes=PROCESSES, server_port=0)
-    write_untrained_release(home, _SIMULATOR, random, noop=True)
+    write_untrained_release(home, _SIMULATOR, random, model=NoopRanker)
     with Stack(settings, serving=("worker", "server")) as stack:
         pid = stack.supervisor.children["server"].pid
         assert pid is not None

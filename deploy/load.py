@@ -58,6 +58,8 @@ class Outcome:
     """What became of the calls. Milliseconds from when each was due, by gRPC status name; "throttled": never sent. `tiers`: of answers."""
 
     latency_ms: dict[str, list[float]] = field(default_factory=dict)
+    due_s: dict[str, list[float]] = field(default_factory=dict)
+    """When each of them was due, seconds from the begin, in the same order."""
     tiers: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
     late_ms_p99: float = 0.0
@@ -70,6 +72,15 @@ class Outcome:
     def percentile(self, status: str, percent: float) -> float:
         """Of the latencies, milliseconds; 0 where there is none."""
         return float(np.percentile(self.latency_ms[status], percent)) if self.count(status) else 0.0
+
+    def since(self, begin_s: float) -> "Outcome":
+        """The calls that were due from `begin_s` on."""
+        late = Outcome(tiers=self.tiers, seconds=self.seconds - begin_s, late_ms_p99=self.late_ms_p99)
+        for status, due_s in self.due_s.items():
+            kept = [i for i, due in enumerate(due_s) if due >= begin_s]
+            late.due_s[status] = [due_s[i] for i in kept]
+            late.latency_ms[status] = [self.latency_ms[status][i] for i in kept]
+        return late
 
     @property
     def answered_per_s(self) -> float:
@@ -121,7 +132,7 @@ class _Caller:
     """Channels of its own (each a connection), and what became of the calls."""
 
     def __init__(self, load: Load) -> None:
-        self.load, self.outcome = load, Outcome()
+        self.load, self.outcome, self.begin_s = load, Outcome(), 0.0
         self.throttle = Throttle(seed=load.seed) if load.throttled else None
         self.channels = [
             grpc.aio.insecure_channel(load.address, options=(("grpc.use_local_subchannel_pool", 1), ("freshrank.channel", i)))
@@ -146,12 +157,13 @@ class _Caller:
 
     def _note(self, status: str, due_s: float) -> None:
         self.outcome.latency_ms.setdefault(status, []).append((time.monotonic() - due_s) * 1e3)
+        self.outcome.due_s.setdefault(status, []).append(due_s - self.begin_s)
 
 
 async def _send(load: Load) -> Outcome:
     caller = _Caller(load)
     await asyncio.gather(*(channel.channel_ready() for channel in caller.channels))
-    begin_s = time.monotonic() + LEAD_S
+    begin_s = caller.begin_s = time.monotonic() + LEAD_S
     late_ms, tasks = [], []
     for i, due_s in enumerate((begin_s + load.due_s()).tolist()):
         left_s = due_s - time.monotonic()
@@ -169,6 +181,7 @@ async def _loop(load: Load, concurrency: int) -> Outcome:
     caller = _Caller(load)
     await asyncio.gather(*(channel.channel_ready() for channel in caller.channels))
     begin_s, sent = time.monotonic(), 0
+    caller.begin_s = begin_s
 
     async def one() -> None:
         nonlocal sent

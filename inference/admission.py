@@ -46,7 +46,7 @@ class Admission:
         self._places_max, self._waiting_max = places_max, waiting_max
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._busy_since_s = self._waited_s = -QUIET_S
-        self._window_at_s, self._window_sum_s, self._window_count, self._window_full = time.monotonic(), 0.0, 0, False
+        self._window_at_s, self._window_sum_s, self._window_count, self._window_peak = time.monotonic(), 0.0, 0, 0
         self._means_s: deque[float] = deque(maxlen=BASELINE_WINDOWS)
 
     @property
@@ -60,10 +60,10 @@ class Admission:
         Raises:
             OverloadedError: none came free.
         """
+        self._window_peak = max(self._window_peak, self.in_work + len(self._waiting) + 1)
         if self.in_work < int(self.limit) and not self._waiting:
             self.in_work += 1
             return
-        self._window_full = True
         now_s = time.monotonic()
         if now_s - self._waited_s > QUIET_S:
             self._busy_since_s = now_s
@@ -119,11 +119,12 @@ class Admission:
         mean_s = self._window_sum_s / self._window_count
         self._means_s.append(mean_s)
         gradient = min(1.0, max(0.5, TOLERANCE * min(self._means_s) / mean_s))
-        wanted = self.limit * gradient + 1
-        if wanted < self.limit or self._window_full:  # a limit that nobody reaches is not raised: it says nothing
-            self.limit += SMOOTHING * (wanted - self.limit)
+        # With few in work it is not they who wait for each other: a slow moment of the machine says nothing about the limit.
+        if self._window_peak > self.limit / 2:
+            self.limit += SMOOTHING * (self.limit * gradient + 1 - self.limit)
             self.limit = min(max(self.limit, 1.0), float(self._places_max))
-        self._window_at_s, self._window_sum_s, self._window_count, self._window_full = now_s, 0.0, 0, bool(self._waiting)
+        self._window_at_s, self._window_sum_s, self._window_count = now_s, 0.0, 0
+        self._window_peak = self.in_work + len(self._waiting)
 
     def _overloaded(self, why: str) -> OverloadedError:
         self.shed += 1

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.served import Announce, Releases
 from inference.service import RankingService, ServiceConfig
+from inference.telemetry import watch_loop
 from inference.triton import TritonModels
 from inference.watch import CallWatch, WatchConfig
 from protos.v1.ranking_pb2 import RankResponse
@@ -90,6 +91,7 @@ class RankingServer:
             raise
         self._warmed = asyncio.Event()
         self._warming = asyncio.create_task(self._warm(), name="warm")
+        self._loop_watch = asyncio.create_task(watch_loop(self.service.telemetry), name="loop watch")
         return f"{config.host}:{port}"
 
     async def _bind(self) -> int:
@@ -149,8 +151,9 @@ class RankingServer:
         clients try it again elsewhere. Source and sink stay open.
         """
         self._warmed.clear()
-        self._warming.cancel()
-        await asyncio.gather(self._warming, return_exceptions=True)
+        for task in (self._warming, self._loop_watch):
+            task.cancel()
+        await asyncio.gather(self._warming, self._loop_watch, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._config.leave_s)
         await self._server.stop(self._config.drain_s)

@@ -37,6 +37,7 @@ CODES = (
 
 METRICS = (
     Described("stage_seconds", "histogram", "stage", "Time of each stage of a ranking; total: from the call to its answer."),
+    Described("loop_lag_seconds", "histogram", "", "How late the event loop was to a timer, looked at 20 times a second."),
     Described("candidates", "histogram", "", "Candidates of a ranking."),
     Described("sequence_age_seconds", "histogram", "", "Age of the newest action that the model saw, at the request's time."),
     Described("state_age_seconds", "histogram", "", "For how long the state that was read had not included the log's end."),
@@ -63,6 +64,8 @@ METRICS = (
     Described("log_failed_total", "counter", "", "Ranking-log records that Kafka did not take.", "sink_failed"),
     Described("log_queued", "gauge", "", "Ranking-log records that Kafka has not confirmed yet.", "sink_queued"),
     Described("in_flight", "gauge", "", "Rankings under way.", "in_flight"),
+    Described("waiting", "gauge", "", "Rankings that wait for a place at the door.", "waiting"),
+    Described("limit", "gauge", "", "Most rankings in work at once, as the latency has it now.", "limit"),
     Described("ready", "gauge", "", "1: loaded, warm and not draining."),
     Described("resident_memory_bytes", "gauge", "", "Resident memory of the server's process."),
     Described("cpu_seconds_total", "counter", "", "CPU time of the server's process, all threads."),

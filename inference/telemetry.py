@@ -3,6 +3,7 @@
 A request makes about twenty of these calls on the event loop, so each stays near a microsecond: a list item or a dictionary entry.
 """
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter, deque
@@ -16,11 +17,23 @@ STAGES = ("admission", "wait_after", "read", "join_pack", "triton", "log", "tota
 STAGE_BOUNDS_S = (0.0002, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _AGE_BOUNDS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, 86_400, 604_800)
 HISTOGRAMS = {
+    "loop_lag_seconds": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
     "candidates": (1, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000),
     "sequence_age_seconds": _AGE_BOUNDS_S,
     "state_age_seconds": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, *_AGE_BOUNDS_S),
 }
 """What `Telemetry.observe` takes, with the upper bounds of its buckets."""
+
+
+LOOP_LOOK_S = 0.05
+
+
+async def watch_loop(telemetry: "Telemetry") -> None:
+    """Observes, for ever, how late the event loop is to a timer: what blocks it makes every ranking wait."""
+    while True:
+        due_s = time.monotonic() + LOOP_LOOK_S
+        await asyncio.sleep(LOOP_LOOK_S)
+        telemetry.observe("loop_lag_seconds", max(0.0, time.monotonic() - due_s))
 
 
 class CallLaps:
@@ -73,6 +86,10 @@ class Timings:
         self.histogram.add(seconds)
         self._newest_ms.append(seconds * 1e3)
 
+    def forget(self) -> None:
+        """Drops the newest durations; count and histogram stay."""
+        self._newest_ms.clear()
+
     def percentiles(self) -> dict[str, float]:
         """p50, p99 and greatest of the newest 4,096, milliseconds; 0 before the first."""
         newest = np.array(self._newest_ms or [0.0])
@@ -98,6 +115,11 @@ class Telemetry:
         call = LAPS.get()
         if call is not None:
             call.laps.append((stage, time.monotonic(), seconds))
+
+    def restart(self) -> None:
+        """Forgets the newest durations of every stage: a measurement begins. Counters and histograms go on."""
+        for timings in self._timings.values():
+            timings.forget()
 
     def observe(self, name: str, value: float) -> None:
         """Counts one value of a histogram of HISTOGRAMS."""

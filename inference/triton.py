@@ -1,6 +1,7 @@
 """The client of Triton: raw tensors out and back, model control, typed errors."""
 
 import asyncio
+import math
 from collections.abc import Mapping
 
 import grpc
@@ -80,7 +81,7 @@ class TritonModels:
             raise ModelUnavailableError(f"{model}: answered without {output}")
         found = np.frombuffer(answer.raw_output_contents[0], triton_to_np_dtype(answer.outputs[0].datatype))
         shape = tuple(answer.outputs[0].shape)[1:]
-        if found.size != np.prod(shape, dtype=np.int64):
+        if found.size != math.prod(shape):
             raise ModelUnavailableError(f"{model}: answered {found.size} numbers for {output} of shape {list(shape)}")
         return found.reshape(shape)
 

@@ -408,7 +408,9 @@ class BatchLoop:
 
     def _handle(self, consumer: Consumer, message: Message) -> None:
         error, number = message.error(), message.partition()
-        if error.code() == KafkaError._AUTO_OFFSET_RESET and number in self.core.held():
+        if error.code() == KafkaError._AUTO_OFFSET_RESET and number not in self.core.held():
+            log.debug("partition %d: %s; it is being opened, and then read from its own place", number, error.str())
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             held = self.core.held()[number]
             first, following = self._first_and_next(number)
             if first <= held.next_offset <= following:

@@ -206,10 +206,10 @@ class WorkerCore:
         """
         epoch = self._following.epoch
         try:
-            store = self._store.open(partition, epoch)
-        except SequenceCorruptError as error:
-            return self._prepare_from(self._replace(partition, f"cannot be opened: {error}"))
-        return self._prepare_from(self._continue(store))
+            store = self._continue(self._store.open(partition, epoch))
+        except SequenceCorruptError as error:  # of this state, or of snapshots that were put in its place, none of which could be opened
+            store = self._replace(partition, f"cannot be opened: {error}")
+        return self._prepare_from(store)
 
     def _prepare_from(self, store: PartitionStore) -> Held:
         partition = store.meta.partition

@@ -7,7 +7,9 @@ import grpc
 import pytest
 from readers_world import DOMAIN, PARTITIONS, USERS, OracleReader, batches, build_view, serving
 
-from features.ports import SequenceUnavailableError
+from deploy.door import Doorkeeper
+from deploy.guard import Tokens
+from features.ports import Door, SequenceUnavailableError
 from protos.v1.sequence_pb2 import WatchRequest
 from protos.v1.sequence_pb2_grpc import SequenceReaderStub
 from streams.reader_service import ReaderConfig
@@ -49,7 +51,7 @@ def test_more_watches_than_allowed_are_refused_and_one_that_ends_makes_room(tmp_
 
 
 def test_what_cannot_be_watched_is_said(tmp_path):
-    with serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, token="right")) as address:
+    with serving(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, door=Door((Doorkeeper(Tokens("right"), 9),)))) as address:
         reader = RemoteReader(address, DOMAIN, token="right")
         with pytest.raises(KeyError):
             next(reader.watch("nope", 1))

@@ -1,5 +1,6 @@
 """Every tier of the ranking service against a real Triton: asked for, and when parts or time are missing; callers who go away."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,28 @@ def test_a_model_that_fails_right_after_its_return_rests_longer_each_time(stack)
 
     rests = stack.run(trips())
     assert rests[2] == 2 * rests[1] > rests[0]
+
+
+def test_nothing_of_a_change_of_tables_blocks_the_event_loop(stack):
+    """A generation of 200 MB is checked, mapped and switched to while rankings go on: the loop is late by its own work only."""
+    random = np.random.default_rng(9)
+    vectors = random.normal(size=(1_000_000, 16)).astype(np.float16).repeat(6, axis=0)
+    members = {"item.video": Member(np.arange(1, len(vectors) + 1, dtype=np.uint64), vectors)}
+    generation = write_generation(stack.config.tables, "related_items", NOW_MS + 1000, members).name
+    del vectors, members
+    release_id = rank(stack, ranker="related").release_id
+    lag = stack.server.service.telemetry.histograms()["loop_lag_seconds"]
+    before, begun_s = list(lag.counts), time.monotonic()
+    switching = asyncio.run_coroutine_threadsafe(stack.server.switch("related", release_id, {"related_items": generation}), stack.loop)
+    while not switching.done():
+        assert rank(stack, TIER_SMALL).tier == "small"
+    switching.result()
+    took_s = time.monotonic() - begun_s
+    longest_s = max(
+        (bound for bound, count, earlier in zip((*lag.bounds, 10.0), lag.counts, before, strict=True) if count > earlier), default=0.0
+    )
+    assert rank(stack, ranker="related").generations["related_items"] == generation
+    assert longest_s <= max(0.2, took_s / 2)  # on the loop, the checksum alone would have taken nearly all of that time
 
 
 def test_a_release_without_a_small_model_still_serves(stack):

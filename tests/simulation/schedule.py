@@ -120,6 +120,7 @@ class SimWorker(Process):
                 self.positions[partition] = self.start(partition, self.core.reopen(partition))
             except FencedError:
                 self.sim.happened["fences"] += 1
+                del self.positions[partition]  # not this worker's until it is opened again
             return
         begin = bisect_left(log.plan.offsets, position)
         if again and begin > log.first:

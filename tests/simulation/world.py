@@ -7,7 +7,7 @@ it may freeze while others go on.
 import errno
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -172,7 +172,8 @@ class SimStore:
                     partition, Disk(snapshot.content, snapshot.content, bad_blocks=set(snapshot.bad_blocks), is_damaged=snapshot.is_damaged)
                 )
                 self.restored += 1
-                return self.open(partition, log_epoch)
+                with suppress(SequenceCorruptError):  # the one before it, then
+                    return self.open(partition, log_epoch)
         raise StateError(f"partition {partition}: no snapshot could be restored")
 
     def start_over(self, partition: int, log_epoch: int, start_offset: int) -> "SimPartition":

@@ -35,6 +35,10 @@ class Store(MemoryStore):
             raise SequenceCorruptError("a block")
         return super().open(partition, log_epoch)
 
+    def start_over(self, partition, log_epoch, start_offset):
+        self.corrupt_on_open = False  # what could not be opened is set aside
+        return super().start_over(partition, log_epoch, start_offset)
+
     def newest_snapshot(self, *_):
         self.asked += 1
         if isinstance(self.snapshots, Exception):
@@ -135,3 +139,22 @@ def test_snapshots_whose_rows_are_damaged_are_tried_once_each(opened, corrupt_on
 
 def test_a_snapshot_ahead_of_the_log_is_not_restored(opened):
     assert opened(Store([900], corrupt_on_open=True), following=500) == 0
+
+
+def test_where_the_last_snapshot_put_in_place_cannot_be_opened_the_log_does(opened):
+    """All snapshots are whole files of damaged states: the last one tried stands where the own state was."""
+
+    def broken_in_place(*_, **__):
+        store.corrupt_on_open = True
+        store._partitions.pop(0, None)
+        raise StateError("no snapshot could be restored")
+
+    store = Store([1_500_000])
+    store.start(100)
+    store.restore = broken_in_place
+    assert opened(store) == 0
+    store = Store([900])
+    store.start(100)
+    store.restore = broken_in_place
+    with pytest.raises(StateError, match="the log starts at 200"):
+        opened(store, first=200)

@@ -11,13 +11,12 @@ from test_worker_metrics import metrics_in
 from worker_world import scraped
 
 from features.pack import Packer, RankInputs
-from features.ports import Position, Reading
 from features.tables import TableSet
 from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, exposed_names, observe_inputs
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PARTS = ("releases_", "sink_", "reader_", "in_flight")
+PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
     for name in ("rankings", "tier_embedding", "model_timeouts", "status_internal"):
         telemetry.count(name)
     observe_inputs(telemetry, packed, 40)
+    telemetry.observe("loop_lag_seconds", 0.002)
 
 
 def test_every_metric_is_exposed_and_moves(packed_and_served):
@@ -90,7 +90,7 @@ def test_a_fresh_server_exposes_its_counters_at_zero_and_no_figure_that_a_part_h
 def test_what_has_no_age_is_not_observed(packed_and_served):
     telemetry = Telemetry()
     packed = packed_and_served[0]
-    observe_inputs(telemetry, packed, Reading(7, b"", Position(1, 0, 3), NOW_MS))  # a reader that does not know the age
+    observe_inputs(telemetry, packed, -1)  # a reader that does not know the age
     assert sum(telemetry.histograms()["state_age_seconds"].counts) == 0
     assert sum(telemetry.histograms()["candidates"].counts) == 1
 
