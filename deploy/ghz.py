@@ -41,7 +41,7 @@ def ghz_command() -> tuple[str, ...]:
     go = shutil.which("go")
     if go:
         return (go, "run", MODULE)
-    raise GhzError(f"ghz is not on the PATH, and neither is go, which would run it: install ghz, or Go 1.20 or newer")
+    raise GhzError("ghz is not on the PATH, and neither is go, which would run it: install ghz, or Go 1.20 or newer")
 
 
 def run_ghz(
