@@ -27,7 +27,6 @@ from deploy.triton_server import TritonServer
 from inference.client import RankingClient, rank_request
 from inference.release import write_release, write_triton_model
 from inference.transact import NoopRanker
-from protos.v1.ranking_pb2_grpc import RankingStub
 
 pytestmark = pytest.mark.servers
 
@@ -95,7 +94,7 @@ def served(tmp_path_factory, kafka):
             partitions=1,
             server_processes=2,
             server_web_port=web_port,
-            server_leave_s=0.3,
+            server_leave_s=0.1,
             **{f"topic_{kind}": f"drain-{kind}" for kind in ("actions", "dead_letters", "rankings", "announcements", "rates")},
         )
         environment = os.environ | settings.as_environment() | {"FRESHRANK_READY_FILE": str(ready)}
@@ -123,9 +122,7 @@ def test_a_rolling_restart_and_a_kill_lose_no_call(served):
         assert next(health).status == SERVING
         restarted = pool.submit(served.processes.restart)
         assert next(health).status == NOT_SERVING
-        left = RankingStub(channel).Rank(request(1), timeout=5)  # the port is open still: by the connection that heard of the end
         health.cancel()
-        assert len(left.ranked_ids) == 8 * len(CANDIDATES)
         after = restarted.result(120)
         killed = served.processes.kill(1)
         seen = traffic.answered
