@@ -87,6 +87,8 @@ BENCHES = {
     "overload": "deploy.bench_overload:bench_overload",
     "service": "deploy.bench_service:bench_service",
     "scale": "deploy.bench_scale:bench_scale",
+    "drain": "deploy.bench_drain:bench_drain",
+    "feast": "deploy.bench_feast:bench_feast",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
 

@@ -396,8 +396,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, replay "
-            "or release."
+            help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, service, "
+            "overload, drain, release, feast or replay."
         ),
     ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,

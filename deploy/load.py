@@ -1,14 +1,18 @@
 """Open-loop load on a ranking server: what the benchmarks send, in a process of its own.
 
 Calls are due at moments that do not depend on the answers, and a latency counts from when its call was due, so a server that answers late
-cannot make itself look fast by being asked less. Arrivals: "constant", "poisson", or "bursts" of 4 to 16 at once with the same mean rate.
+cannot make itself look fast by being asked less. Calls that failed and calls that the throttle held back are counted apart.
+Arrivals: "constant", "poisson", or "bursts" of 4 to 16 at once with the same mean rate.
 """
 
 import asyncio
 import multiprocessing
+import sys
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -24,6 +28,8 @@ Arrivals = Literal["constant", "poisson", "bursts"]
 METHOD = "/freshrank.v1.Ranking/Rank"
 LEAD_S = 0.5
 """Between the start of a load and its first call."""
+SWITCH_S = 0.0002
+"""How long the event loop may keep the thread that says when a call is due from running."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,25 @@ class Outcome:
     due_s: dict[str, list[float]] = field(default_factory=dict)
     """When each of them was due, seconds from the begin, in the same order."""
     tiers: Counter[int] = field(default_factory=Counter)
+    begin_s: float = 0.0
     seconds: float = 0.0
+    """From begin_s to the end of the load; in a closed loop to the last answer."""
     late_ms_p99: float = 0.0
     """By how much the generator itself sent calls late."""
+    cpu_s: float = 0.0
+    """CPU time of the generator for these calls, which a server on the same cores did not have."""
 
     def count(self, status: str) -> int:
         """Calls that ended with a status."""
         return len(self.latency_ms.get(status, ()))
 
     def percentile(self, status: str, percent: float) -> float:
-        """Of the latencies, milliseconds; 0 where there is none."""
+        """Of the latencies of calls that ended so, milliseconds; 0 where there is none. Look at `count` of the others, too."""
         return float(np.percentile(self.latency_ms[status], percent)) if self.count(status) else 0.0
 
     def since(self, begin_s: float) -> "Outcome":
         """The calls that were due from `begin_s` on."""
-        late = Outcome(tiers=self.tiers, seconds=self.seconds - begin_s, late_ms_p99=self.late_ms_p99)
+        late = replace(self, latency_ms={}, due_s={}, begin_s=begin_s, seconds=self.begin_s + self.seconds - begin_s)
         for status, due_s in self.due_s.items():
             kept = [i for i, due in enumerate(due_s) if due >= begin_s]
             late.due_s[status] = [due_s[i] for i in kept]
@@ -84,15 +94,73 @@ class Outcome:
 
     @property
     def answered_per_s(self) -> float:
-        """Goodput."""
-        return self.count("OK") / self.seconds if self.seconds else 0.0
+        """Goodput: answers while the load went on. Those that a server gives after its end are none."""
+        end_s = np.array(self.due_s.get("OK", ())) + np.array(self.latency_ms.get("OK", ())) / 1e3
+        return float((end_s <= self.begin_s + self.seconds).sum()) / self.seconds if self.seconds else 0.0
 
 
-def run_load(load: Load) -> Outcome:
-    """Sends a load from a process of its own. Raises RuntimeError: that process failed."""
+class Caller:
+    """Sends the calls of a load by gRPC over channels of its own (each a connection), and notes what became of them."""
+
+    def __init__(self, load: Load) -> None:
+        self.load, self.outcome = load, Outcome()
+        self.begin_s = 0.0
+        self.late_ms: list[float] = []
+        self.throttle = Throttle(seed=load.seed) if load.throttled else None
+
+    async def open(self) -> None:
+        """Connects; before anything is timed."""
+        self.channels = [
+            grpc.aio.insecure_channel(self.load.address, options=(("grpc.use_local_subchannel_pool", 1), ("freshrank.channel", i)))
+            for i in range(self.load.channels)
+        ]
+        self.calls = [channel.unary_unary(METHOD, response_deserializer=RankResponse.FromString) for channel in self.channels]
+        await asyncio.gather(*(channel.channel_ready() for channel in self.channels))
+
+    async def send(self, i: int) -> str:
+        """Makes call i and returns its status."""
+        call, request = self.calls[i % len(self.calls)], self.load.requests[i % len(self.load.requests)]
+        try:
+            answer = await call(request, timeout=self.load.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        self.outcome.tiers[answer.tier] += 1
+        return "OK"
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await asyncio.gather(*(channel.close() for channel in self.channels))
+
+    async def call(self, i: int, due_s: float) -> None:
+        """Call i, which is due at a time of time.monotonic()."""
+        self.late_ms.append((time.monotonic() - due_s) * 1e3)
+        if self.throttle is not None and not self.throttle.allows():
+            self._note("throttled", due_s)
+            return
+        status = await self.send(i)
+        if self.throttle is not None and status not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+            self.throttle.accepted()
+        self._note(status, due_s)
+
+    def _note(self, status: str, due_s: float) -> None:
+        self.outcome.latency_ms.setdefault(status, []).append((time.monotonic() - due_s) * 1e3)
+        self.outcome.due_s.setdefault(status, []).append(due_s - self.begin_s)
+
+
+def run_load(load: Load, caller: Callable[[Load], Caller] = Caller) -> Outcome:
+    """Sends a load from a process of its own. `caller`: another way to call, of a module. Raises RuntimeError: that process failed."""
+    return _in_process(load, caller, 0)
+
+
+def closed_loop(load: Load, concurrency: int, caller: Callable[[Load], Caller] = Caller) -> Outcome:
+    """The same requests, `concurrency` at a time as fast as they are answered: what a server can do at most. Raises as `run_load`."""
+    return _in_process(load, caller, concurrency)
+
+
+def _in_process(load: Load, caller: Callable[[Load], Caller], concurrency: int) -> Outcome:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_send_in_process, args=(load, theirs))
+    process = context.Process(target=_answer, args=(load, caller, concurrency, theirs))
     process.start()
     theirs.close()
     try:
@@ -105,91 +173,57 @@ def run_load(load: Load) -> Outcome:
     return found
 
 
-def closed_loop(load: Load, concurrency: int) -> Outcome:
-    """The same requests, `concurrency` at a time as fast as they are answered: what a server can do at most."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_loop_in_process, args=(load, concurrency, theirs))
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv()
-    finally:
-        process.join()
-    assert isinstance(found, Outcome)
-    return found
+def _answer(load: Load, caller: Callable[[Load], Caller], concurrency: int, answer: Connection) -> None:
+    answer.send(asyncio.run(_measure(caller(load), concurrency)))
 
 
-def _send_in_process(load: Load, answer: Connection) -> None:
-    answer.send(asyncio.run(_send(load)))
-
-
-def _loop_in_process(load: Load, concurrency: int, answer: Connection) -> None:
-    answer.send(asyncio.run(_loop(load, concurrency)))
-
-
-class _Caller:
-    """Channels of its own (each a connection), and what became of the calls."""
-
-    def __init__(self, load: Load) -> None:
-        self.load, self.outcome, self.begin_s = load, Outcome(), 0.0
-        self.throttle = Throttle(seed=load.seed) if load.throttled else None
-        self.channels = [
-            grpc.aio.insecure_channel(load.address, options=(("grpc.use_local_subchannel_pool", 1), ("freshrank.channel", i)))
-            for i in range(load.channels)
-        ]
-        self.calls = [channel.unary_unary(METHOD, response_deserializer=RankResponse.FromString) for channel in self.channels]
-
-    async def call(self, i: int, due_s: float) -> None:
-        if self.throttle is not None and not self.throttle.allows():
-            self._note("throttled", due_s)
-            return
-        try:
-            answer = await self.calls[i % len(self.calls)](self.load.requests[i % len(self.load.requests)], timeout=self.load.timeout_s)
-        except grpc.aio.AioRpcError as error:
-            status = error.code().name
-        else:
-            status = "OK"
-            self.outcome.tiers[answer.tier] += 1
-        if self.throttle is not None and status not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
-            self.throttle.accepted()
-        self._note(status, due_s)
-
-    def _note(self, status: str, due_s: float) -> None:
-        self.outcome.latency_ms.setdefault(status, []).append((time.monotonic() - due_s) * 1e3)
-        self.outcome.due_s.setdefault(status, []).append(due_s - self.begin_s)
-
-
-async def _send(load: Load) -> Outcome:
-    caller = _Caller(load)
-    await asyncio.gather(*(channel.channel_ready() for channel in caller.channels))
-    begin_s = caller.begin_s = time.monotonic() + LEAD_S
-    late_ms, tasks = [], []
-    for i, due_s in enumerate((begin_s + load.due_s()).tolist()):
-        left_s = due_s - time.monotonic()
-        if left_s > 0 or i % 16 == 0:  # also when late: answers must be taken in
-            await asyncio.sleep(max(left_s, 0))
-        late_ms.append((time.monotonic() - due_s) * 1e3)
-        tasks.append(asyncio.create_task(caller.call(i, due_s)))
-    await asyncio.gather(*tasks)
-    caller.outcome.seconds, caller.outcome.late_ms_p99 = load.seconds, float(np.percentile(late_ms, 99))
-    await asyncio.gather(*(channel.close() for channel in caller.channels))
+async def _measure(caller: Caller, concurrency: int) -> Outcome:
+    await caller.open()
+    begun_s = time.process_time()
+    await (_loop(caller, concurrency) if concurrency else _send(caller))
+    caller.outcome.cpu_s = time.process_time() - begun_s
+    caller.outcome.late_ms_p99 = float(np.percentile(caller.late_ms, 99)) if caller.late_ms else 0.0
+    await caller.close()
     return caller.outcome
 
 
-async def _loop(load: Load, concurrency: int) -> Outcome:
-    caller = _Caller(load)
-    await asyncio.gather(*(channel.channel_ready() for channel in caller.channels))
+async def _send(caller: Caller) -> None:
+    """A thread waits for each moment: the event loop's own timer is up to a millisecond late, which would count as latency."""
+    sys.setswitchinterval(SWITCH_S)
+    loop, tasks = asyncio.get_running_loop(), []
+    begin_s = caller.begin_s = time.monotonic() + LEAD_S
+    due_s = (begin_s + caller.load.due_s()).tolist()
+    caller.outcome.seconds = due_s[-1] - begin_s + 1 / caller.load.calls_per_s
+    all_sent = asyncio.Event()
+
+    def start(i: int) -> None:
+        tasks.append(loop.create_task(caller.call(i, due_s[i])))
+        if i == len(due_s) - 1:
+            all_sent.set()
+
+    def pace() -> None:
+        for i, moment_s in enumerate(due_s):
+            left_s = moment_s - time.monotonic()
+            if left_s > 0:
+                time.sleep(left_s)
+            loop.call_soon_threadsafe(start, i)
+
+    pacing = threading.Thread(target=pace, name="pace", daemon=True)
+    pacing.start()
+    await all_sent.wait()
+    await asyncio.gather(*tasks)
+    pacing.join()
+
+
+async def _loop(caller: Caller, concurrency: int) -> None:
     begin_s, sent = time.monotonic(), 0
     caller.begin_s = begin_s
 
     async def one() -> None:
         nonlocal sent
-        while time.monotonic() < begin_s + load.seconds:
+        while time.monotonic() < begin_s + caller.load.seconds:
             sent += 1
             await caller.call(sent, time.monotonic())
 
     await asyncio.gather(*(one() for _ in range(concurrency)))
     caller.outcome.seconds = time.monotonic() - begin_s
-    await asyncio.gather(*(channel.close() for channel in caller.channels))
-    return caller.outcome

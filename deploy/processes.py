@@ -13,7 +13,6 @@ from streams.erasure_audit import AUDIT
 from streams.erasure_service import ErasureServiceConfig
 from streams.kafka import KafkaConfig, Topics, log_identity
 from streams.reader_service import ReaderConfig, run_reader
-from streams.worker import run_worker
 
 RELEASE_KEY, MOVE_KEY = "release/", "log/"
 """What an announcement is about, by its key."""
@@ -38,6 +37,8 @@ def topics(settings: Settings) -> Topics:
 
 def worker(settings: Settings) -> int:
     """Keeps sequences up to date until SIGTERM; returns the exit code."""
+    from streams.worker import run_worker  # brings Faust along, which the other processes need not load
+
     set_up_logging(settings)
     config = WorkerConfig(
         kafka=kafka_config(settings),

@@ -11,6 +11,7 @@ from deploy.announcing import News, formulas_of, releases_of
 from deploy.door import door
 from deploy.logs import set_up_logging
 from deploy.processes import kafka_config, partition_count, product
+from deploy.rolling import restart_on_hangup
 from deploy.scheduling import set_slice
 from deploy.server_pages import server_pages
 from deploy.settings import Settings
@@ -39,23 +40,22 @@ def server(settings: Settings) -> int:
 
 
 def _several(settings: Settings) -> int:
-    """Several processes at one port: each is this command with one, watched and restarted here, and stopped one after the other."""
+    """Several processes at one port: each is this command with one, watched and restarted here; see `deploy.rolling`."""
+    set_up_logging(settings)
     family = socket.AF_INET6 if ":" in settings.server_host else socket.AF_INET
     with socket.socket(family) as held:  # bound, not listening: no connection comes here, and the port stays the processes' own
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((settings.server_host.strip("[]"), settings.server_port))
         port = held.getsockname()[1]
-        environment = settings.model_copy(update={"server_port": port, "server_processes": 1}).as_environment()
-        environment[REUSE_VARIABLE] = "1"
+        one = settings.model_copy(update={"server_port": port, "server_processes": 1})
         with Supervisor(settings.home / "servers" / str(port)) as supervisor:
             for i in range(settings.server_processes):
                 command = (sys.executable, "-m", "deploy.cli", "server")
-                stop_within_s = settings.server_drain_s + 10
+                web_port = settings.server_web_port and settings.server_web_port + i
+                environment = {**one.model_copy(update={"server_web_port": web_port}).as_environment(), REUSE_VARIABLE: "1"}
+                stop_within_s = settings.server_leave_s + settings.server_drain_s + 10
                 supervisor.start(Command(f"server-{i}", command, environment, ready_within_s=120, stop_within_s=stop_within_s))
-            for child in supervisor.children.values():
-                details = child.wait_ready()
-            report_ready(details["endpoint"], pids=[child.pid for child in supervisor.children.values()])
-            supervisor.wait_for_signal()
+            restart_on_hangup(supervisor)
     return 0
 
 
@@ -130,6 +130,8 @@ def server_config(settings: Settings) -> ServerConfig:
         reuse_port=REUSE_VARIABLE in os.environ,
         drain_s=settings.server_drain_s,
         samples=settings.home,
+        leave_s=settings.server_leave_s,
+        connection_age_s=settings.server_connection_age_s if REUSE_VARIABLE in os.environ else 0.0,
         door=door(settings, settings.server_host),
         reflection=settings.reflection,
         timeout_s=settings.rank_timeout_ms / 1000,

@@ -89,6 +89,15 @@ class Settings(BaseSettings):
         1, description="Processes that rank at one port; the kernel shares connections between them, so clients need several channels."
     )
     server_drain_s: PositiveFloat = Field(5.0, description="How long a server that is told to stop lets rankings under way end.")
+    server_leave_s: float = Field(
+        0.5,
+        ge=0,
+        le=60,
+        description="How long it still takes calls before that, while health says NOT_SERVING: a probe's period or more.",
+    )
+    server_connection_age_s: float = Field(
+        120.0, ge=0, description="With several processes: age at which a connection moves to any of them, with no call lost; 0: none."
+    )
     server_address: Address = Field("", description="host:port of the ranking server that commands call; empty: the local stack's.")
     reader_host: str = Field(
         "127.0.0.1", validate_default=True, description="Address the sequence reader binds; without TLS only loopback."

@@ -174,7 +174,8 @@ def worker_pages(settings: Settings) -> list[str]:
 
 
 def server_pages(settings: Settings) -> list[str]:
-    """Web addresses of the ranking servers that run in the home folder; none where none does."""
-    paths = sorted((settings.home / "run").glob("server*.json"))
-    found = [json.loads(path.read_text("utf-8")).get("web", "") for path in paths if endpoint(settings.home, path.stem)]
+    """Web addresses of the ranking servers that run in the home folder, each process of a server that has several; none where none does."""
+    homes = (settings.home, *sorted((settings.home / "servers").glob("*")))
+    paths = [(home, path) for home in homes for path in sorted((home / "run").glob("server*.json"))]
+    found = [json.loads(path.read_text("utf-8")).get("web", "") for home, path in paths if endpoint(home, path.stem)]
     return [str(address) for address in found if address]

@@ -19,6 +19,14 @@ from protos.v1.ranking_pb2 import Explanation, FeatureColumn, RankRequest, RankR
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What a server says that is going or gone: CANCELLED to a call that reached it while it closed."""
+GONE_PAUSE_S = 0.01
+"""By then the other connections to that server know, too."""
+RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 2_000
+"""gRPC's own wait before it connects again is 1 s to 2 min: longer than a call, than a restart."""
+CHANNEL_CLOSED = "Channel closed!"
+"""gRPC's details of a call whose client was closed: nothing to try again."""
 
 Column = npt.NDArray[np.floating] | Sequence[float] | Sequence[str] | Sequence[Sequence[str]]
 """Values of one feature: numbers (NaN: missing), category texts ("": missing), or a list of texts for each candidate."""
@@ -107,8 +115,9 @@ def rank_request(ranker: str, user_id: int, candidates: Sequence[int] | U64, **f
 class Attempts:
     """The tries of one call, for either client: what is left of its time, what goes along, and whether a failure is tried again.
 
-    UNAVAILABLE is, once and with time left: then the server has not begun the call, or ranks it twice, which changes nothing. So is a
-    refusal at the server's door that says when to come back, as long as the throttle has retries left.
+    UNAVAILABLE is, once and with time left: then the server has not begun the call, or ranks it twice, which changes nothing. So is
+    CANCELLED, which a server that closes says, and a refusal at the server's door that says when to come back, as long as the throttle has
+    retries left.
     """
 
     def __init__(self, timeout_s: float, metadata: Sequence[tuple[str, str]], throttle: Throttle | None) -> None:
@@ -131,10 +140,11 @@ class Attempts:
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and self._may_come_back(found.retry_after_s):
             self._refused = True
             return found.retry_after_s or 0.0
-        if self._unavailable is not None or code != grpc.StatusCode.UNAVAILABLE or time.monotonic() >= self._deadline_s:
+        again = code in GONE and found.message != CHANNEL_CLOSED and time.monotonic() + GONE_PAUSE_S < self._deadline_s
+        if self._unavailable is not None or not again:
             raise found from error
         self._unavailable = found
-        return 0.0
+        return GONE_PAUSE_S
 
     def _may_come_back(self, wait_s: float | None) -> bool:
         if wait_s is None or self._refused or self._throttle is None or time.monotonic() + wait_s >= self._deadline_s:
@@ -159,7 +169,8 @@ class Connections:
         self._token = token
         self._throttle = Throttle() if throttled else None
         self._turns = itertools.cycle(range(channels))
-        self._options = [[("freshrank.channel", turn), ("grpc.use_local_subchannel_pool", 1)] for turn in range(channels)]
+        reconnect = [("grpc.initial_reconnect_backoff_ms", RECONNECT_MS_MIN), ("grpc.max_reconnect_backoff_ms", RECONNECT_MS_MAX)]
+        self._options = [[("freshrank.channel", turn), ("grpc.use_local_subchannel_pool", 1), *reconnect] for turn in range(channels)]
 
     def before_call(self) -> None:
         """Raises RankError(RESOURCE_EXHAUSTED) instead of asking a server that refuses most calls (`inference.throttle`)."""

@@ -13,7 +13,6 @@ from features.domain import DAY_MS, Domain
 from features.erasures import NOBODY, Erased
 from features.ids import U64
 from features.tables import Generation, Member, generation_names, item_member, open_generation, write_generation
-from inference.embeddings import positive_actions
 
 SPACE = "popularity"
 HALF_LIFE_DAYS = 7.0
@@ -46,6 +45,8 @@ def open_popularity(root: str | Path, domain: Domain) -> Popularity | None:
 
 def publish_popularity(domain: Domain, log: str | Path, root: str | Path, *, until_ms: int, erased: Erased = NOBODY) -> Path:
     """Writes a generation from the canonical log's positive actions before `until_ms`. Raises EmbeddingError: there are none."""
+    from inference.embeddings import positive_actions  # brings PyTorch along, which a ranking server need not load
+
     positives = positive_actions(domain, log, until_ms, erased)
     weight = 0.5 ** ((until_ms - positives.append_time_ms) / (HALF_LIFE_DAYS * DAY_MS))
     members = {}

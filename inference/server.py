@@ -36,7 +36,9 @@ class ServerConfig(ServiceConfig):
 
     samples: home folder whose sampled requests warm a start (`inference.warmup`); None: they are in memory alone.
     What lets calls in is `door`: TLS, who may call, limits of the transport (`deploy/door.py`). With reuse_port several processes answer at
-    one port, between which the kernel shares connections, not calls.
+    one port, between which the kernel shares connections, not calls; connections then end after about connection_age_s (0: never), with
+    no call lost, so that a process that was started later gets its share. leave_s: how long a server that stops still takes calls while
+    its health says NOT_SERVING.
     """
 
     releases: Path
@@ -54,6 +56,8 @@ class ServerConfig(ServiceConfig):
     batch_delay_us: int = 0
     drain_s: float = 5.0
     samples: Path | None = None
+    leave_s: float = 0.0
+    connection_age_s: float = 0.0
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
@@ -111,6 +115,8 @@ class RankingServer:
             ("grpc.max_receive_message_length", 2 * config.message_bytes_max),
             ("grpc.so_reuseport", int(config.reuse_port)),
         ]
+        if config.connection_age_s:
+            options.append(("grpc.max_connection_age_ms", round(config.connection_age_s * 1000)))
         self._server = grpc.aio.server(interceptors=door.interceptors, options=options)
         self._watch = CallWatch(config.watch, self.service.telemetry)
         rank = self._watch.watched(SERVICE, "Rank", self.service.rank)
@@ -178,13 +184,18 @@ class RankingServer:
         return self.service.statistics()
 
     async def stop(self) -> None:
-        """Says NOT_SERVING, lets calls under way end within drain_s, and closes what was opened. Source and sink stay open."""
+        """Says NOT_SERVING and takes calls for leave_s more, lets those under way end within drain_s, and closes what was opened.
+
+        A call that reaches the closing server before its client has learned of that is CANCELLED by gRPC's core, without having begun:
+        clients try it again elsewhere. Source and sink stay open.
+        """
         self._warmed.clear()
         background = (self._warming, self._writing, self._loop_watch)
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._config.leave_s)
         await self._server.stop(self._config.drain_s)
         await self.service.close()
         await asyncio.to_thread(self._watch.close)

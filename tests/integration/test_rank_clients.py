@@ -1,6 +1,8 @@
 """The sync and the asyncio client against real gRPC servers: one behaviour, safe retries, what goes along, several connections."""
 
 import asyncio
+import socket
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -101,6 +103,8 @@ def test_a_token_of_one_call_stands_in_for_the_clients(run):
     [
         ([grpc.StatusCode.UNAVAILABLE], 2),
         ([grpc.StatusCode.UNAVAILABLE] * 2, 2),
+        ([grpc.StatusCode.CANCELLED], 2),
+        ([grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE], 2),
         ([grpc.StatusCode.RESOURCE_EXHAUSTED], 2),
         ([grpc.StatusCode.RESOURCE_EXHAUSTED] * 2, 2),
         ([grpc.StatusCode.INTERNAL], 1),
@@ -125,6 +129,43 @@ def test_nobody_there_is_unavailable_within_the_deadline(run):
     with pytest.raises(RankError) as caught:
         run(f"127.0.0.1:{port}", [("call", (RankRequest(),), {"timeout_s": 0.3})])
     assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_server_that_is_away_is_looked_for_more_often_than_grpc_would(run):
+    """By its own measure gRPC would connect the third time after 2 s at the earliest."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(2.0)
+
+        def refuse() -> int:
+            for _ in range(4):
+                listener.accept()[0].close()
+            listener.close()
+            return 4
+
+        refused = pool.submit(refuse)
+        with pytest.raises(RankError, match="UNAVAILABLE"):
+            run(f"127.0.0.1:{listener.getsockname()[1]}", [("call", (RankRequest(),), {"timeout_s": 1.5})])
+        assert refused.result() == 4
+
+
+def test_a_client_that_is_closed_does_not_try_again():
+    servicer = Scripted()
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(_request, _context):
+        entered.set()
+        go_on.wait(10)
+        return RankResponse()
+
+    servicer.Rank = wait
+    with serving(servicer) as port, ThreadPoolExecutor(1) as pool:
+        client = RankingClient(f"127.0.0.1:{port}", timeout_s=10.0)
+        called = pool.submit(client.call, RankRequest())
+        assert entered.wait(10)
+        client.close()
+        with pytest.raises(RankError, match="CANCELLED"):
+            called.result(10)
+        go_on.set()
 
 
 def test_channels_are_connections_of_their_own_used_in_turn(run):

@@ -3,6 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -11,7 +12,7 @@ from serving_world import VIDEO, ListSink, MemoryReader
 
 from features.ports import ImmediateSource
 from inference.client import RankError, RankingClient
-from inference.server import ServerConfig, serve
+from inference.server import RankingServer, ServerConfig, serve
 from protos.v1.ranking_pb2 import RankRequest, RankResponse
 from protos.v1.ranking_pb2_grpc import RankingServicer, add_RankingServicer_to_server
 
@@ -115,3 +116,19 @@ def test_a_damaged_release_stops_the_start_and_is_named(tmp_path):
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=folder.name):
         asyncio.run(serve(config_of(tmp_path), ImmediateSource(MemoryReader()), ListSink(), stop=asyncio.Event()))
+
+
+def test_a_server_that_stops_says_so_before_its_port_closes(tmp_path):
+    """A new connection, made after the server was told to stop, is answered still."""
+
+    async def run():
+        server = RankingServer(replace(config_of(tmp_path), leave_s=0.5), ImmediateSource(MemoryReader()), ListSink())
+        address = await server.start()
+        stopping = asyncio.create_task(server.stop())
+        async with grpc.aio.insecure_channel(address) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert not stopping.done()
+        await asyncio.wait_for(stopping, 20)
+        return answer.status
+
+    assert asyncio.run(run()) == health_pb2.HealthCheckResponse.NOT_SERVING
