@@ -34,12 +34,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from deploy.announcing import announce_release
 from deploy.bench import ITEMS, USERS, world, write_untrained_release
 from deploy.bench_drain import bench_request
 from deploy.bench_ingest import BenchError
 from deploy.learn import now_ms
 from deploy.load import Caller, Load, Outcome, closed_loop, run_load
-from deploy.processes import announce_release
 from deploy.settings import Settings
 from deploy.stack import ranking_client
 from deploy.supervisor import Command, Server, free_ports

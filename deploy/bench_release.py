@@ -182,6 +182,9 @@ def _run(world: _World, run: int, console: Console) -> dict[str, float]:
     outcomes = (normal, generations, releases)
     sent = sum(len(times) for one in outcomes for times in one.latency_ms.values())
     failed = sent - sum(one.count("OK") for one in outcomes)
+    if failed:
+        statuses = {status: len(times) for one in outcomes for status, times in one.latency_ms.items() if status != "OK"}
+        console.print(f"failed: {statuses}")
     records = _read(world, len(before) + sent - failed)[len(before) :]
     of_model = [record for record in records if record.tier == TIER_MODEL]
     seen = {(record.release_id, record.generations[SPACE]) for record in of_model}

@@ -227,7 +227,7 @@ class Releases:
         self._served: dict[str, Served] = {}
         self._kept: dict[str, Served] = {}
         """The release before the present one, by ranker."""
-        self.warm_up: Callable[[Served], Awaitable[None]] | None = None
+        self.warm_up: Callable[[Served, bool], Awaitable[None]] | None = None
         """Asks a release what it will be asked, before it is; set by who knows (`inference.warmup`)."""
         self.any_served = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -296,7 +296,7 @@ class Releases:
         for served in list(self._served.values()):
             await served.gate.opened.wait()
             with suppress(TritonError):  # it is served already: its gate says whether it is asked
-                await self._rehearse(served)
+                await self._rehearse(served, True)
 
     async def switch(self, ranker: str, release_id: str, generations: Mapping[str, str] | None = None) -> None:
         """Serves another release, or other generations: loads and warms it first, then swaps one pointer.
@@ -313,9 +313,10 @@ class Releases:
             new = await self._open(ranker, release_id, dict(generations or {}))
             if new is old:
                 return
-            if old is None or new.gate is not old.gate:
+            is_other_model = old is None or new.gate is not old.gate
+            if is_other_model:
                 await new.gate.bring_up()
-            await self._rehearse(new)
+            await self._rehearse(new, is_other_model)
             self._served[ranker] = new
             self.any_served.set()
             self.switches += 1
@@ -388,9 +389,9 @@ class Releases:
         ranker = served.release.ranker
         return served is self._served.get(ranker) or served is self._kept.get(ranker) or self.beside.holds(served)
 
-    async def _rehearse(self, served: Served) -> None:
+    async def _rehearse(self, served: Served, infer: bool) -> None:
         if self.warm_up is not None:
-            await self.warm_up(served)
+            await self.warm_up(served, infer)
 
     def _prepare(self, ranker: str, release_id: str, generations: dict[str, str]) -> Served:
         """Opens and checks everything; runs in a thread, and reads the tables' pages into memory there."""

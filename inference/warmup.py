@@ -113,8 +113,9 @@ class WarmUp:
     def __init__(self, samples: Samples, source: SequenceSource, telemetry: Telemetry, clock_ms: Callable[[], int]) -> None:
         self._samples, self._source, self._telemetry, self._clock_ms = samples, source, telemetry, clock_ms
 
-    async def __call__(self, served: Served) -> None:
-        """Returns when each sample was answered, or the time is over; without samples at once.
+    async def __call__(self, served: Served, infer: bool = True) -> None:
+        """Returns when each sample was answered, or the time is over; without samples at once. Other generations under a
+        model that answers already are only packed (`infer` False): asking it would cost the traffic, and tell nothing new.
 
         Raises:
             ModelUnavailableError: the model failed every one of them, though it answered a blank request.
@@ -128,6 +129,8 @@ class WarmUp:
             if tensors is None:
                 continue
             self._telemetry.count("warm_requests")
+            if not infer:
+                continue
             try:
                 await served.gate.rehearse(tensors, timeout_s=ANSWER_S_MAX)
                 answered += 1

@@ -306,7 +306,7 @@ def test_a_deadline_too_short_for_the_model_gets_a_lower_tier(stack):
 
 def test_above_its_limit_it_sheds_at_the_door(stack):
     before = stack.server.statistics().get("status_resource_exhausted", 0)
-    with ThreadPoolExecutor(20) as pool, stack.client() as client:
+    with ThreadPoolExecutor(20) as pool, stack.client(throttled=False) as client:
         request = {"ranker": "home", "user_id": USER, "candidates": CANDIDATES, "kinds": VIDEO, "request_time_ms": NOW_MS}
         calls = [pool.submit(client.rank, **request, after=after(13), timeout_s=6.0) for _ in range(20)]
         codes = [call.exception().code for call in calls if call.exception()]
