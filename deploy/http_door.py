@@ -236,6 +236,7 @@ def http_door(settings: Settings) -> int:
             certificate=settings.tls_client_certificate,
             key=settings.tls_client_key,
             channels=settings.http_channels,
+            throttled=False,  # one caller's refusals must not hold back another's calls
         ) as client:
             app = http_app(domain, client, producer, guard=guard(settings), body_bytes_max=settings.http_body_bytes_max)
             server = Guest(

@@ -138,7 +138,7 @@ class Caller:
             self._note("throttled", due_s)
             return
         status = await self.send(i)
-        if self.throttle is not None and status not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+        if self.throttle is not None and status != "RESOURCE_EXHAUSTED":
             self.throttle.accepted()
         self._note(status, due_s)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from streams.owners import Owners
 from streams.ranking_log import RankingLog
 from streams.routed_source import RoutedSource
 from streams.view_reader import ViewReader
+
+log = logging.getLogger(__name__)
 
 WARM_S_MAX = 60.0
 REUSE_VARIABLE = "FRESHRANK_SERVER_REUSES_PORT"
@@ -106,6 +109,8 @@ async def _serve(settings: Settings) -> None:
 
 def routed_source(settings: Settings, view: ViewReader, owners: Owners) -> RoutedSource:
     """Where the server reads sequences from: this machine's view, and what workers announce."""
+    if settings.auth_jwks and not settings.server_token:
+        log.warning("auth_jwks without server_token: readers on other machines that ask for tokens will refuse this server")
     return RoutedSource(
         view,
         owners,
@@ -114,6 +119,8 @@ def routed_source(settings: Settings, view: ViewReader, owners: Owners) -> Route
         own_address=settings.reader_advertised_address,
         fresh_ms=settings.sequence_fresh_ms,
         root_certificate=settings.tls_authority,
+        certificate=settings.tls_client_certificate,
+        key=settings.tls_client_key,
         token=settings.server_token.get_secret_value() if settings.server_token else None,
     )
 

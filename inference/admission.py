@@ -142,4 +142,4 @@ class Stay:
     def __init__(self) -> None:
         self.called_s = time.monotonic()
         self.aside_s = 0.0
-        self.counts = True
+        self.counts = False

@@ -58,19 +58,17 @@ class AsyncRankingClient(Connections):
         """See `RankingClient.call`."""
         attempts = self._attempts(timeout_s, traceparent, token)
         self.before_call()
-        code = grpc.StatusCode.CANCELLED
         try:
             while True:
                 try:
                     response = await self._stubs[next(self._turns)].Rank(request, **attempts.options())
                 except grpc.aio.AioRpcError as error:
-                    code = error.code()
                     await asyncio.sleep(attempts.failed(error))
                 else:
-                    code = grpc.StatusCode.OK
+                    attempts.was_shed = False
                     return response
         finally:
-            self.after_call(code)
+            self.after_call(attempts)
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -18,7 +18,6 @@ from protos.v1.actions_pb2 import Position as WirePosition
 from protos.v1.ranking_pb2 import Explanation, FeatureColumn, RankRequest, RankResponse, SequenceSource, Tier
 from protos.v1.ranking_pb2_grpc import RankingStub
 
-REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """What a server says that is going or gone: CANCELLED to a call that reached it while it closed."""
 GONE_PAUSE_S = 0.01
@@ -125,6 +124,8 @@ class Attempts:
         self._metadata, self._throttle = tuple(metadata), throttle
         self._unavailable: RankError | None = None
         self._refused = False
+        self.was_shed = False
+        """Whether the last try was refused at the server's door."""
 
     def options(self) -> dict[str, Any]:
         """Arguments of the next try. The second one waits for a connection: a server that restarts is there in a moment."""
@@ -137,6 +138,7 @@ class Attempts:
         if self._unavailable is not None and code == grpc.StatusCode.DEADLINE_EXCEEDED:
             raise self._unavailable from error  # says more: nobody was there
         found = RankError(code, error.details() or "", retry_after_s(error.trailing_metadata()))
+        self.was_shed = code == grpc.StatusCode.RESOURCE_EXHAUSTED and found.retry_after_s is not None
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and self._may_come_back(found.retry_after_s):
             self._refused = True
             return found.retry_after_s or 0.0
@@ -177,9 +179,11 @@ class Connections:
         if self._throttle is not None and not self._throttle.allows():
             raise RankError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._address} refused most of the last calls: this one was not sent")
 
-    def after_call(self, code: grpc.StatusCode) -> None:
-        """Called after each call with its last status, also where it was cancelled."""
-        if self._throttle is not None and code not in REFUSALS:
+    def after_call(self, attempts: Attempts) -> None:
+        """Called after each call, also where it was cancelled. A server that is gone, or a limit that is only this caller's, says nothing
+        about whether the server has places: only its door's own refusal counts, which comes with a hint.
+        """
+        if self._throttle is not None and not attempts.was_shed:
             self._throttle.accepted()
 
     def _attempts(self, timeout_s: float | None, traceparent: str, token: str | None) -> Attempts:
@@ -259,19 +263,17 @@ class RankingClient(Connections):
     def _call(self, method: str, request: RankRequest, timeout_s: float | None, traceparent: str, token: str | None) -> Any:
         attempts = self._attempts(timeout_s, traceparent, token)
         self.before_call()
-        code = grpc.StatusCode.CANCELLED
         try:
             while True:
                 try:
                     response = getattr(self._stubs[next(self._turns)], method)(request, **attempts.options())
                 except grpc.RpcError as error:
-                    code = error.code()
                     time.sleep(attempts.failed(error))
                 else:
-                    code = grpc.StatusCode.OK
+                    attempts.was_shed = False
                     return response
         finally:
-            self.after_call(code)
+            self.after_call(attempts)
 
     def close(self) -> None:
         """Closes the connections."""

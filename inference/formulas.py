@@ -22,6 +22,7 @@ from protos.v1.ranking_pb2 import RankRequest
 log = logging.getLogger(__name__)
 
 RELEASES_MAX = 64
+FORMER_MAX = 4
 COMPILED_MAX = 256
 """Compiled formulas that are kept, those used last; a caller that sends ever new ones costs a millisecond each, and no memory."""
 
@@ -54,16 +55,15 @@ class Formulas:
         self._count = count
         self._compiled: OrderedDict[tuple[str, str], Formula] = OrderedDict()
         self._announced: dict[str, tuple[str, ...]] = {}
-        """By ranker: the announced formula and behind it the one that was in force before, which stays where the first cannot be used."""
-        self._in_force: dict[str, str] = {}
+        """By ranker: the announced formula, and behind it the ones before, newest first: a release uses the first that fits it."""
         self._chosen: dict[tuple[str, str], Formula | None] = {}
 
     def announce(self, ranker: str, text: str) -> None:
         """Makes a formula the ranker's; empty: the domain file's counts again. One that does not compile for a release is refused when `of`
         is asked for it: it is logged and counted, and the former one stays.
         """
-        former = self._in_force.get(ranker, "")
-        self._announced[ranker] = tuple(dict.fromkeys(filter(None, (text, former)))) if text else ()
+        former = self._announced.get(ranker, ())
+        self._announced[ranker] = tuple(dict.fromkeys((text, *former)))[:FORMER_MAX] if text else ()
         self._chosen = {key: formula for key, formula in self._chosen.items() if key[0] != ranker}
 
     def rule(self, served: Served, request: RankRequest, weights: npt.NDArray[np.float64]) -> Rule:
@@ -97,9 +97,7 @@ class Formulas:
                 self._count("formula_refused")
                 log.warning("ranker %s: the announced formula cannot be used with %s: %s", ranker, served.release.release_id, error)
             else:
-                self._in_force[ranker] = text
                 return formula
-        self._in_force.pop(ranker, None)
         return None if served.ranker.score is None else self._compile(served, served.ranker.score)
 
     def _compile(self, served: Served, text: str) -> Formula:

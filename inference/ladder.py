@@ -111,12 +111,16 @@ def _some(served: Served, packed: Packed, chosen: npt.NDArray[np.int64]) -> Tens
 
 
 def _behind(served: Served, packed: Packed, chosen: npt.NDArray[np.int64], probability: F32, scores: F32) -> Scored:
-    """Candidates that the model scored, and behind them the rest as `_promising` has them: one point a place below the least score."""
+    """Candidates that the model scored, and behind them the rest as `_promising` has them, each place below the one before."""
     count = len(packed.tensors["candidate_embedding"])
     all_scores = np.empty(count, np.float32)
     rest = np.setdiff1d(_promising(served, packed), chosen, assume_unique=True)
-    all_scores[rest] = scores.min() - 1 - np.arange(len(rest), dtype=np.float32)
-    all_scores[chosen] = scores
+    # A formula may give any numbers, and the least float32 where it gave none: those stand last of all.
+    is_number = scores > np.finfo(np.float32).min
+    least = float(scores[is_number].min()) if is_number.any() else 0.0
+    step = max(1.0, abs(least) * 2.0**-20)  # float32 has 24 bits: each place below stays a place of its own
+    all_scores[rest] = least - step * np.arange(1, len(rest) + 1)
+    all_scores[chosen] = np.where(is_number, scores, np.float32(least - step * (len(rest) + 1)))
     of_all = np.full((count, probability.shape[1]), np.nan, np.float32)
     of_all[chosen] = probability
     return Scored(TIER_FEWER, all_scores, of_all)

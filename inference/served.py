@@ -109,14 +109,19 @@ class ModelGate:
         self._timeouts, self._opened_s = 0, time.monotonic()
         self.opened.set()
 
-    async def rehearse(self, tensors: Tensors, *, timeout_s: float) -> None:
+    async def rehearse(self, tensors: Tensors, *, timeout_s: float) -> npt.NDArray[np.float32]:
         """`infer` that counts for nothing: neither for the breaker nor for what a candidate costs. Raises as `infer`."""
-        await self._infer(tensors, timeout_s=timeout_s)
+        return await self._infer(tensors, timeout_s=timeout_s)
 
     def probe(self) -> None:
         """Starts probing in the background, until the gate is open."""
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._probe_until_open(), name=f"probe {self.model}")
+
+    def rest(self) -> None:
+        """Ends probing; `probe` or `bring_up` begins again."""
+        if self._probe is not None:
+            self._probe.cancel()
 
     async def close(self) -> None:
         """Ends probing."""
@@ -230,6 +235,8 @@ class Releases:
         self.warm_up: Callable[[Served, bool], Awaitable[None]] | None = None
         """Asks a release what it will be asked, before it is; set by who knows (`inference.warmup`)."""
         self.any_served = asyncio.Event()
+        self._switched = asyncio.Event()
+        """Set at the next switch, and then another one."""
         self._lock = asyncio.Lock()
         self._announced: dict[str, tuple[str, dict[str, str]]] = {}
         self._news: dict[str, asyncio.Event] = {}
@@ -284,6 +291,8 @@ class Releases:
                     log.warning("ranker %s: the announced release cannot be served: %s", ranker, error)
                     self.announce(ranker, one.release_id, one.generations)
                     continue
+                if ranker in self._served:  # the announced one, which can be served after all
+                    break
                 if place:
                     log.warning("ranker %s: serving %s instead", ranker, one.release_id)
                 self._served[ranker] = served
@@ -293,8 +302,12 @@ class Releases:
 
     async def warm(self) -> None:
         """Returns once every ranker's model has answered for the first time, and after it what `warm_up` asks."""
-        for served in list(self._served.values()):
-            await served.gate.opened.wait()
+        for ranker in list(self._served):
+            while not (served := self._served[ranker]).gate.open:  # it may be another one by then: what is served counts
+                waits = [asyncio.ensure_future(event.wait()) for event in (served.gate.opened, self._switched)]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
             with suppress(TritonError):  # it is served already: its gate says whether it is asked
                 await self._rehearse(served, True)
 
@@ -314,10 +327,17 @@ class Releases:
             if new is old:
                 return
             is_other_model = old is None or new.gate is not old.gate
-            if is_other_model:
-                await new.gate.bring_up()
-            await self._rehearse(new, is_other_model)
+            try:
+                if is_other_model:
+                    await new.gate.bring_up()
+                await self._rehearse(new, is_other_model)
+            except BaseException:
+                if not self._is_held(new):
+                    self._retire(new)  # Triton may have loaded it
+                raise
             self._served[ranker] = new
+            self._switched.set()
+            self._switched = asyncio.Event()
             self.any_served.set()
             self.switches += 1
             log.info("ranker %s: serving %s with %s", ranker, release_id, dict(new.generations))
@@ -383,6 +403,8 @@ class Releases:
         if old is None or old.release.release_id == new.release.release_id:
             return old
         self._kept[ranker] = old
+        if not old.gate.open:  # not loaded again and again while nobody asks it
+            old.gate.rest()
         return kept
 
     def _is_held(self, served: Served) -> bool:
@@ -418,7 +440,7 @@ class Releases:
             try:
                 await self.switch(ranker, *wanted)
                 delay_s, done = RETRY_S_MIN, wanted
-            except (ReleaseError, TableError, TritonError) as error:
+            except (ReleaseError, TableError, TritonError, OSError) as error:
                 self.switch_failures += 1
                 log.warning("ranker %s: %s cannot be served, trying again in %.0f s: %s", ranker, wanted[0], delay_s, error)
                 with suppress(TimeoutError):

@@ -45,6 +45,7 @@ METRICS = (
     Described("calls_total", "counter", "code", "Calls that were answered, by gRPC status."),
     Described("cancelled_total", "counter", "", "Calls whose caller was gone before the answer.", "cancelled"),
     Described("shed_total", "counter", "", "Calls refused at the door with RESOURCE_EXHAUSTED.", "status_resource_exhausted"),
+    Described("sequences_total", "counter", "source", "Rankings by where their sequence came from; none: no state answered."),
     Described("after_not_reached_total", "counter", "", "Rankings that did not include a position of `after` yet.", "after_not_reached"),
     Described("cold_starts_total", "counter", "", "Rankings for users without an action in the store.", "cold_starts"),
     Described("missing_users_total", "counter", "", "Rankings for users without a vector in the user space.", "missing_users"),
@@ -125,6 +126,7 @@ class ServerMetrics(Collector):
         found: dict[str, Mapping[str, float]] = {
             "rankings_total": {_tier(name): counts.get(name.lower(), 0) for name, number in Tier.items() if number != TIER_UNSPECIFIED},
             "calls_total": {**dict.fromkeys(CODES, 0), **_by_code(counts)},
+            "sequences_total": {source: counts.get(f"sequence_{source}", 0) for source in _SOURCES},
             "model_failures_total": {cause: counts.get(f"model_{key}", 0) for cause, key in _CAUSES.items()},
             "ready": {"": float(self._ready())},
             **self._ages(),
@@ -159,7 +161,8 @@ class ServerMetrics(Collector):
         return {"release_age_seconds": releases, "table_age_seconds": tables}
 
 
-_CAUSES = {"timeout": "timeouts", "unavailable": "unavailable"}
+_CAUSES = {"timeout": "timeouts", "unavailable": "unavailable", "no_time": "no_time"}
+_SOURCES = ("local", "owner", "older", "none")
 
 
 def _tier(name: str) -> str:

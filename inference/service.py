@@ -176,7 +176,6 @@ class RankingService:
         return code, str(error)
 
     async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
-        started_s = time.monotonic()
         request = self._request(data)
         choice = self._choose(request)
         with self._releases.use(request.ranker, choice.release_id) as served:
@@ -197,7 +196,7 @@ class RankingService:
             self._log(served, request, packed, person, scored, response, stay.called_s, choice)
         self.samples.offer(request.ranker, data)
         self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
-        self._telemetry.time("total", time.monotonic() - started_s)
+        self._telemetry.time("total", time.monotonic() - stay.called_s)
         return response
 
     def _request(self, data: bytes) -> RankRequest:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections import deque
 
-WINDOW_S, BUCKET_S = 10.0, 0.5
-FACTOR = 1.3
-"""Calls that reach the server for each accepted one: the part above 1 finds out when it is well again."""
-CALLS_MIN = 5.0
-"""So many calls in the window are sent whatever became of them."""
+WINDOW_S, BUCKET_S = 2.0, 0.1
+FACTOR = 1.5
+"""Calls that reach the server for each accepted one: the part above 1 finds out when it is well again, and then grows by that factor in
+each window. From nothing to everything takes 15 s."""
+CALLS_MIN, SHARE_MIN = 5.0, 0.05
+"""So many calls in the window, and this share of all, are sent whatever became of the others."""
 RETRY_SHARE = 0.1
 
 
@@ -33,7 +34,7 @@ class Throttle:
         """Whether to send a call now."""
         with self._lock:
             calls, accepted = self._totals()
-            over = (calls - FACTOR * accepted - CALLS_MIN) / (calls + 1)
+            over = min((calls - FACTOR * accepted - CALLS_MIN) / (calls + 1), 1 - SHARE_MIN)
             allowed = self._random.random() >= over
             self.refused_here += not allowed
             self._add(1, 0)  # a call that was refused here counts too: it was wanted
@@ -41,7 +42,7 @@ class Throttle:
             return allowed
 
     def accepted(self) -> None:
-        """The server took a call, whatever it answered: anything but RESOURCE_EXHAUSTED and UNAVAILABLE."""
+        """A call was not refused at the server's door for want of places, whatever else became of it."""
         with self._lock:
             self._add(0, 1)
 

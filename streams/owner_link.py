@@ -1,5 +1,6 @@
 """The way to one address that workers announce: a channel that stays open, and a circuit breaker before it."""
 
+import asyncio
 import random
 import time
 from collections.abc import Callable
@@ -69,12 +70,21 @@ class Breaker:
 class OwnerLink:
     """One announced address. Used in one event loop."""
 
-    def __init__(self, address: str, *, root_certificate: Path | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        root_certificate: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        token: str | None = None,
+    ) -> None:
         self.address = address
         if root_certificate is None:
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            credentials = grpc.ssl_channel_credentials(root_certificate.read_bytes())
+            own = (None, None) if key is None or certificate is None else (key.read_bytes(), certificate.read_bytes())
+            credentials = grpc.ssl_channel_credentials(root_certificate.read_bytes(), *own)
             self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         self._get = SequenceReaderStub(self._channel).GetSequences
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -117,7 +127,13 @@ class OwnerLink:
                 answer = await self._call(request, left_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             raise self._judged(error, given_s) from error
-        except BaseException:  # the caller is gone
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            self.breaker.forgotten()
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the caller is gone
+            raise SequenceUnavailableError(f"sequence reader {self.address}: no longer announced") from error  # its channel was closed
+        except BaseException:
             self.breaker.forgotten()
             raise
         self.breaker.succeeded()

@@ -78,7 +78,7 @@ class RoutedSource:
         owners: who has what, kept current by the announcements.
         own_address: the reader that serves the local view, which need not be asked over the network; "" for none.
         fresh_ms: how old a state may be to count as up to date, milliseconds.
-        root_certificate, token: see `streams.remote_reader.RemoteReader`.
+        root_certificate, certificate, key, token: see `streams.remote_reader.RemoteReader`.
     """
 
     def __init__(
@@ -91,11 +91,13 @@ class RoutedSource:
         own_address: str = "",
         fresh_ms: int = 2_000,
         root_certificate: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
         token: str | None = None,
     ) -> None:
         self._local, self._owners, self._partition_count = local, owners, partition_count
         self._own_address, self._fresh_ms = own_address, fresh_ms
-        self._root_certificate, self._token = root_certificate, token
+        self._access: dict[str, Any] = {"root_certificate": root_certificate, "certificate": certificate, "key": key, "token": token}
         self._fingerprints = {name: definition(domain, name).fingerprint for name in domain.sequence}
         self._users_max = {name: users_max(domain, name) for name in domain.sequence}
         self._links: dict[str, OwnerLink] = {}
@@ -281,7 +283,7 @@ class RoutedSource:
     def _link(self, address: str) -> OwnerLink:
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = OwnerLink(address, root_certificate=self._root_certificate, token=self._token)
+            link = self._links[address] = OwnerLink(address, **self._access)
         return link
 
     def _drop_links(self) -> None:

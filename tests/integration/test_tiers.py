@@ -12,6 +12,7 @@ from serving_stack import CANDIDATES, STRANGER, USER, Stack, serving
 from serving_world import DOMAIN, ITEMS, NOW_MS, PRODUCT, VIDEO, write_ranker
 
 from features.tables import Member, write_generation
+from inference import ladder
 from inference.client import RankError, typed
 from inference.popularity import SPACE
 from inference.release import load_small, open_release, release_folder
@@ -144,6 +145,24 @@ def test_with_little_time_the_model_scores_the_candidates_that_look_best(stack):
     score_of = dict(zip(whole.ids.tolist(), whole.scores.tolist(), strict=True))
     np.testing.assert_allclose([score_of[item] for item in ranking.ids[asked].tolist()], ranking.scores[asked], atol=1e-5)
     assert ranking.ids[~asked].tolist() == small.ids[asked.sum() :].tolist()
+
+
+@pytest.mark.parametrize("given", [[3.0, 2.0, float(np.finfo(np.float32).min)], [3e8, 2e8, 1e8], [-1e30, 2.0, 1.0]])
+def test_behind_what_the_model_scored_every_place_is_one_of_its_own(stack, given):
+    served = stack.server.releases._served["home"]
+    rank(stack, candidates=range(1, 41))
+    from features.request import inputs_from_request
+    from features.sequence import decode_row
+
+    packed = served.packer.pack(inputs_from_request(DOMAIN, stack.record().request, decode_row(stack.reader.rows[USER]).events))
+    chosen = np.array([5, 10, 20])
+    scored = ladder._behind(served, packed, chosen, np.full((3, 2), 0.5, np.float32), np.array(given, np.float32))
+    order = np.argsort(-scored.scores, kind="stable")
+    assert len(np.unique(scored.scores)) == 40
+    numbers = [place for place, score in zip(chosen, given, strict=True) if score > np.finfo(np.float32).min]
+    assert set(order[: len(numbers)]) == set(numbers)
+    promising = [place for place in ladder._promising(served, packed).tolist() if place not in chosen]
+    assert order[len(numbers) : len(numbers) + 37].tolist() == promising
 
 
 def test_requests_that_come_together_get_the_answers_they_would_get_alone(stack):

@@ -66,6 +66,16 @@ def test_a_slower_model_becomes_the_new_measure(clock):
     assert int(door.limit) == 8
 
 
+def test_what_nobody_counted_says_nothing_about_the_load(clock):
+    door = Admission(64, 8)
+    for _ in range(100):
+        door.in_work += 1
+        with door.taken():  # nobody says that it counts: an error left it
+            clock.now_s += 0.01
+    assert not door._means_s
+    assert (door.limit, door.in_work) == (64.0, 0)
+
+
 def run(scenario) -> None:
     asyncio.run(scenario())
 

@@ -36,7 +36,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
     for metric in METRICS:
         if metric.source and not metric.source.startswith(PARTS):
             telemetry.count(metric.source)
-    for name in ("rankings", "tier_embedding", "model_timeouts", "status_internal"):
+    for name in ("rankings", "tier_embedding", "model_timeouts", "sequence_older", "status_internal"):
         telemetry.count(name)
     observe_inputs(telemetry, packed, 40)
     telemetry.observe("loop_lag_seconds", 0.002)
