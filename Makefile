@@ -33,7 +33,7 @@ demo: setup
 	@$(BIN)/freshrank demo $(if $(DOMAIN),--domain "$(DOMAIN)") $(if $(DATA),--data "$(DATA)")
 
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests.parts)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -105,9 +105,10 @@ def _scalar(draw: random.Random, field: FieldDescriptor, old: Any) -> Any:
         return mutate_bytes(draw, old, old) if field.type == FieldDescriptor.TYPE_BYTES else draw.choice(_TEXTS)
     if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
         return draw.choice(_FLOATS)
-    bits = 32 if field.cpp_type in (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_INT32) else 64
+    small = (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_ENUM)
+    bits = 32 if field.cpp_type in small else 64
     value = draw.choice((*_INTEGERS, NOW_MS - 86_400_001, draw.getrandbits(64))) % 2**bits
-    signed = field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
+    signed = field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_ENUM)
     return value - 2**bits if signed and value >= 2 ** (bits - 1) else value
 
 

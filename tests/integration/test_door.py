@@ -280,7 +280,9 @@ def test_no_log_at_info_knows_users_or_tokens(world, caplog):
             for given in ({}, {"candidates": []}, {"candidates": [7, 7]}, {"after": [Position(9, 0, 5)]}, {"ranker": "nowhere"}):
                 with suppress(RankError):
                     world.rank(token, user_id=user, **given)
-    for error in (SequenceUnavailableError("no view"), SequenceCorruptError("checksum differs"), KeyError(USER)):
+    world.rows.error = SequenceUnavailableError("no view")
+    world.rank(TOKEN, user_id=USER)  # ranked without a sequence
+    for error in (SequenceCorruptError("checksum differs"), KeyError(USER)):
         world.rows.error = error
         world.code()
     world.rows.error, whole = None, world.rows.rows[USER]

@@ -247,7 +247,7 @@ def test_triton_killed_answers_from_a_named_tier_and_returns(up, client):
     while not tiers or tiers[-1] != "model" or len(set(tiers)) == 1:
         assert time.monotonic() < deadline, f"tiers seen: {sorted(set(tiers))}"
         tiers.append(client.rank("feed", 1, np.arange(1, 20), kinds=1).tier)
-    assert set(tiers) <= {"model", "embedding", "caller_order"}
+    assert set(tiers) <= {"model", "small"}
 
 
 def test_a_published_release_is_served_without_a_restart(client, home):

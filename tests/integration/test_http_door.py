@@ -36,7 +36,7 @@ from deploy.http_wire import position_text
 from deploy.server_pages import serve_pages
 from deploy.settings import load_settings
 from features.ids import string_id
-from features.ports import ImmediateSource, Position, SequenceUnavailableError
+from features.ports import ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
 from inference.async_client import AsyncRankingClient
 from inference.server import RankingServer, ServerConfig
 from protos.v1.actions_pb2 import Action
@@ -237,10 +237,12 @@ def test_the_callers_token_is_the_one_that_counts(door):
         assert door.refused("/v1/actions", ACTION, token=token)[:2] == (401, "authorization")
 
 
-def test_an_unavailable_server_is_503(door):
-    door.reader.error = SequenceUnavailableError("no view yet")
+def test_a_state_that_does_not_answer_is_ranked_without_and_a_damaged_one_is_an_error(door):
     try:
-        assert door.refused("/v1/rank", RANK | {"timeout_ms": 700})[0] == 503
+        door.reader.error = SequenceUnavailableError("no view yet")
+        assert door.call("/v1/rank", RANK)[0] == 200
+        door.reader.error = SequenceCorruptError("checksum differs")
+        assert door.refused("/v1/rank", RANK)[0] == 500
     finally:
         door.reader.error = None
 
