@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from protos.v1.ranking_pb2 import RankRequest, RankResponse  # noqa: E402
 
-from .requests import KINDS, Fuzzed, fuzzed  # noqa: E402
+from .mutated import KINDS, Fuzzed, fuzzed  # noqa: E402
 
 _METHOD = "/freshrank.v1.Ranking/Rank"
 _AT_ONCE, _CHANNELS = 16, 2

@@ -16,7 +16,7 @@ from deploy.settings import load_settings
 from features.ports import ImmediateSource
 from inference.server import RankingServer, ServerConfig
 
-from .requests import TOKEN
+from .mutated import TOKEN
 
 
 class NewestSink:

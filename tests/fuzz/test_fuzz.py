@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fuzz.requests import KINDS, fuzzed
+from fuzz.mutated import KINDS, fuzzed
 from fuzz.run import fuzz, replay_alone
 
 REQUESTS, SEED = 2_000, 5
