@@ -1,7 +1,8 @@
-"""Every test in two runs side by side: those that wait for servers, and those that compute. `make test` calls it.
+"""Every test in two runs side by side: those that wait for processes, and the others. `make test` calls it.
 
-Servers start, sleep and are killed most of the time; the other tests take one core for a third of it. Chaos comes last, when that is over:
-it starves its processes itself. Prints the first run as it goes, then the second; returns 1 where either failed.
+Worker, stack and chaos tests start, stop and kill processes and wait most of the time; the others take one core for a third of that time.
+Chaos comes last, when they are over: it starves its processes itself. Prints the first run as it goes, then the second; returns 1 where
+either failed.
 """
 
 import subprocess
@@ -10,27 +11,33 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-COMPUTING = ("contract", "golden", "parity", "property", "simulation", "unit")
-WAITING = ("fuzz", "integration", "chaos")
+OTHERS = ("contract", "fuzz", "golden", "parity", "property", "simulation", "unit")
+WAITING = ("integration", "chaos")
+SERVING = ("call_watch", "compatibility", "door", "experiments", "http_door", "rank_clients", "releases", "tiers", "training")
+"""Integration tests that go with the others: they start a server of their own at most, and kill nothing of the stack."""
 
 
 def main() -> int:
     """Returns the exit code."""
     folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
-    if folders != {*COMPUTING, *WAITING}:
-        raise SystemExit(f"tests/parts.py: folders {sorted(folders ^ {*COMPUTING, *WAITING})} are in neither run, or not there: correct it")
+    files = [TESTS / "integration" / f"test_{name}.py" for name in SERVING]
+    strange = {str(path) for path in files if not path.is_file()} | (folders ^ {*OTHERS, *WAITING})
+    if strange:
+        raise SystemExit(f"tests/parts.py: {', '.join(sorted(strange))}: in neither run, or not there; correct the lists")
     command = (sys.executable, "-m", "pytest", *sys.argv[1:])
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        computing = subprocess.Popen([*command, *(f"tests/{name}" for name in COMPUTING)], stdout=output, stderr=subprocess.STDOUT)
+        others = [*command, *(str(TESTS / name) for name in OTHERS), *map(str, files)]
+        side = subprocess.Popen(others, stdout=output, stderr=subprocess.STDOUT)
         try:
-            waiting = subprocess.run([*command, *(f"tests/{name}" for name in WAITING)], check=False).returncode
-            computed = computing.wait()
+            waiting = [*command, *(str(TESTS / name) for name in WAITING), *(f"--ignore={path}" for path in files)]
+            first = subprocess.run(waiting, check=False).returncode
+            second = side.wait()
         finally:
-            computing.kill()
-            computing.wait()
+            side.kill()
+            side.wait()
         output.seek(0)
         print(output.read(), flush=True)
-    return 0 if waiting == computed == 0 else 1
+    return 0 if first == second == 0 else 1
 
 
 if __name__ == "__main__":
