@@ -28,7 +28,9 @@ def bench_overload(runs: int, folder: Path, console: Console) -> list[dict[str, 
     """Goodput and latency of accepted calls under overload, against capacity and the unloaded latency."""
     found: list[dict[str, float]] = [{} for _ in range(runs)]
     for model, name, times, concurrency in ((TransActRanker, "", OVERLOAD_MODEL, 3), (NoopRanker, "_noop", OVERLOAD_NOOP, 8)):
-        with world(folder / f"model{name}", ("worker", "reader"), model=model, torch_threads=2) as running:
+        home = folder / f"model{name}"
+        home.mkdir()
+        with world(home, ("worker", "reader"), model=model, torch_threads=2) as running:
             for figures in found:  # a server of its own each run: what it has learned of its latency is part of what is measured
                 with measured_server(running.settings, "local") as server:
                     figures |= _run(running, server, name, times, concurrency, console)
