@@ -48,8 +48,8 @@ class ModelTimeoutError(TritonError):
 class TritonModels:
     """All models of one Triton server. One for each process and event loop, for its whole life.
 
-    The messages are Triton's own (its client's InferInput classes cost more than the call): tensors go out as raw bytes, one request is a
-    batch of one, and Triton joins requests that come together (`config_pbtxt`).
+    The messages are Triton's own, without its client's objects for each tensor: tensors go out as raw bytes, one request is a batch of one,
+    and Triton joins requests that come together (`config_pbtxt`).
     """
 
     def __init__(self, address: str) -> None:
