@@ -1,6 +1,7 @@
 """The small model: similarities of a candidate to what the user did, and a layer of 32; in the ranking server itself, in NumPy.
 
-It answers where the large one cannot or need not, and Triton is not asked. It is trained on the same packed tensors and released beside the large model (`small.safetensors`).
+It answers where the large one cannot or need not, and Triton is not asked. It is trained on the same packed tensors and released beside the
+large model (`small.safetensors`).
 
 Inputs of a candidate, float32 [C, F]: for each action of the domain file that the sequence may hold (and for all together) the mean and the
 greatest dot product of the candidate's vector with the vectors of items acted on, and how many there were; the dot product with the user's
