@@ -77,13 +77,14 @@ async def score(
 async def _ask_model(served: Served, packed: Packed, final: Final, timeout_s: float, telemetry: Telemetry) -> Scored | None:
     """The model's answer for all candidates, or for as many as there is time for; None: another tier is to answer."""
     count = len(packed.tensors["candidate_embedding"])
-    chosen = None
+    chosen = rest = None
     within = served.gate.candidates_within(timeout_s)
     if within < count:
         if within < CANDIDATES_MIN:
             telemetry.count("model_no_time")
             return None
-        chosen = np.sort(_promising(served, packed)[:within])
+        promising = _promising(served, packed)
+        chosen, rest = np.sort(promising[:within]), promising[within:]
     started_s = time.monotonic()
     try:
         probability = await served.gate.infer(packed.tensors if chosen is None else _some(served, packed, chosen), timeout_s=timeout_s)
@@ -91,9 +92,9 @@ async def _ask_model(served: Served, packed: Packed, final: Final, timeout_s: fl
         telemetry.count("model_timeouts" if isinstance(error, ModelTimeoutError) else "model_unavailable")
         return None
     telemetry.time("triton", time.monotonic() - started_s)
-    if chosen is None:
+    if chosen is None or rest is None:
         return Scored(TIER_MODEL, final(probability, None), probability)
-    return _behind(served, packed, chosen, probability, final(probability, chosen))
+    return _behind(chosen, rest, probability, final(probability, chosen))
 
 
 def _promising(served: Served, packed: Packed) -> npt.NDArray[np.int64]:
@@ -110,11 +111,10 @@ def _some(served: Served, packed: Packed, chosen: npt.NDArray[np.int64]) -> Tens
     return {name: value[chosen] if name in per_candidate else value for name, value in packed.tensors.items()}
 
 
-def _behind(served: Served, packed: Packed, chosen: npt.NDArray[np.int64], probability: F32, scores: F32) -> Scored:
-    """Candidates that the model scored, and behind them the rest as `_promising` has them, each place below the one before."""
-    count = len(packed.tensors["candidate_embedding"])
+def _behind(chosen: npt.NDArray[np.int64], rest: npt.NDArray[np.int64], probability: F32, scores: F32) -> Scored:
+    """Candidates that the model scored, and behind them the rest in its order, each place below the one before."""
+    count = len(chosen) + len(rest)
     all_scores = np.empty(count, np.float32)
-    rest = np.setdiff1d(_promising(served, packed), chosen, assume_unique=True)
     # A formula may give any numbers, and the least float32 where it gave none: those stand last of all.
     is_number = scores > np.finfo(np.float32).min
     least = float(scores[is_number].min()) if is_number.any() else 0.0

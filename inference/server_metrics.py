@@ -44,7 +44,7 @@ METRICS = (
     Described("rankings_total", "counter", "tier", "Rankings answered, by the tier that made them."),
     Described("calls_total", "counter", "code", "Calls that were answered, by gRPC status."),
     Described("cancelled_total", "counter", "", "Calls whose caller was gone before the answer.", "cancelled"),
-    Described("shed_total", "counter", "", "Calls refused at the door with RESOURCE_EXHAUSTED.", "status_resource_exhausted"),
+    Described("shed_total", "counter", "", "Rankings refused at the door with RESOURCE_EXHAUSTED.", "shed"),
     Described("sequences_total", "counter", "source", "Rankings by where their sequence came from; none: no state answered."),
     Described("after_not_reached_total", "counter", "", "Rankings that did not include a position of `after` yet.", "after_not_reached"),
     Described("cold_starts_total", "counter", "", "Rankings for users without an action in the store.", "cold_starts"),

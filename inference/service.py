@@ -7,10 +7,10 @@ that does not answer is an answer without a sequence, which says so.
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -51,6 +51,7 @@ from protos.v1.ranking_pb2 import (
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
 _NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 
 
@@ -100,50 +101,26 @@ class RankingService:
         clock_ms: Callable[[], int] | None = None,
     ) -> None:
         self._config, self._releases, self._source, self._sink = config, releases, source, sink
-        self.clock_ms = self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
+        self.clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self.lineage = Lineage()
         """Logs that led to the present one: positions of them are understood in `after`."""
         self._admission = Admission(config.rankings_max, config.rankings_waiting_max)
-        self._telemetry = Telemetry()
-        self.formulas = Formulas(self._telemetry.count)
+        self.telemetry = Telemetry()
+        """What is counted and timed, for who exposes it."""
+        self.formulas = Formulas(self.telemetry.count)
         """Takes announced formulas."""
         self.samples = Samples()
         self.experiments = Experiments()
-        self._shadows = Shadows(self._admission, releases, self._telemetry, self._rule, self._log_shadow)
+        self._shadows = Shadows(self._admission, releases, self.telemetry, self._rule, self._log_shadow)
         self._explainer = Explainer(self._admission)
 
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
-        left_s = context.time_remaining()
-        left_s = self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max)
-        deadline_s = time.monotonic() + left_s
-        try:
-            started_s = time.monotonic()
-            await self._admission.enter(left_s)
-            self._telemetry.time("admission", time.monotonic() - started_s)
-            with self._admission.taken() as stay:
-                stay.called_s = started_s
-                return await self._rank(data, deadline_s, stay)
-        except Exception as error:
-            code, message = self._status(error)
-            if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
-                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
-        await context.abort(code, message)
-        raise AssertionError("unreachable: abort raises")
+        return await self._answer(context, lambda left_s: self._admitted(data, left_s))
 
     async def explain(self, data: bytes, context: Any) -> Explanation:
         """The Explain method: what `rank` would answer, and why (`inference.explain`). Nothing is logged."""
-        left_s = context.time_remaining()
-        left_s = self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max)
-        deadline_s = time.monotonic() + left_s
-        try:
-            with self._explainer.place():
-                self._telemetry.count("explained")
-                return await self._explain(data, deadline_s)
-        except Exception as error:
-            code, message = self._status(error)
-        await context.abort(code, message)
-        raise AssertionError("unreachable: abort raises")
+        return await self._answer(context, lambda left_s: self._explain(data, left_s))
 
     async def close(self) -> None:
         """Ends what goes on in the background."""
@@ -151,12 +128,7 @@ class RankingService:
 
     def statistics(self) -> dict[str, float]:
         """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
-        return {**self._telemetry.statistics(), **self.figures()}
-
-    @property
-    def telemetry(self) -> Telemetry:
-        """What is counted and timed, for who exposes it."""
-        return self._telemetry
+        return {**self.telemetry.statistics(), **self.figures()}
 
     def figures(self) -> dict[str, float]:
         """Rankings under way, and the figures of the parts."""
@@ -166,9 +138,29 @@ class RankingService:
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
 
+    async def _answer(self, context: Any, answer: Callable[[float], Awaitable[Answer]]) -> Answer:
+        """What `answer` gives within the call's time, which it is told in seconds, or an error as a status."""
+        left_s = context.time_remaining()
+        try:
+            return await answer(self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
+        except Exception as error:
+            code, message = self._status(error)
+            if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
+        await context.abort(code, message)
+        raise AssertionError("unreachable: abort raises")
+
+    async def _admitted(self, data: bytes, left_s: float) -> RankResponse:
+        called_s = time.monotonic()
+        await self._admission.enter(left_s)
+        self.telemetry.time("admission", time.monotonic() - called_s)
+        with self._admission.taken() as stay:
+            stay.called_s = called_s
+            return await self._rank(data, called_s + left_s, stay)
+
     def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-        self._telemetry.count(f"status_{code.name.lower()}")
+        self.telemetry.count(f"status_{code.name.lower()}")
         if code is grpc.StatusCode.INTERNAL:
             return code, internal_error(log, "a ranking failed", error)
         if code is grpc.StatusCode.DATA_LOSS:
@@ -177,71 +169,78 @@ class RankingService:
 
     async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
         request = self._request(data)
-        choice = self._choose(request)
+        choice, inputs, rule = self._plan(request)
         with self._releases.use(request.ranker, choice.release_id) as served:
-            # Checked before anything is waited for or read; the events are put in when they are there.
-            inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
-            rule, wanted = self._rule(served, request), choice.tier or checked_tier(request.tier)
+            wanted = choice.tier or checked_tier(request.tier)
             person = await self._read(served, request, deadline_s, stay)
             inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
-            self._telemetry.time("join_pack", time.monotonic() - lap_s)
+            self.telemetry.time("join_pack", time.monotonic() - lap_s)
             timeout_s = min(deadline_s - time.monotonic() - self._config.answer_reserve_s, self._config.model_timeout_s)
-            scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self._telemetry)
+            scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self.telemetry)
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
             self._count(inputs, packed, person, scored.tier)
-            observe_inputs(self._telemetry, packed, person.state_age_ms)
+            observe_inputs(self.telemetry, packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
             self._log(served, request, packed, person, scored, response, stay.called_s, choice)
         self.samples.offer(request.ranker, data)
         self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
-        self._telemetry.time("total", time.monotonic() - stay.called_s)
+        self.telemetry.time("total", time.monotonic() - stay.called_s)
         return response
 
     def _request(self, data: bytes) -> RankRequest:
         """The request of a ranker that is served, with its id and time set."""
         request = parse_request(data, self._config.message_bytes_max)
-        if request.ranker not in self._releases.rankers:
+        if request.ranker not in self._releases.served:
             names = ", ".join(self._releases.rankers) or "none; publish a release"
             raise RequestError("ranker", f"{request.ranker!r} is not served; served: {names}")
         request.request_id = request.request_id or secrets.randbits(64) or 1
         REQUEST_ID.set(request.request_id)  # for the log lines of this call
-        request.request_time_ms = request.request_time_ms or self._clock_ms()
+        request.request_time_ms = request.request_time_ms or self.clock_ms()
         return request
 
     def _rule(self, served: Served, request: RankRequest) -> Rule:
         """How this release scores the request in the end. Raises RequestError."""
         return self.formulas.rule(served, request, _weights(served, request))
 
-    def _choose(self, request: RankRequest) -> Choice:
-        """The experiment's choice; without its release where that is not in use, or cannot answer this request as the served one might."""
-        choice = self.experiments.choose(request.ranker, request.user_id)
-        if not choice.release_id:
-            return choice
-        arm = self._releases.beside.find(request.ranker, choice.release_id)
-        if arm is not None and arm.sequence_fingerprint == self._releases.served[request.ranker].sequence_fingerprint:
-            with suppress(RequestError):
-                inputs_from_request(arm.domain, request, _NO_EVENTS)
-                self._rule(arm, request)
-                return choice
-        self._telemetry.count("arm_fallbacks")
-        return replace(choice, release_id="")
+    def _plan(self, request: RankRequest) -> tuple[Choice, RankInputs, Rule]:
+        """Who answers, and the request as that release takes it, still without events: checked before anything is waited for or read.
 
-    async def _explain(self, data: bytes, deadline_s: float) -> Explanation:
-        request = self._request(data)
-        choice = self._choose(request)
-        with self._releases.use(request.ranker, choice.release_id) as served:
-            inputs = inputs_from_request(served.domain, request, _NO_EVENTS)
-            rule, wanted = self._rule(served, request), choice.tier or checked_tier(request.tier)
-            person = await self._read(served, request, deadline_s, Stay())
-            inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
-            packed = served.packer.pack(inputs)
-            end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
-            scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), Telemetry())
-            response = _response(served, request, inputs, packed, person, scored, rule, choice)
-            order = choice.order(scored.scores, request.request_id)
-            return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
+        The experiment's choice is without its release where that is not in use, or cannot answer this request as the served one might.
+        `Releases.use` gives the same release as long as nothing is awaited in between. Raises RequestError.
+        """
+        choice, served = self.experiments.choose(request.ranker, request.user_id), self._releases.served[request.ranker]
+        if choice.release_id:
+            arm = self._releases.beside.find(request.ranker, choice.release_id)
+            if arm is not None and arm.sequence_fingerprint == served.sequence_fingerprint:
+                with suppress(RequestError):
+                    return choice, inputs_from_request(arm.domain, request, _NO_EVENTS), self._rule(arm, request)
+            self.telemetry.count("arm_fallbacks")
+            choice = replace(choice, release_id="")
+        return choice, inputs_from_request(served.domain, request, _NO_EVENTS), self._rule(served, request)
+
+    async def _explain(self, data: bytes, left_s: float) -> Explanation:
+        deadline_s = time.monotonic() + left_s
+        with self._explainer.place():
+            self.telemetry.count("explained")
+            request = self._request(data)
+            choice, inputs, rule = self._plan(request)
+            with self._releases.use(request.ranker, choice.release_id) as served:
+                return await self._explained(served, request, choice, inputs, rule, deadline_s)
+
+    async def _explained(
+        self, served: Served, request: RankRequest, choice: Choice, inputs: RankInputs, rule: Rule, deadline_s: float
+    ) -> Explanation:
+        wanted = choice.tier or checked_tier(request.tier)
+        person = await self._read(served, request, deadline_s, Stay())
+        inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
+        packed = served.packer.pack(inputs)
+        end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
+        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), Telemetry())
+        response = _response(served, request, inputs, packed, person, scored, rule, choice)
+        order = choice.order(scored.scores, request.request_id)
+        return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
     async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay) -> Person:
         """What the person did, or nothing where no state answers; leaves time to rank."""
@@ -252,14 +251,14 @@ class RankingService:
         person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
         if request.after:
             stay.aside_s += time.monotonic() - started_s
-            self._telemetry.time("wait_after", time.monotonic() - started_s)
-            self._telemetry.count("after_not_reached", not person.after_reached)
-        self._telemetry.time("read", time.monotonic() - started_s)
-        self._telemetry.count(f"sequence_{person.origin.name.lower()}")
+            self.telemetry.time("wait_after", time.monotonic() - started_s)
+            self.telemetry.count("after_not_reached", not person.after_reached)
+        self.telemetry.time("read", time.monotonic() - started_s)
+        self.telemetry.count(f"sequence_{person.origin.name.lower()}")
         return person
 
     def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int) -> None:
-        count = self._telemetry.count
+        count = self.telemetry.count
         count("rankings")
         count(Tier.Name(tier).lower())
         count("cold_starts", person.is_cold)
@@ -295,7 +294,7 @@ class RankingService:
             head_scores=_by_head(served, scored.probability),
             scores=scored.scores.tobytes(),
             inline=is_sampled(request.user_id, self._config.inline_share),
-            served_time_ms=self._clock_ms(),
+            served_time_ms=self.clock_ms(),
             sequence_fingerprint=served.sequence_fingerprint,
             row_digest=rows_digest(person.rows),
             after_reached=response.after_reached,
@@ -313,8 +312,8 @@ class RankingService:
             record.inline_identity_rows.extend(further)
             for name, value in packed.tensors.items():
                 record.inline_tensors[name] = value.tobytes()
-        self._telemetry.count("log_dropped", not self._sink.put(request.user_id, record.SerializeToString()))
-        self._telemetry.time("log", time.monotonic() - lap_s)
+        self.telemetry.count("log_dropped", not self._sink.put(request.user_id, record.SerializeToString()))
+        self.telemetry.time("log", time.monotonic() - lap_s)
 
     def _log_shadow(
         self,

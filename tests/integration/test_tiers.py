@@ -156,12 +156,12 @@ def test_behind_what_the_model_scored_every_place_is_one_of_its_own(stack, given
 
     packed = served.packer.pack(inputs_from_request(DOMAIN, stack.record().request, decode_row(stack.reader.rows[USER]).events))
     chosen = np.array([5, 10, 20])
-    scored = ladder._behind(served, packed, chosen, np.full((3, 2), 0.5, np.float32), np.array(given, np.float32))
+    promising = [place for place in ladder._promising(served, packed).tolist() if place not in chosen]
+    scored = ladder._behind(chosen, np.array(promising), np.full((3, 2), 0.5, np.float32), np.array(given, np.float32))
     order = np.argsort(-scored.scores, kind="stable")
     assert len(np.unique(scored.scores)) == 40
     numbers = [place for place, score in zip(chosen, given, strict=True) if score > np.finfo(np.float32).min]
     assert set(order[: len(numbers)]) == set(numbers)
-    promising = [place for place in ladder._promising(served, packed).tolist() if place not in chosen]
     assert order[len(numbers) : len(numbers) + 37].tolist() == promising
 
 

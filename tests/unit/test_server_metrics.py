@@ -16,7 +16,7 @@ from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, expo
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit")
+PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit", "shed")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_every_metric_is_exposed_and_moves(packed_and_served):
     assert after[PREFIX + "table_age_seconds"] == {(("space", "features"),): 14, (("space", "home_items"),): 14}
     assert after[PREFIX + "release_age_seconds"] == {(("ranker", "home"),): 9}
     assert after[PREFIX + "rankings_total"][("tier", "embedding"),] == 2
-    assert after[PREFIX + "calls_total"] == {(("code", code),): 2 * (code in ("ok", "internal", "resource_exhausted")) for code in CODES}
+    assert after[PREFIX + "calls_total"] == {(("code", code),): 2 * (code in ("ok", "internal")) for code in CODES}
     assert after[PREFIX + "candidates_sum"] == {(): 60}
     assert after[PREFIX + "sequence_age_seconds_sum"] == {(): 2}  # make_events ends a second before NOW_MS
     assert after[PREFIX + "state_age_seconds_sum"][()] == pytest.approx(0.08)
