@@ -491,7 +491,3 @@ def fitting_generations(release: Release, tables: Path, named: Mapping[str, str]
                 "name one of that lineage, or train and publish a release with the other"
             )
     return chosen
-
-
-Announce = Callable[[str, str, Mapping[str, str]], None]
-"""Takes (ranker, release id, generations by space), from any thread."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from features.ports import OPEN_DOOR, Door, RankingSink, SequenceSource
 from inference.announced import Announced
 from inference.experiments import ExperimentError, needed
-from inference.served import Announce, Releases
+from inference.served import Releases
 from inference.service import RankingService, ServiceConfig
 from inference.telemetry import watch_loop
 from inference.triton import TritonModels
@@ -219,45 +218,3 @@ class RankingServer:
     async def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
-
-
-async def serve(
-    config: ServerConfig,
-    source: SequenceSource,
-    sink: RankingSink,
-    *,
-    announcements: Callable[[Announce], None] | None = None,
-    on_ready: Callable[[str], None] | None = None,
-    stop: asyncio.Event | None = None,
-) -> None:
-    """Runs a ranking server until `stop` is set, or until SIGTERM or SIGINT where none is given.
-
-    Args:
-        config: see there.
-        source: the sequences; stays open.
-        sink: the ranking log; stays open.
-        announcements: called once with the function that takes release announcements, from any thread.
-        on_ready: called with "host:port" after `RankingServer.warm`.
-        stop: ends the server.
-    """
-    if stop is None:
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = RankingServer(config, source, sink)
-    address = await server.start()
-    stopping = asyncio.create_task(stop.wait())
-    warming = asyncio.create_task(server.warm())
-    try:
-        if announcements is not None:
-            announcements(server.announce)
-        await asyncio.wait((stopping, warming), return_when=asyncio.FIRST_COMPLETED)
-        if warming.done() and not stopping.done() and on_ready is not None:
-            on_ready(address)
-        await stopping
-    finally:
-        for task in (stopping, warming):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await server.stop()

@@ -12,7 +12,7 @@ from serving_world import VIDEO, ListSink, MemoryReader
 
 from features.ports import ImmediateSource
 from inference.client import RankError, RankingClient
-from inference.server import RankingServer, ServerConfig, serve
+from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import RankRequest, RankResponse
 from protos.v1.ranking_pb2_grpc import RankingServicer, add_RankingServicer_to_server
 
@@ -72,27 +72,23 @@ def config_of(folder) -> ServerConfig:
     return ServerConfig(releases=folder / "releases", tables=folder / "tables", repository=folder / "repository", triton="127.0.0.1:1")
 
 
+def server_of(config) -> RankingServer:
+    return RankingServer(config, ImmediateSource(MemoryReader()), ListSink())
+
+
 def with_server(config, check):
-    """Runs `check(address)` in a thread beside `serve`, then stops the server."""
-    announced = []
+    """Runs `check(address)` in a thread beside a server, then stops it."""
 
     async def run():
-        stop, ready = asyncio.Event(), asyncio.Queue()
-        server = asyncio.create_task(
-            serve(config, ImmediateSource(MemoryReader()), ListSink(), announcements=announced.append, on_ready=ready.put_nowait, stop=stop)
-        )
-        getting = asyncio.create_task(ready.get())
-        await asyncio.wait((server, getting), timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        server = server_of(config)
+        address = await server.start()
+        await asyncio.wait_for(server.warm(), 20)
         try:
-            if not server.done():
-                await asyncio.to_thread(check, getting.result())
+            await asyncio.to_thread(check, address)
         finally:
-            stop.set()
-            getting.cancel()
-            await asyncio.wait_for(server, 20)
+            await asyncio.wait_for(server.stop(), 20)
 
     asyncio.run(run())
-    assert len(announced) == 1
 
 
 def test_without_a_release_it_runs_and_says_what_to_do(tmp_path):
@@ -115,14 +111,14 @@ def test_a_damaged_release_stops_the_start_and_is_named(tmp_path):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=folder.name):
-        asyncio.run(serve(config_of(tmp_path), ImmediateSource(MemoryReader()), ListSink(), stop=asyncio.Event()))
+        asyncio.run(server_of(config_of(tmp_path)).start())
 
 
 def test_a_server_that_stops_says_so_before_its_port_closes(tmp_path):
     """A new connection, made after the server was told to stop, is answered still."""
 
     async def run():
-        server = RankingServer(replace(config_of(tmp_path), leave_s=0.5), ImmediateSource(MemoryReader()), ListSink())
+        server = server_of(replace(config_of(tmp_path), leave_s=0.5))
         address = await server.start()
         stopping = asyncio.create_task(server.stop())
         async with grpc.aio.insecure_channel(address) as channel:
