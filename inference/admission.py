@@ -21,6 +21,7 @@ BASELINE_WINDOWS = 240
 TOLERANCE = 1.5
 """A mean latency of up to this many times the least is not yet waiting."""
 SMOOTHING = 0.3
+LIMIT_FIRST = 2.0
 
 
 class OverloadedError(RuntimeError):
@@ -35,13 +36,17 @@ class Admission:
     """The places of one event loop's rankings.
 
     Args:
-        places_max: most rankings in work at once, whatever the latency says; the limit starts there.
+        places_max: most rankings in work at once, whatever the latency says, and most that stand aside. The limit starts at LIMIT_FIRST and
+            doubles with each window, until one is slower: a server that begins with all places has a queue before it knows its latency.
         waiting_max: most rankings that wait for a place.
     """
 
     def __init__(self, places_max: int, waiting_max: int) -> None:
-        self.limit = float(places_max)
+        self.limit = min(LIMIT_FIRST, float(places_max))
         self.in_work = 0
+        self.aside = 0
+        """Rankings that have given their place back for a while."""
+        self._is_starting = True
         self.shed = 0
         self._places_max, self._waiting_max = places_max, waiting_max
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -102,6 +107,24 @@ class Admission:
         finally:
             self.leave(time.monotonic() - started_s - stay.aside_s if stay.counts else None)
 
+    @contextmanager
+    def standing_aside(self, stay: "Stay") -> Iterator[None]:
+        """For a ranking in `taken` that waits for something else than work: another one has its place meanwhile.
+
+        It goes on afterwards at once, whatever the limit: it has waited already. Raises OverloadedError: too many stand aside.
+        """
+        if self.aside >= self._places_max:
+            raise self._overloaded(f"{self.aside} rankings wait for their positions")
+        started_s = time.monotonic()
+        self.aside += 1
+        self._pass_on()
+        try:
+            yield
+        finally:
+            self.aside -= 1
+            self.in_work += 1
+            stay.aside_s += time.monotonic() - started_s
+
     def _pass_on(self) -> None:
         self.in_work -= 1
         while self._waiting and self.in_work < int(self.limit):
@@ -121,7 +144,8 @@ class Admission:
         gradient = min(1.0, max(0.5, TOLERANCE * min(self._means_s) / mean_s))
         # With few in work it is not they who wait for each other: a slow moment of the machine says nothing about the limit.
         if self._window_peak > self.limit / 2:
-            self.limit += SMOOTHING * (self.limit * gradient + 1 - self.limit)
+            self._is_starting = self._is_starting and gradient == 1.0
+            self.limit += self.limit if self._is_starting else SMOOTHING * (self.limit * gradient + 1 - self.limit)
             self.limit = min(max(self.limit, 1.0), float(self._places_max))
         self._window_at_s, self._window_sum_s, self._window_count = now_s, 0.0, 0
         self._window_peak = self.in_work + len(self._waiting)

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -133,7 +133,12 @@ class RankingService:
     def figures(self) -> dict[str, float]:
         """Rankings under way, and the figures of the parts."""
         door = self._admission
-        figures: dict[str, float] = {"in_flight": door.in_work, "waiting": door.waiting, "limit": door.limit, "shed": door.shed}
+        figures: dict[str, float] = {
+            "in_flight": door.in_work + door.aside,
+            "waiting": door.waiting,
+            "limit": door.limit,
+            "shed": door.shed,
+        }
         for part, of in (("releases", self._releases), ("reader", self._source), ("sink", self._sink)):
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
@@ -233,7 +238,7 @@ class RankingService:
         self, served: Served, request: RankRequest, choice: Choice, inputs: RankInputs, rule: Rule, deadline_s: float
     ) -> Explanation:
         wanted = choice.tier or checked_tier(request.tier)
-        person = await self._read(served, request, deadline_s, Stay())
+        person = await self._read(served, request, deadline_s)
         inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
         packed = served.packer.pack(inputs)
         end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
@@ -242,15 +247,16 @@ class RankingService:
         order = choice.order(scored.scores, request.request_id)
         return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
-    async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay) -> Person:
-        """What the person did, or nothing where no state answers; leaves time to rank."""
+    async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay | None = None) -> Person:
+        """What the person did, or nothing where no state answers; leaves time to rank. `stay`: of one that has a place at the door."""
         started_s = time.monotonic()
         left_s = deadline_s - started_s
         read_by_s = deadline_s - min(self._config.after_reserve_s, left_s / 2)
         wait_until_s = min(read_by_s, started_s + self._config.after_wait_s_max)
-        person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
+        # Who waits for a position does no work: others must not wait for that.
+        with self._admission.standing_aside(stay) if stay is not None and request.after else nullcontext():
+            person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
         if request.after:
-            stay.aside_s += time.monotonic() - started_s
             self.telemetry.time("wait_after", time.monotonic() - started_s)
             self.telemetry.count("after_not_reached", not person.after_reached)
         self.telemetry.time("read", time.monotonic() - started_s)

@@ -73,7 +73,21 @@ def test_what_nobody_counted_says_nothing_about_the_load(clock):
         with door.taken():  # nobody says that it counts: an error left it
             clock.now_s += 0.01
     assert not door._means_s
-    assert (door.limit, door.in_work) == (64.0, 0)
+    assert (door.limit, door.in_work) == (admission.LIMIT_FIRST, 0)
+
+
+def test_the_limit_begins_low_and_doubles_while_nothing_gets_slower(clock):
+    door = Admission(64, 8)
+    assert door.limit == admission.LIMIT_FIRST
+    rankings(door, clock, lambda _: 0.01, 2.0)
+    assert door.limit == 64.0
+    # One after the other: what lies beyond the first few only waits, and is found out before many have come.
+    door = Admission(64, 8)
+    limits = []
+    for _ in range(100):
+        rankings(door, clock, lambda in_work: 0.05 * in_work, 0.5)
+        limits.append(door.limit)
+    assert max(limits) < 6
 
 
 def run(scenario) -> None:
@@ -145,6 +159,44 @@ def test_who_gives_up_waiting_takes_no_place_along():
         await asyncio.gather(third, return_exceptions=True)
         await asyncio.wait_for(fourth, 5.0)
         assert (door.in_work, door.waiting) == (1, 0)
+
+    run(scenario)
+
+
+def test_who_stands_aside_gives_the_place_to_another_and_goes_on_at_once():
+    async def scenario() -> None:
+        door, released = Admission(1, 8), asyncio.Event()
+
+        async def waits_for_a_position() -> None:
+            await door.enter(10.0)
+            with door.taken() as stay:
+                with door.standing_aside(stay):
+                    await released.wait()
+                assert (door.in_work, stay.aside_s > 0) == (2, True)
+
+        waiting = asyncio.create_task(waits_for_a_position())
+        await asyncio.sleep(0)
+        assert (door.in_work, door.aside) == (0, 1)
+        await door.enter(10.0)  # the place is free
+        released.set()
+        await waiting
+        with pytest.raises(OverloadedError, match="no place"):
+            await door.enter(0.02)  # the other one has it still
+        door.leave(None)
+        assert (door.in_work, door.aside) == (0, 0)
+
+    run(scenario)
+
+
+def test_no_more_stand_aside_than_there_are_places():
+    async def scenario() -> None:
+        door = Admission(1, 8)
+        with (
+            door.standing_aside(admission.Stay()),
+            pytest.raises(OverloadedError, match="wait for their positions"),
+            door.standing_aside(admission.Stay()),
+        ):
+            pass
 
     run(scenario)
 
