@@ -14,6 +14,7 @@ from rich.console import Console
 
 from deploy.bench import CANDIDATES, World, world
 from deploy.bench_service import Measured, measured_server, requests_of
+from deploy.ghz import GhzError, run_ghz
 from deploy.load import Arrivals, Load, Outcome, closed_loop, run_load
 from inference.transact import NoopRanker, TransActRanker
 
@@ -61,6 +62,12 @@ def _run(running: World, server: Measured, name: str, times: float, concurrency:
                 (f"shed_ms_p99{suffix}", shed, max),
             ):
                 worst[figure] = keep(value, worst.get(figure, value))
+    try:
+        found = run_ghz(server.address, load.requests[0], calls_per_s=round(times * capacity), seconds=SECONDS, timeout_s=TIMEOUT_S)
+    except GhzError as error:
+        console.print(f"  ghz is left out: {error}")
+    else:
+        console.print(f"  ghz, constant{name}: {found.count}, p50 {found.p50_ms:.0f} and p99 {found.p99_ms:.0f} ms of all calls")
     return figures | worst
 
 

@@ -1,7 +1,7 @@
 """A server of several processes, kept up while it is replaced: SIGHUP restarts them one after the other.
 
 Each stops as `RankingServer.stop` says, and the next one follows when it is ready again: at least all but one take calls. A process that
-was started anew has the settings of this one, but the newest release and tables, and the program that is on disk now.
+was started anew has the settings of this one, what is announced now and the newest tables, and the program that is on disk.
 """
 
 import logging

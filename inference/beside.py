@@ -94,7 +94,7 @@ class Beside:
                     self._retire(old)
                 if not served.gate.open:
                     await served.gate.bring_up()
-            except (ReleaseError, TableError, TritonError) as error:
+            except (ReleaseError, TableError, TritonError, OSError) as error:
                 self.failures += 1
                 log.warning("ranker %s: %s is not loaded beside, trying again in %.0f s: %s", *key, delay_s, error)
                 await asyncio.sleep(delay_s)

@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from features.described import Described, exposed
+from features.described import Described, Histogram, exposed
 from features.pack import Packed
 from inference.served import Served
-from inference.telemetry import STAGES, Histogram, Telemetry
+from inference.telemetry import STAGES, Telemetry
 from protos.v1.ranking_pb2 import TIER_UNSPECIFIED, Tier
 
 PREFIX = "freshrank_server_"

@@ -5,12 +5,12 @@ A request makes about twenty of these calls on the event loop, so each stays nea
 
 import asyncio
 import time
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable
 from contextvars import ContextVar
 
 import numpy as np
+
+from features.described import Histogram
 
 STAGES = ("admission", "wait_after", "read", "join_pack", "triton", "log", "total")
 
@@ -47,27 +47,6 @@ class CallLaps:
 
 LAPS: ContextVar[CallLaps | None] = ContextVar("laps", default=None)
 """Set by who wants to see the stages of the present call; see `inference.watch`."""
-
-
-class Histogram:
-    """Counts by bucket. `bounds`: ascending upper bounds, inclusive."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def add(self, value: float) -> None:
-        """Counts one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, values up to it), as Prometheus wants them."""
-        names = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
-        return list(zip(names, np.cumsum(self.counts, dtype=float).tolist(), strict=True))
 
 
 class Timings:

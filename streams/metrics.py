@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from features.actions import APPEND_TIME_HEADER, REJECTED
-from features.described import Described, exposed
+from features.described import Described, Histogram, exposed
 from streams.core import Applied
 from streams.dead_letters import kind_of
 from streams.rates import Rate
@@ -90,31 +90,6 @@ def exposed_names() -> set[str]:
     return exposed(PREFIX, METRICS)
 
 
-class Histogram:
-    """Counts by bucket, added to whole arrays at a time. `bounds`: ascending upper bounds, inclusive."""
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self.bounds = np.array(tuple(bounds), np.float64)
-        self.counts = np.zeros(len(self.bounds) + 1, np.int64)
-        self.total = 0.0
-
-    def add(self, values: np.ndarray[Any, Any]) -> None:
-        """Counts each value once: int64 or float64 [n]."""
-        if not len(values):
-            return
-        self.total += float(values.sum())
-        low, high = np.searchsorted(self.bounds, (values.min(), values.max()))
-        if low == high:  # the usual case: records of one moment become visible together
-            self.counts[low] += len(values)
-        else:
-            self.counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
-
-    def buckets(self, scale: float) -> list[tuple[str, float]]:
-        """(upper bound times `scale`, values up to it), as Prometheus wants them."""
-        names = [*(f"{bound * scale:g}" for bound in self.bounds), "+Inf"]
-        return list(zip(names, map(float, np.cumsum(self.counts)), strict=True))
-
-
 class WorkerMetrics(Collector):
     """Collects and exposes. `observe` is called by the hot path once a batch; a scrape may come from any thread.
 
@@ -145,8 +120,8 @@ class WorkerMetrics(Collector):
         accepted = batch.append_time_ms if not batch.reasons else batch.append_time_ms[batch.verdict != REJECTED]
         delays_ms = np.maximum(now_ms - accepted, 0)
         with self._lock:
-            self._visible_ms.add(delays_ms)
-            self._batch_events.add(np.array([len(batch)]))
+            self._visible_ms.add_all(delays_ms)
+            self._batch_events.add(len(batch))
             self._counts["events_total"][partition] += len(batch)
             self._counts["rows_written_total"][partition] += applied.rows
             for name, seconds in applied.step_seconds.items():

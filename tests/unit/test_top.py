@@ -118,8 +118,7 @@ def scraped(rankings, seconds, shed=0, tier="model"):
         telemetry.count("rankings")
         telemetry.count(f"tier_{tier}")
         telemetry.observe("state_age_seconds", 0.015)
-    telemetry.count("status_resource_exhausted", shed)
-    figures = {"in_flight": 3, "releases_models_in_use": 1, "releases_rankers": 2, "sink_failed": 4}
+    figures = {"in_flight": 3, "shed": shed, "releases_models_in_use": 1, "releases_rankers": 2, "sink_failed": 4}
     return ServerMetrics(telemetry, lambda: figures, dict, lambda: True).exposition()
 
 

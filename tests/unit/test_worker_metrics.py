@@ -10,8 +10,9 @@ import pytest
 import yaml
 from worker_world import applied, scraped
 
+from features.described import Histogram
 from inference.server_metrics import exposed_names as server_names
-from streams.metrics import METRICS, PREFIX, REASON_KINDS, VISIBLE_BOUNDS_MS, Histogram, WorkerMetrics, exposed_names
+from streams.metrics import METRICS, PREFIX, REASON_KINDS, VISIBLE_BOUNDS_MS, WorkerMetrics, exposed_names
 from streams.rates import Rate
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -72,7 +73,7 @@ def test_a_histogram_counts_as_a_loop_would():
     histogram = Histogram(VISIBLE_BOUNDS_MS)
     values = [random.integers(0, high, n) for high, n in ((2, 10), (70_000, 500), (1, 3), (100_000_000, 20))]
     for part in [*values, np.array([5, 5]), np.array([], np.int64), np.array(VISIBLE_BOUNDS_MS)]:
-        histogram.add(part)
+        histogram.add_all(part)
     every = np.concatenate([*values, [5, 5], VISIBLE_BOUNDS_MS])
     expected = [float((every <= bound).sum()) for bound in VISIBLE_BOUNDS_MS] + [float(len(every))]
     assert [count for _, count in histogram.buckets(1e-3)] == expected
