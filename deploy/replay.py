@@ -9,13 +9,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from deploy.base_file import write_base_file
+from deploy.base_file import read_base_file, write_base_file
+from deploy.processes import kafka_config, topics
+from deploy.settings import Settings
 from features.actions import FORGOTTEN, REJECTED, decode_batch
 from features.base import Base, BaseError, BaseRecords
 from features.domain import Encoding
@@ -65,6 +67,22 @@ class ReplayOptions:
     progress: Callable[[int, int], None] | None = None
     only: Callable[[RankingRecord], bool] | None = None
     on_rebuilt: Callable[["Rebuilt"], None] | None = None
+
+
+def replay_options(settings: Settings, archive: Path | None, history: str, **given: Any) -> ReplayOptions:
+    """What a command replays: `archive`, or the Kafka that the settings name or that runs in their home; on the base that was noted there,
+    whose history lies at `history` ("": where it was). `given`: other fields. Raises StackNotRunningError.
+    """
+    from deploy.stack import running  # which starts everything, and needs all of it
+
+    source: dict[str, Any] = {"archive": archive}
+    if archive is None:
+        settings = running(settings, needs="kafka")
+        source = {"kafka": kafka_config(settings), "topics": topics(settings)}
+    based = read_base_file(settings.home if archive is None else archive)
+    if based is not None:
+        source |= {"base": based[0], "history": history or based[1]}
+    return ReplayOptions(releases=settings.home / "releases", tables=settings.home / "tables", **source, **given)
 
 
 @contextmanager
