@@ -102,24 +102,6 @@ class SequenceSource(Protocol):
         ...
 
 
-class ImmediateSource:
-    """A `SequenceSource` over a reader that answers from memory."""
-
-    def __init__(self, reader: SequenceReader) -> None:
-        self._reader = reader
-
-    async def read(
-        self, sequence: str, user_ids: Seq[int], *, timeout_s: float, after: Seq[Position] = (), wait_s: float = 0.0
-    ) -> list[Reading]:
-        """See `SequenceSource.read`; answers at once."""
-        del timeout_s, after, wait_s
-        return self._reader.read(sequence, user_ids)
-
-    def statistics(self) -> dict[str, float]:
-        """See `SequenceSource.statistics`."""
-        return self._reader.statistics()
-
-
 class RankingSink(Protocol):
     """Takes ranking-log records without ever delaying an answer: bounded, drops are counted."""
 

@@ -174,11 +174,6 @@ def release_folder(releases: Path, release_id: str) -> Path:
     return Path(releases) / release_id
 
 
-def newest_release(releases: Path, ranker: str) -> str | None:
-    """Id of the newest release of a ranker; None: there is none."""
-    return newest_releases(releases).get(ranker)
-
-
 def newest_releases(releases: Path) -> dict[str, str]:
     """Id of the newest release of each ranker, by its time; of the same second, the greater id."""
     newest: dict[str, str] = {}

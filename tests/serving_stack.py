@@ -9,10 +9,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from serving_world import NOW_MS, VIDEO, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from serving_world import NOW_MS, VIDEO, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 
 from deploy.triton_server import TritonServer
-from features.ports import ImmediateSource
 from inference.client import RankingClient
 from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import RankingRecord

@@ -1,5 +1,6 @@
 """A small product with tables, releases of two rankers and a state in memory: what the serving tests share."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from features.actions import EVENT_DTYPE
 from features.domain import parse_domain
 from features.ids import partition_of, user_key
-from features.ports import Position, Reading
+from features.ports import Position, Reading, SequenceReader
 from features.sequence import NEVER_ERASED, Row, definition, encode_row, law
 from features.tables import Member, write_generation
 from inference.release import Release, write_release
@@ -184,3 +185,21 @@ class ListSink:
 
     def close(self) -> None:
         pass
+
+
+class ImmediateSource:
+    """A `SequenceSource` over a reader that answers from memory."""
+
+    def __init__(self, reader: SequenceReader) -> None:
+        self._reader = reader
+
+    async def read(
+        self, sequence: str, user_ids: Seq[int], *, timeout_s: float, after: Seq[Position] = (), wait_s: float = 0.0
+    ) -> list[Reading]:
+        """See `SequenceSource.read`; answers at once."""
+        del timeout_s, after, wait_s
+        return self._reader.read(sequence, user_ids)
+
+    def statistics(self) -> dict[str, float]:
+        """See `SequenceSource.statistics`."""
+        return self._reader.statistics()

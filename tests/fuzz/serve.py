@@ -9,11 +9,10 @@ import logging
 import sys
 from pathlib import Path
 
-from serving_world import MemoryReader, make_events, write_ranker, write_tables
+from serving_world import ImmediateSource, MemoryReader, make_events, write_ranker, write_tables
 
 from deploy.door import door
 from deploy.settings import load_settings
-from features.ports import ImmediateSource
 from inference.server import RankingServer, ServerConfig
 
 from .mutated import TOKEN

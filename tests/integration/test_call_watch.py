@@ -14,13 +14,13 @@ import grpc
 import numpy as np
 import pytest
 from otlp_world import Received, otlp_receiver
-from serving_world import DOMAIN, NOW_MS, VIDEO, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from serving_world import DOMAIN, NOW_MS, VIDEO, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 from worker_world import scraped
 
 from deploy.logs import JsonLines
 from deploy.server_pages import server_pages
 from deploy.triton_server import TritonServer
-from features.ports import ImmediateSource, SequenceCorruptError, SequenceUnavailableError
+from features.ports import SequenceCorruptError, SequenceUnavailableError
 from features.request_context import TRACE_HEADERS
 from inference.async_client import AsyncRankingClient
 from inference.client import RankError, RankingClient, rank_request

@@ -20,14 +20,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from joserfc import jwt
 from joserfc.jwk import ECKey
-from serving_world import NOW_MS, VIDEO, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from serving_world import NOW_MS, VIDEO, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 
 from deploy.door import Doorkeeper, door
 from deploy.guard import ADMIN, RANK, Tokens
 from deploy.settings import Settings, SettingsError, load_settings
 from deploy.tls import ServerIdentity, server_credentials
 from features.ids import partition_of, user_key
-from features.ports import Door, ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
+from features.ports import Door, Position, SequenceCorruptError, SequenceUnavailableError
 from inference.client import RankError, RankingClient, channel_credentials
 from inference.server import RankingServer, ServerConfig
 from protos.v1.erasure_pb2 import EraseRequest, ErasureStatusRequest

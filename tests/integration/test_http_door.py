@@ -26,7 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from serving_world import DOMAIN, DOMAIN_TOML, NOW_MS, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from serving_world import DOMAIN, DOMAIN_TOML, NOW_MS, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 from streams_world import eventually, new_world, read_topic
 
 from deploy.door import door as open_door
@@ -36,7 +36,7 @@ from deploy.http_wire import position_text
 from deploy.server_pages import serve_pages
 from deploy.settings import load_settings
 from features.ids import string_id
-from features.ports import ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
+from features.ports import Position, SequenceCorruptError, SequenceUnavailableError
 from inference.async_client import AsyncRankingClient
 from inference.server import RankingServer, ServerConfig
 from protos.v1.actions_pb2 import Action

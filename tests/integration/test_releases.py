@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from serving_stack import CANDIDATES, USER, Stack, serving
-from serving_world import DOMAIN, DOMAIN_TOML, ITEMS, NOW_MS, VIDEO, ListSink, make_model, write_ranker, write_tables
+from serving_world import DOMAIN, DOMAIN_TOML, ITEMS, NOW_MS, VIDEO, ImmediateSource, ListSink, make_model, write_ranker, write_tables
 from typer.testing import CliRunner
 
 from deploy import cli
@@ -23,7 +23,6 @@ from deploy.processes import kafka_config, topics
 from deploy.settings import Settings, load_settings
 from features.domain import parse_domain
 from features.erasures import LEDGER, Erasure, append_lines
-from features.ports import ImmediateSource
 from features.samples import read_samples
 from features.tables import Member, write_generation
 from features.tensors import tensor_fingerprint

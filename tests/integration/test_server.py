@@ -13,7 +13,7 @@ import xxhash
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving_stack import CANDIDATES, STRANGER, USER, Stack, serving
-from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, make_events, write_ranker, write_tables
+from serving_world import DOMAIN, EPOCH, NOW_MS, VIDEO, ImmediateSource, make_events, write_ranker, write_tables
 
 from deploy.door import Doorkeeper
 from deploy.guard import Tokens
@@ -21,7 +21,7 @@ from deploy.triton_server import TritonServer
 from features.ids import partition_of, user_key
 from features.pack import Packer
 from features.person import rows_digest
-from features.ports import Door, ImmediateSource, Position, SequenceCorruptError, SequenceUnavailableError
+from features.ports import Door, Position, SequenceCorruptError, SequenceUnavailableError
 from features.request import inputs_from_request
 from features.sequence import decode_row, definition, law
 from features.tables import TableSet

@@ -8,9 +8,8 @@ from dataclasses import replace
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from serving_world import VIDEO, ListSink, MemoryReader
+from serving_world import VIDEO, ImmediateSource, ListSink, MemoryReader
 
-from features.ports import ImmediateSource
 from inference.client import RankError, RankingClient
 from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import RankRequest, RankResponse

@@ -11,7 +11,7 @@ from inference.release import (
     _content,
     blank_request,
     load_model,
-    newest_release,
+    newest_releases,
     open_release,
     release_folder,
     write_release,
@@ -76,13 +76,12 @@ def test_the_model_without_the_sequence_is_itself_after_a_round_trip(tmp_path):
 
 
 def test_the_newest_release_is_the_latest_whole_one(tmp_path):
-    assert newest_release(tmp_path / "absent", "related") is None
+    assert newest_releases(tmp_path / "absent") == {}
     write(tmp_path)
     newest = write(tmp_path, created_ms=NOW_MS + 60_000)
     unfinished = write(tmp_path, created_ms=NOW_MS + 120_000)
     (unfinished.folder / "manifest.json").unlink()
-    assert newest_release(tmp_path, "related") == newest.release_id
-    assert newest_release(tmp_path, "home") is None
+    assert newest_releases(tmp_path) == {"related": newest.release_id}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "domain.toml", "manifest.json"])

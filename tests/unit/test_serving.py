@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_world import DOMAIN, NOW_MS, ListSink, MemoryReader, write_ranker, write_tables
+from serving_world import DOMAIN, NOW_MS, ImmediateSource, ListSink, MemoryReader, write_ranker, write_tables
 
 from features.ids import string_id
-from features.ports import ImmediateSource
 from features.request import RequestError
 from inference.client import feature_column
 from inference.release import Release
