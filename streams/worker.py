@@ -35,7 +35,8 @@ from streams.rates import KEPT_S, WINDOW_S, Rate, RateReporter, Report, fold, pa
 
 log = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 20.0
+_LOOP_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 12.0  # less than what the supervisor waits before SIGKILL
 _RATES_PERIOD_S = 1.0
 _RATES_SHOWN_S = 600.0
 _LOGGED_MAX = 10
@@ -56,11 +57,14 @@ class HotPath(Service):  # type: ignore[misc]
         self._batch_loop, self._is_web_up, self._on_ready, self._on_crash = batch_loop, is_web_up, on_ready, on_crash
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batch-loop")
         self._ended = asyncio.Event()
+        self.exit_code = 1
+        """0 once the loop has ended well: its batch is committed and its databases are closed."""
 
     @Service.task  # type: ignore[untyped-decorator]
     async def _run(self) -> None:
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._batch_loop.run)
+            self.exit_code = 0
         except Exception as error:
             if isinstance(error, StreamError):
                 log.critical("the worker stops: %s", error)
@@ -77,10 +81,14 @@ class HotPath(Service):  # type: ignore[misc]
                 return
             await self.sleep(0.05)
 
-    async def on_stop(self) -> None:
-        """Lets the loop finish its batch and close its databases."""
+    def end_loop(self) -> None:
+        """Asks the loop to finish its batch and close its databases."""
         self._batch_loop.stop()
-        await asyncio.wait_for(self._ended.wait(), _STOP_TIMEOUT_S)
+
+    async def on_stop(self) -> None:
+        """Waits for the loop to end."""
+        self.end_loop()
+        await asyncio.wait_for(self._ended.wait(), _LOOP_STOP_TIMEOUT_S)
         self._executor.shutdown()
 
 
@@ -192,19 +200,23 @@ class RateWindows:
         return {partition: next((rate for rate in rates if rate.start_s == start_s), nothing) for partition, rates in self.rates().items()}
 
 
-def create_app(
-    config: WorkerConfig,
-    *,
-    on_ready: Callable[[dict[str, Any]], None] = lambda _: None,
-    on_crash: Callable[[], None] = lambda: None,
-    at: Callable[[str], None] = lambda _: None,
-) -> faust.App:
-    """The worker's Faust app. `on_ready` is called once, when the state has caught up with the log's end at start, with the web address.
+class _Worker(faust.Worker):  # type: ignore[misc]
+    """Faust's worker, which says first that it is going to stop.
 
-    `on_crash`: when the hot path has failed, before the app stops. `at`: see `BatchLoop`.
+    Faust stops its own consumer before the services that an app depends on, and that may wait for ever for a coordinator that is gone.
     """
-    web_port = config.web_port or _free_port(config.web_host)
-    app = faust.App(
+
+    def __init__(self, *arguments: Any, on_stop: Callable[[], None], **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        self._before_stop = on_stop
+
+    async def stop(self) -> None:
+        self._before_stop()
+        await super().stop()
+
+
+def _new_app(config: WorkerConfig, web_port: int) -> faust.App:
+    return faust.App(
         f"{config.group}-faust",
         broker=[f"kafka://{address.strip()}" for address in config.kafka.bootstrap.split(",")],
         broker_credentials=_credentials(config.kafka.properties),
@@ -222,6 +234,22 @@ def create_app(
         web_in_thread=False,
         worker_redirect_stdouts=False,
     )
+
+
+def create_app(
+    config: WorkerConfig,
+    *,
+    on_ready: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_crash: Callable[[], None] = lambda: None,
+    at: Callable[[str], None] = lambda _: None,
+) -> tuple[faust.App, HotPath]:
+    """The worker's Faust app, and what of it keeps the sequences.
+
+    `on_ready` is called once, when the state has caught up with the log's end at start, with the web address. `on_crash`: when the hot path
+    has failed, before the app stops. `at`: see `BatchLoop`.
+    """
+    web_port = config.web_port or _free_port(config.web_host)
+    app = _new_app(config, web_port)
     reporter = RateReporter()
     metrics = WorkerMetrics(
         lambda: batch_loop.health(), lambda: batch_loop.statistics(), lambda: windows.last_full() if windows is not None else {}
@@ -249,7 +277,8 @@ def create_app(
 
     # A dependency starts with the app; what @app.service adds would wait for the first assignment of Faust's own group, which after a crash
     # comes only when the dead member's session has ended. (A static member does not help: Faust refuses an assignment with an old address.)
-    app.add_dependency(HotPath(batch_loop, is_web_up, ready, on_crash))
+    hot_path = HotPath(batch_loop, is_web_up, ready, on_crash)
+    app.add_dependency(hot_path)
     if windows is not None:
         app.add_dependency(RateSender(reporter, config))
     topic = app.topic(config.topics.dead_letters, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
@@ -260,7 +289,7 @@ def create_app(
             letters.add(value)
 
     _add_pages(app, batch_loop, metrics, letters, windows)
-    return app
+    return app, hot_path
 
 
 def _add_pages(app: faust.App, batch_loop: BatchLoop, metrics: WorkerMetrics, letters: DeadLetters, windows: RateWindows | None) -> None:
@@ -302,13 +331,19 @@ def run_worker(
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     config.state_folder.mkdir(parents=True, exist_ok=True)
-    deadline = threading.Timer(_STOP_TIMEOUT_S, _leave)
+    deadline = threading.Timer(_STOP_TIMEOUT_S, lambda: _leave(hot_path.exit_code))
     deadline.daemon = True
+
+    def stop() -> None:
+        if deadline.ident is None:
+            deadline.start()
+        hot_path.end_loop()
+
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
         log_identity(config.kafka, config.topics.actions, timeout_s=config.answer_timeout_s)  # Faust would say it in a long trace
-        app = create_app(config, on_ready=on_ready, on_crash=deadline.start, at=at)
+        app, hot_path = create_app(config, on_ready=on_ready, on_crash=stop, at=at)
     except StreamError as error:
         log.critical("the worker does not start: %s", error)
         return 1
@@ -316,7 +351,8 @@ def run_worker(
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
-    worker = faust.Worker(app, loop=loop, quiet=True, loglevel=config.log_level, redirect_stdouts=False, override_logging=False)
+    settings = {"quiet": True, "loglevel": config.log_level, "redirect_stdouts": False, "override_logging": False}
+    worker = _Worker(app, loop=loop, on_stop=stop, **settings)
     worker.spinner = None  # it writes control characters to logs
     try:
         worker.execute_from_commandline()
@@ -327,10 +363,10 @@ def run_worker(
     return 0
 
 
-def _leave() -> None:
+def _leave(exit_code: int) -> None:
     """Better an end that looks like a kill than none: Faust waits for ever for a coordinator that is gone, and a supervisor for the end."""
     log.critical("the worker's services do not end within %.0f s: the process ends without them", _STOP_TIMEOUT_S)
-    os._exit(1)
+    os._exit(exit_code)
 
 
 def _has_rates_topics(config: WorkerConfig) -> bool:

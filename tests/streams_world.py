@@ -1,5 +1,6 @@
 """What tests of streams share: a topic set of their own, a worker in a process of its own, and the log read back for the oracle."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import faust
 import numpy as np
 
 from features.actions import EVENT_DTYPE, Batch, append_time_ms, decode_batch
@@ -128,13 +130,20 @@ class Worker:
 
 
 @contextmanager
-def worker(config: WorkerConfig, *, die_at: tuple[str, int] | None = None, slow_at: tuple[str, float] | None = None) -> Iterator[Worker]:
+def worker(
+    config: WorkerConfig,
+    *,
+    die_at: tuple[str, int] | None = None,
+    slow_at: tuple[str, float] | None = None,
+    faust_hangs: bool = False,
+) -> Iterator[Worker]:
     """A worker in a process of its own; `die_at` ("stored", 2): it kills itself when a batch reaches that step for the second time;
-    `slow_at` ("decoded", 0.1): each batch takes so many seconds longer from there to the next step, as on a slow disk.
+    `slow_at` ("decoded", 0.1): each batch takes so many seconds longer from there to the next step, as on a slow disk;
+    `faust_hangs`: Faust's app never comes to its end, as where the coordinator of its group is gone.
     """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, child, die_at, slow_at))
+    process = context.Process(target=_work, args=(config, child, die_at, slow_at, faust_hangs))
     process.start()
     child.close()
     found = Worker(process, parent)
@@ -150,7 +159,9 @@ def worker(config: WorkerConfig, *, die_at: tuple[str, int] | None = None, slow_
         parent.close()
 
 
-def _work(config: WorkerConfig, connection: Connection, die_at: tuple[str, int] | None, slow_at: tuple[str, float] | None) -> None:
+def _work(
+    config: WorkerConfig, connection: Connection, die_at: tuple[str, int] | None, slow_at: tuple[str, float] | None, faust_hangs: bool
+) -> None:
     reached = dict.fromkeys(("decoded", "stored", "viewed"), 0)
 
     def at(step: str) -> None:
@@ -160,6 +171,12 @@ def _work(config: WorkerConfig, connection: Connection, die_at: tuple[str, int] 
         if slow_at and step == slow_at[0]:
             time.sleep(slow_at[1])
 
+    if faust_hangs:
+
+        async def stop(_: faust.App) -> None:
+            await asyncio.Event().wait()
+
+        faust.App.stop = stop
     raise SystemExit(run_worker(config, connection.send, at=at))
 
 

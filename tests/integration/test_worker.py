@@ -168,6 +168,16 @@ def test_sigkill_in_mid_ingest_loses_and_doubles_nothing(world, producer):
     reader.close()
 
 
+def test_a_stop_flushes_the_state_and_ends_though_faust_does_not(world, producer):
+    producer.produce_many(*random_load(3_000, 50, seed=3))
+    producer.flush()
+    with worker(world.config, faust_hangs=True) as running:
+        running.ready()
+        running.process.terminate()
+        assert running.wait() == 0
+    assert agreeing(world, world.config), "what was applied is in RocksDB"
+
+
 @pytest.mark.parametrize("step", ["decoded", "stored", "viewed"])
 def test_store_and_view_agree_after_a_crash_between_two_steps(world, producer, step):
     users, events = random_load(3_000, 50, seed=3)
