@@ -86,6 +86,7 @@ BENCHES = {
     "restore": "deploy.bench_restore:bench_restore",
     "overload": "deploy.bench_overload:bench_overload",
     "service": "deploy.bench_service:bench_service",
+    "curve": "deploy.bench_curve:bench_curve",
     "scale": "deploy.bench_scale:bench_scale",
     "drain": "deploy.bench_drain:bench_drain",
     "feast": "deploy.bench_feast:bench_feast",
@@ -145,6 +146,9 @@ class World:
     domain: Domain
     producer: ActionProducer
     random: np.random.Generator
+    items: int
+    user_ids: npt.NDArray[np.uint64]
+    """Items have ids from 1 to `items`; users of `user_ids` have a history."""
 
     @property
     def settings(self) -> Settings:
@@ -153,11 +157,11 @@ class World:
 
     def produce(self, event_time_ms: int | None = None) -> tuple[int, int, Future[Position]]:
         """One click of a random user: (user, event id, position)."""
-        user_id, event_id = int(self.random.integers(1, USERS + 1)), int(self.random.integers(1, 2**63))
+        user_id, event_id = int(self.random.choice(self.user_ids)), int(self.random.integers(1, 2**63))
         future = self.producer.produce(
             user_id=user_id,
             entity_kind="item",
-            entity_id=int(self.random.integers(1, ITEMS + 1)),
+            entity_id=int(self.random.integers(1, self.items + 1)),
             action="click",
             event_id=event_id,
             event_time_ms=event_time_ms,
@@ -166,10 +170,10 @@ class World:
 
     def request(self, candidates: int) -> RankRequest:
         """A ranking of random candidates for a random user."""
-        ids = self.random.choice(ITEMS, candidates, replace=False).astype("<u8") + np.uint64(1)
+        ids = self.random.choice(self.items, candidates, replace=False).astype("<u8") + np.uint64(1)
         return RankRequest(
             ranker="home",
-            user_id=int(self.random.integers(1, USERS + 1)),
+            user_id=int(self.random.choice(self.user_ids)),
             candidate_ids=ids.tobytes(),
             candidate_features={"retrieval_score": feature_column(self.random.random(candidates).tolist())},
             request_features={"device": feature_column(["phone"])},
@@ -178,25 +182,35 @@ class World:
 
 @contextlib.contextmanager
 def world(
-    folder: Path, serving: tuple[str, ...], *, model: Callable[[Domain, str], Any] = TransActRanker, small: bool = False, **given: Any
+    folder: Path,
+    serving: tuple[str, ...],
+    *,
+    model: Callable[[Domain, str], Any] = TransActRanker,
+    small: bool = False,
+    items: int = ITEMS,
+    users: int = USERS,
+    **given: Any,
 ) -> Iterator[World]:
-    """A running stack with an untrained release of `model`, items, and users with full histories."""
+    """A running stack with an untrained release of `model` and tables of items and users; USERS of them, all over the table, have full
+    histories.
+    """
     path = folder / "paper-size.toml"
     path.write_text(paper_size(_SIMULATOR.read_text("utf-8")), "utf-8")
     settings = load_settings(home=folder / "home", domain=path, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
     random = np.random.default_rng(1)
-    domain = write_untrained_release(settings.home, path, random, model=model, small=small)
+    domain = write_untrained_release(settings.home, path, random, model=model, small=small, items=items, users=users)
+    user_ids = np.linspace(1, users, USERS).astype(np.uint64)
     with Stack(settings, serving=serving) as stack:
         producer = ActionProducer(kafka_config(stack.settings), domain, topics(stack.settings).actions)
         try:
             events = np.zeros(USERS * HISTORY, EVENT_DTYPE)
             events["event_time_ms"] = now_ms() - random.integers(1, 10**7, len(events))
             events["event_id"] = random.integers(1, 2**63, len(events))
-            events["entity_id"] = random.integers(1, ITEMS + 1, len(events))
+            events["entity_id"] = random.integers(1, items + 1, len(events))
             events["entity_kind"], events["action"], events["value"] = 1, domain.actions["click"].id, np.nan
-            producer.produce_many(np.repeat(np.arange(1, USERS + 1, dtype=np.uint64), HISTORY), events)
+            producer.produce_many(np.repeat(user_ids, HISTORY), events)
             producer.flush()
-            yield World(stack, domain, producer, random)
+            yield World(stack, domain, producer, random, items, user_ids)
         finally:
             producer.close()
 
@@ -217,25 +231,29 @@ def write_untrained_release(
     *,
     model: Callable[[Domain, str], Any] = TransActRanker,
     small: bool = False,
+    items: int = ITEMS,
+    users: int = USERS,
 ) -> Domain:
     """Tables with random contents and a release of the domain's ranker `home` with weights as initialised, below `home`; with a `small`
-    model too.
+    model too. Ids begin with 1.
     """
     domain = load_domain(domain_path)
     dimension = domain.ranker["home"].embedding_dimension
     tables = home / "tables"
 
     def vectors(n: int) -> npt.NDArray[np.float16]:
-        return np.asarray(random.normal(size=(n, dimension)) / np.sqrt(dimension), np.float16)
+        made = random.standard_normal((n, dimension), np.float32)
+        made /= np.sqrt(dimension)
+        return made.astype(np.float16)
 
-    item_ids, user_ids = np.arange(1, ITEMS + 1, dtype=np.uint64), np.arange(1, USERS + 1, dtype=np.uint64)
-    members = {item_member("item"): Member(item_ids, vectors(ITEMS)), "user": Member(user_ids, vectors(USERS))}
+    item_ids, user_ids = np.arange(1, items + 1, dtype=np.uint64), np.arange(1, users + 1, dtype=np.uint64)
+    members = {item_member("item"): Member(item_ids, vectors(items)), "user": Member(user_ids, vectors(users))}
     spaces = {domain.ranker["home"].item_space: write_generation(tables, domain.ranker["home"].item_space, now_ms(), members).name}
     kinds = {"number": np.float32, "category": np.uint64, "list": np.uint64}
     columns: dict[str, dict[str, np.ndarray]] = {"item": {}, "user": {}}
     for name, feature in domain.features.items():
         if feature.side in columns:
-            n = ITEMS if feature.side == "item" else USERS
+            n = items if feature.side == "item" else users
             shape = (n, feature.length_max) if feature.kind == "list" else (n,)
             columns[feature.side][name] = random.integers(1, 100, shape).astype(kinds[feature.kind])
     features = {item_member("item"): Member(item_ids, features=columns["item"]), "user": Member(user_ids, features=columns["user"])}

@@ -61,15 +61,20 @@ def plot_growth(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(FIGURES))
     for row, (cells, label) in enumerate(((USERS, "users"), (PARTITIONS, "partitions"))):
         for axis, (name, title) in zip(axes[row], FIGURES.items(), strict=True):
-            values = [result["figures"][f"{name}_{cell}"] for cell in cells]
-            middle = [value["median"] for value in values]
-            below, above = zip(*((value["median"] - value["min"], value["max"] - value["median"]) for value in values), strict=True)
-            axis.errorbar(list(cells.values()), middle, yerr=[below, above], marker="o", capsize=3)
-            axis.set_xscale("log")
-            axis.set_xticks(list(cells.values()), list(cells))
-            axis.minorticks_off()
-            axis.set_ylim(bottom=0)
-            axis.set_xlabel(label)
-            axis.set_title(title, fontsize="medium")
+            draw(axis, result, name, cells, label, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def draw(axis: Any, result: dict[str, Any], name: str, cells: dict[str, int], label: str, title: str) -> None:
+    """One figure of a benchmark over the cells that its name ends in: median, with the spread as bars."""
+    values = [result["figures"][f"{name}_{cell}"] for cell in cells]
+    middle = [value["median"] for value in values]
+    below, above = zip(*((value["median"] - value["min"], value["max"] - value["median"]) for value in values), strict=True)
+    axis.errorbar(list(cells.values()), middle, yerr=[below, above], marker="o", capsize=3)
+    axis.set_xscale("log")
+    axis.set_xticks(list(cells.values()), list(cells))
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(label)
+    axis.set_title(title, fontsize="medium")

@@ -379,12 +379,12 @@ def bench(
         str,
         typer.Argument(
             help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, service, "
-            "overload, drain, release, feast or replay."
+            "curve, overload, drain, release, feast or replay."
         ),
     ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
-    plot: Annotated[Path | None, typer.Option(help="growth: also draw it into this PNG file; beside the JSON file where absent.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="growth and curve: draw it into this PNG; beside the JSON where absent.")] = None,
 ) -> None:
     """Measure: starts what it needs and stops it. Median and spread, with machine and versions.
 
@@ -405,6 +405,10 @@ def bench(
         from deploy.bench_growth import plot_growth
 
         plot_growth(result, plot)
+    if name == "curve" and plot is not None:
+        from deploy.bench_curve import plot_curve
+
+        plot_curve(result, plot)
 
 
 @app.command()

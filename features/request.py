@@ -106,7 +106,7 @@ def _kinds(domain: Domain, request: RankRequest, count: int) -> npt.NDArray[np.u
 
 
 def _refuse_duplicates(ids: U64, kinds: npt.NDArray[np.uint8]) -> None:
-    order = np.lexsort((ids, kinds))
+    order = np.argsort(ids) if kinds.min() == kinds.max() else np.lexsort((ids, kinds))  # a third of the time, for nearly every request
     twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]) & (kinds[order[1:]] == kinds[order[:-1]]))
     if len(twice):
         raise RequestError("candidate_ids", f"{ids[order[twice[0]]]} stands there twice; each candidate once")

@@ -1,9 +1,10 @@
-"""One ranking: read the sequence, join and pack, ask the model, order, log, answer.
+"""One ranking: read the sequence, join and pack, ask the model, order, answer, log.
 
 Errors that a caller sees have a status from one table, `STATUS`. A model that does not answer is not an error but a lower tier, and a state
 that does not answer is an answer without a sequence, which says so.
 """
 
+import asyncio
 import logging
 import secrets
 import time
@@ -188,10 +189,19 @@ class RankingService:
             self._count(inputs, packed, person, scored.tier)
             observe_inputs(self.telemetry, packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
-            self._log(served, request, packed, person, scored, response, stay.called_s, choice)
-        self.samples.offer(request.ranker, data)
-        self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
         self.telemetry.time("total", time.monotonic() - stay.called_s)
+
+        def afterwards() -> None:
+            try:
+                self._log(served, request, packed, person, scored, response, stay.called_s, choice)
+                self.samples.offer(request.ranker, data)
+                self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
+            except Exception as error:  # the event loop would log the call's contents
+                self.telemetry.count("log_dropped")
+                internal_error(log, "a ranking was answered and not logged", error)
+
+        # The loop's next round: gRPC has begun to send the answer by then, and nobody waits for these.
+        asyncio.get_running_loop().call_soon(afterwards)
         return response
 
     def _request(self, data: bytes) -> RankRequest:

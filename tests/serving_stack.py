@@ -44,8 +44,13 @@ class Stack:
         with self.client() as client:
             return client.rank(**given)
 
+    def logged(self) -> list[RankingRecord]:
+        """Records of all rankings that were answered: a record is made behind its answer, in the loop's next round."""
+        self.run(asyncio.sleep(0))
+        return [RankingRecord.FromString(record) for record in self.sink.records]
+
     def record(self) -> RankingRecord:
-        return RankingRecord.FromString(self.sink.records[-1])
+        return self.logged()[-1]
 
     def eventually_tier(self, tier: str, timeout_s: float = 60.0):
         """Ranks until an answer is of this tier: the way back is nobody's doing."""

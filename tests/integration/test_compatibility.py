@@ -22,7 +22,7 @@ from inference.client import rank_request
 from inference.release import _content, write_release
 from inference.transact import TransActRanker
 from protos.v1 import actions_pb2, erasure_pb2, owners_pb2, ranking_pb2, sequence_pb2
-from protos.v1.ranking_pb2 import RankingRecord, RankRequest, RankResponse, ReleaseAnnouncement
+from protos.v1.ranking_pb2 import RankRequest, RankResponse, ReleaseAnnouncement
 
 pytestmark = pytest.mark.servers
 FILES = (actions_pb2, ranking_pb2, sequence_pb2, owners_pb2, erasure_pb2)
@@ -101,7 +101,7 @@ def test_a_caller_of_the_other_version_gets_the_same_ranking(stack, version):
     assert answered.ranked_ids == ours.ranked_ids
     assert answered.scores == ours.scores
     assert (answered.tier, answered.release_id, answered.sequence_count) == (ours.tier, ours.release_id, ours.sequence_count)
-    logged = RankingRecord.FromString(stack.sink.records[-2]).request
+    logged = stack.logged()[-2].request
     assert (b"later" in logged.SerializeToString()) == (version is NEWER), "the log keeps the request as it came"
 
 

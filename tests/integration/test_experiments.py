@@ -16,7 +16,7 @@ from inference.explain import ACTIONS_MAX, kendall_tau
 from inference.release import open_release, release_folder
 from inference.rescore import Rescorer
 from inference.scoring import best_first
-from protos.v1.ranking_pb2 import TIER_CALLER_ORDER, TIER_MODEL, Arm, Experiment, RankingRecord, RankRequest, Shadow
+from protos.v1.ranking_pb2 import TIER_CALLER_ORDER, TIER_MODEL, Arm, Experiment, RankRequest, Shadow
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 pytestmark = pytest.mark.servers
@@ -150,11 +150,10 @@ def test_a_request_that_only_the_served_release_can_answer_falls_back(stack, oth
 def test_a_shadow_is_scored_from_the_same_sequence_and_logged_beside_the_answer(stack, other):
     served = call(stack).release_id
     run(stack, shadows=[Shadow(release_id=other, share=ALL)])
-    before, rankings = counted(stack, "shadow_logged"), counted(stack, "rankings")
-    stack.sink.records.clear()
+    before, rankings, logged = counted(stack, "shadow_logged"), counted(stack, "rankings"), len(stack.logged())
     answer = call(stack)
     until(lambda: counted(stack, "shadow_logged") == before + 1)
-    ranking, shadow = (RankingRecord.FromString(record) for record in stack.sink.records)
+    ranking, shadow = stack.logged()[logged:]
     assert counted(stack, "rankings") == rankings + 1
     assert answer.release_id == ranking.release_id == served
     assert (ranking.shadow, shadow.shadow) == (False, True)
@@ -197,12 +196,12 @@ def explain(stack: Stack, **changes):
 
 def test_explain_gives_the_answer_its_sequence_features_and_the_effect_of_each_recent_action(stack):
     answer = call(stack, request_id=9)
-    stack.sink.records.clear()
+    logged = len(stack.logged())
     rankings = counted(stack, "rankings")
     found = explain(stack, request_id=9)
     assert (found.by_model, ids(found.response)) == (True, ids(answer))
     np.testing.assert_allclose(np.frombuffer(found.response.scores, "<f4"), np.frombuffer(answer.scores, "<f4"), atol=1e-5)
-    assert not stack.sink.records, "an explanation is no ranking"
+    assert len(stack.logged()) == logged, "an explanation is no ranking"
     assert counted(stack, "rankings") == rankings
 
     events = decode_row(stack.reader.rows[USER]).events

@@ -242,7 +242,7 @@ def test_under_traffic_no_request_fails_and_no_ranking_is_mixed(stack, first, se
     proof = Proof(stack.config.releases, stack.config.tables, SPACE, pairs, requests, stack.generations)
     stack.run(stack.server.switch("home", second, stack.generations))
     stack.run(stack.server.switch("home", first, stack.generations))
-    data, begin = tuple(request.SerializeToString() for request in requests), len(stack.sink.records)
+    data, begin = tuple(request.SerializeToString() for request in requests), len(stack.logged())
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(run_load, Load(stack.address, data, 50.0, 4.0, "constant", timeout_s=10.0))
         until = begin
@@ -254,7 +254,7 @@ def test_under_traffic_no_request_fails_and_no_ranking_is_mixed(stack, first, se
             stack.run(stack.server.switch("home", release, {**stack.generations, SPACE: generation}))
             until = len(stack.sink.records) + 4
         outcome = loading.result()
-    records = [RankingRecord.FromString(record) for record in stack.sink.records[begin:]]
+    records = stack.logged()[begin:]
     of_model = [record for record in records if record.tier == TIER_MODEL]
     assert {status: len(times) for status, times in outcome.latency_ms.items()} == {"OK": len(records)}
     assert len(of_model) > len(records) / 2

@@ -246,6 +246,7 @@ def test_a_full_ranking_log_drops_and_counts_but_answers(stack):
     dropped = stack.server.statistics()["log_dropped"]
     stack.sink.full = True
     assert stack.rank().tier == "model"
+    stack.logged()
     assert stack.server.statistics()["log_dropped"] == dropped + 1
 
 
