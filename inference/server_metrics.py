@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from features.described import Described, Histogram, exposed
-from features.pack import Packed
 from inference.served import Served
 from inference.telemetry import STAGES, Telemetry
 from protos.v1.ranking_pb2 import TIER_UNSPECIFIED, Tier
@@ -83,16 +82,6 @@ METRICS = (
 def exposed_names() -> set[str]:
     """Every name that a query may use."""
     return exposed(PREFIX, METRICS)
-
-
-def observe_inputs(telemetry: Telemetry, packed: Packed, state_age_ms: int) -> None:
-    """What one ranking was made of."""
-    telemetry.observe("candidates", len(packed.tensors["candidate_embedding"]))
-    telemetry.count("sequence_items", packed.sequence_count)
-    if packed.sequence_age_ms >= 0:
-        telemetry.observe("sequence_age_seconds", packed.sequence_age_ms / 1e3)
-    if state_age_ms >= 0:
-        telemetry.observe("state_age_seconds", state_age_ms / 1e3)
 
 
 class ServerMetrics(Collector):

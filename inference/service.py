@@ -35,7 +35,6 @@ from inference.ladder import Scored, checked_tier, score
 from inference.person import NotKeptError, Person, read_person
 from inference.scoring import head_weights
 from inference.served import Releases, Served
-from inference.server_metrics import observe_inputs
 from inference.shadow import Shadows
 from inference.telemetry import Telemetry
 from inference.warmup import Samples
@@ -186,7 +185,7 @@ class RankingService:
             scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self.telemetry)
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
             self._count(inputs, packed, person, scored.tier)
-            observe_inputs(self.telemetry, packed, person.state_age_ms)
+            self.telemetry.observe_inputs(packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
             self._log(served, request, packed, person, scored, response, stay.called_s, choice)
         self.samples.offer(request.ranker, data)

@@ -12,7 +12,7 @@ from worker_world import scraped
 
 from features.pack import Packer, RankInputs
 from features.tables import TableSet
-from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, exposed_names, observe_inputs
+from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, exposed_names
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -38,7 +38,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
             telemetry.count(metric.source)
     for name in ("rankings", "tier_embedding", "model_timeouts", "sequence_older", "status_internal"):
         telemetry.count(name)
-    observe_inputs(telemetry, packed, 40)
+    telemetry.observe_inputs(packed, 40)
     telemetry.observe("loop_lag_seconds", 0.002)
 
 
@@ -90,7 +90,7 @@ def test_a_fresh_server_exposes_its_counters_at_zero_and_no_figure_that_a_part_h
 def test_what_has_no_age_is_not_observed(packed_and_served):
     telemetry = Telemetry()
     packed = packed_and_served[0]
-    observe_inputs(telemetry, packed, -1)  # a reader that does not know the age
+    telemetry.observe_inputs(packed, -1)  # a reader that does not know the age
     assert sum(telemetry.histograms()["state_age_seconds"].counts) == 0
     assert sum(telemetry.histograms()["candidates"].counts) == 1
 
