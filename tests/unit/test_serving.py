@@ -99,6 +99,7 @@ class ScriptedTriton:
         self.answer: object = None
         self.loaded = False
         self.loads = 0
+        self.trips: list[str] = []
 
     async def ready(self, _model: str) -> bool:
         return self.loaded
@@ -119,7 +120,7 @@ class ScriptedTriton:
 def gated(scenario):
     async def run() -> None:
         triton = ScriptedTriton()
-        gate = ModelGate(triton, RELEASE)
+        gate = ModelGate(triton, RELEASE, lambda: triton.trips.append(RELEASE.release_id))
         await gate.bring_up()
         try:
             await scenario(triton, gate)
@@ -137,7 +138,7 @@ def test_a_lost_model_is_not_asked_until_a_probe_has_loaded_it_again():
             await gate.infer(REQUEST, timeout_s=1)
         with pytest.raises(ModelUnavailableError, match="not asked"):
             await gate.infer(REQUEST, timeout_s=1)
-        assert gate.trips == 1
+        assert triton.trips == [gate.model]
         triton.answer = None
         await asyncio.wait_for(gate.opened.wait(), 5)
         assert triton.loads == 2
