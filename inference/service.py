@@ -176,7 +176,7 @@ class RankingService:
         choice, inputs, rule = self._plan(request)
         with self._releases.use(request.ranker, choice.release_id) as served:
             wanted = choice.tier or checked_tier(request.tier)
-            person = await self._read(served, request, deadline_s, stay)
+            person = await self._read(served, request, deadline_s, self.telemetry, stay)
             inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
@@ -237,16 +237,19 @@ class RankingService:
         self, served: Served, request: RankRequest, choice: Choice, inputs: RankInputs, rule: Rule, deadline_s: float
     ) -> Explanation:
         wanted = choice.tier or checked_tier(request.tier)
-        person = await self._read(served, request, deadline_s)
+        unseen = Telemetry()  # stages and counts are of rankings
+        person = await self._read(served, request, deadline_s, unseen)
         inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
         packed = served.packer.pack(inputs)
         end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
-        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), Telemetry())
+        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), unseen)
         response = _response(served, request, inputs, packed, person, scored, rule, choice)
         order = choice.order(scored.scores, request.request_id)
         return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
-    async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay | None = None) -> Person:
+    async def _read(
+        self, served: Served, request: RankRequest, deadline_s: float, telemetry: Telemetry, stay: Stay | None = None
+    ) -> Person:
         """What the person did, or nothing where no state answers; leaves time to rank. `stay`: of one that has a place at the door."""
         started_s = time.monotonic()
         left_s = deadline_s - started_s
@@ -256,10 +259,10 @@ class RankingService:
         with self._admission.standing_aside(stay) if stay is not None and request.after else nullcontext():
             person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
         if request.after:
-            self.telemetry.time("wait_after", time.monotonic() - started_s)
-            self.telemetry.count("after_not_reached", not person.after_reached)
-        self.telemetry.time("read", time.monotonic() - started_s)
-        self.telemetry.count(f"sequence_{person.origin.name.lower()}")
+            telemetry.time("wait_after", time.monotonic() - started_s)
+            telemetry.count("after_not_reached", not person.after_reached)
+        telemetry.time("read", time.monotonic() - started_s)
+        telemetry.count(f"sequence_{person.origin.name.lower()}")
         return person
 
     def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int) -> None:
