@@ -41,6 +41,13 @@ METRICS = (
     Described("sequence_age_seconds", "histogram", "", "Age of the newest action that the model saw, at the request's time."),
     Described("state_age_seconds", "histogram", "", "For how long the state that was read had not included the log's end."),
     Described("rankings_total", "counter", "tier", "Rankings answered, by the tier that made them."),
+    Described(
+        "rankings_degraded_total",
+        "counter",
+        "",
+        "Rankings made by a lower tier than the request, or its arm, was to get.",
+        "rankings_degraded",
+    ),
     Described("calls_total", "counter", "code", "Calls that were answered, by gRPC status."),
     Described("cancelled_total", "counter", "", "Calls whose caller was gone before the answer.", "cancelled"),
     Described("shed_total", "counter", "", "Rankings refused at the door with RESOURCE_EXHAUSTED.", "shed"),

@@ -31,7 +31,7 @@ from inference.admission import Admission, OverloadedError, Stay
 from inference.experiments import NOTHING, Choice, Experiments
 from inference.explain import Explainer
 from inference.formulas import Formulas, Rule
-from inference.ladder import Scored, checked_tier, score
+from inference.ladder import Scored, checked_tier, is_below, score
 from inference.person import NotKeptError, Person, read_person
 from inference.scoring import head_weights
 from inference.served import Releases, Served
@@ -184,7 +184,7 @@ class RankingService:
             timeout_s = min(deadline_s - time.monotonic() - self._config.answer_reserve_s, self._config.model_timeout_s)
             scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self.telemetry)
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
-            self._count(inputs, packed, person, scored.tier)
+            self._count(inputs, packed, person, scored.tier, wanted)
             self.telemetry.observe_inputs(packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
             self._log(served, request, packed, person, scored, response, stay.called_s, choice)
@@ -265,10 +265,11 @@ class RankingService:
         telemetry.count(f"sequence_{person.origin.name.lower()}")
         return person
 
-    def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int) -> None:
+    def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int, wanted: int) -> None:
         count = self.telemetry.count
         count("rankings")
         count(Tier.Name(tier).lower())
+        count("rankings_degraded", is_below(tier, wanted))
         count("cold_starts", person.is_cold)
         count("candidates", len(inputs.candidate_ids))
         count("missing_candidates", packed.missing_candidates)

@@ -20,7 +20,16 @@ from inference.server import ServerConfig
 from inference.service import STATUS, RankingService, is_sampled, parse_request
 from inference.telemetry import STAGES, Timings
 from inference.triton import ModelTimeoutError, ModelUnavailableError
-from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
+from protos.v1.ranking_pb2 import (
+    TIER_CALLER_ORDER,
+    TIER_MODEL,
+    TIER_SMALL,
+    TIER_UNSPECIFIED,
+    Arm,
+    Experiment,
+    FeatureColumn,
+    RankRequest,
+)
 
 RELEASE = Release(Path(), "related-20231114T221320Z-00000000", "related", NOW_MS, DOMAIN, {}, {}, {})
 REQUEST = {"candidate_embedding": np.zeros((3, 16), np.float16)}
@@ -208,6 +217,27 @@ def test_an_explanation_is_in_no_figure_of_rankings(tmp_path):
             assert any(action.left_out for action in found.actions)
             assert service.telemetry.counts() == {"explained": 1}
             assert {stage: sum(histogram.counts) for stage, histogram in service.telemetry.stages().items()} == dict.fromkeys(STAGES, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_tier_that_was_asked_for_is_no_degraded_one_and_a_lower_one_is(tmp_path):
+    async def scenario() -> None:
+        triton = ScriptedTriton()
+        async with ranking_service(tmp_path, triton, MemoryReader()) as service:
+
+            async def rank(tier=TIER_UNSPECIFIED):
+                answer = await service.rank(rank_request(tier=tier).SerializeToString(), Call())
+                return answer.tier, service.telemetry.counts()["rankings_degraded"]
+
+            assert await rank() == (TIER_MODEL, 0)
+            assert await rank(TIER_CALLER_ORDER) == (TIER_CALLER_ORDER, 0)
+            service.experiments.set("related", Experiment(name="exp", arms=[Arm(name="noop", noop=True, share=10_000)]))
+            assert await rank() == (TIER_CALLER_ORDER, 0)
+            service.experiments.set("related", None)
+            triton.answer = ModelUnavailableError("gone")
+            assert await rank() == (TIER_CALLER_ORDER, 1)
+            assert await rank(TIER_SMALL) == (TIER_CALLER_ORDER, 2)  # there is no small model
 
     asyncio.run(scenario())
 
