@@ -51,6 +51,7 @@ METRICS = (
     Described("calls_total", "counter", "code", "Calls that were answered, by gRPC status."),
     Described("cancelled_total", "counter", "", "Calls whose caller was gone before the answer.", "cancelled"),
     Described("shed_total", "counter", "", "Rankings refused at the door with RESOURCE_EXHAUSTED.", "shed"),
+    Described("refused_total", "counter", "reason", "Calls refused for who called: token, permission, too many of one client at once."),
     Described("sequences_total", "counter", "source", "Rankings by where their sequence came from; none: no state answered."),
     Described("after_not_reached_total", "counter", "", "Rankings that did not include a position of `after` yet.", "after_not_reached"),
     Described("cold_starts_total", "counter", "", "Rankings for users without an action in the store.", "cold_starts"),
@@ -124,6 +125,7 @@ class ServerMetrics(Collector):
             "calls_total": {**dict.fromkeys(CODES, 0), **_by_code(counts)},
             "sequences_total": {source: counts.get(f"sequence_{source}", 0) for source in _SOURCES},
             "model_failures_total": {cause: counts.get(f"model_{key}", 0) for cause, key in _CAUSES.items()},
+            "refused_total": {name.removeprefix(_REFUSED): count for name, count in figures.items() if name.startswith(_REFUSED)},
             "ready": {"": float(self._ready())},
             **self._ages(),
         }
@@ -158,6 +160,7 @@ class ServerMetrics(Collector):
 
 
 _CAUSES = {"timeout": "timeouts", "unavailable": "unavailable", "no_time": "no_time"}
+_REFUSED = "door_refused_"
 _SOURCES = ("local", "owner", "older", "none")
 
 

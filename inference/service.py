@@ -125,10 +125,6 @@ class RankingService:
         """Ends what goes on in the background."""
         await self._shadows.close()
 
-    def statistics(self) -> dict[str, float]:
-        """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
-        return {**self.telemetry.statistics(), **self.figures()}
-
     def figures(self) -> dict[str, float]:
         """Rankings under way, and the figures of the parts."""
         door = self._admission

@@ -16,7 +16,7 @@ from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, expo
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit", "shed")
+PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit", "shed", "door_")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
 def test_every_metric_is_exposed_and_moves(packed_and_served):
     packed, served = packed_and_served
     telemetry, state = Telemetry(), {"moved": 1.0, "now_s": NOW_MS / 1e3}
-    figures = {metric.source for metric in METRICS if metric.source.startswith(PARTS)}
+    figures = {metric.source for metric in METRICS if metric.source.startswith(PARTS)} | {"door_refused_forbidden"}
     metrics = ServerMetrics(
         telemetry,
         lambda: dict.fromkeys(figures, state["moved"]),
@@ -72,6 +72,7 @@ def test_every_metric_is_exposed_and_moves(packed_and_served):
     assert after[PREFIX + "release_age_seconds"] == {(("ranker", "home"),): 9}
     assert after[PREFIX + "rankings_total"][("tier", "embedding"),] == 2
     assert after[PREFIX + "calls_total"] == {(("code", code),): 2 * (code in ("ok", "internal")) for code in CODES}
+    assert after[PREFIX + "refused_total"] == {(("reason", "forbidden"),): 2}
     assert after[PREFIX + "candidates_sum"] == {(): 60}
     assert after[PREFIX + "sequence_age_seconds_sum"] == {(): 2}  # make_events ends a second before NOW_MS
     assert after[PREFIX + "state_age_seconds_sum"][()] == pytest.approx(0.08)
