@@ -11,7 +11,7 @@ def register(app: typer.Typer) -> None:
 
 
 def http(home: Home = None, domain: DomainFile = None) -> None:
-    """Rank and produce over HTTP with JSON, for programs without gRPC; /docs is its page. Ctrl-C ends it.
+    """Rank, explain and produce over HTTP with JSON, for programs without gRPC; /docs is its page. Ctrl-C ends it.
 
     It needs a running stack, or settings that name Kafka and server_address; `freshrank up` does not start it.
 

@@ -45,6 +45,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, guard: Guard, calls_per_client_max: int) -> None:
         self._guard, self._calls_max = guard, calls_per_client_max
         self._calls: Counter[str] = Counter()
+        self._refused = Counter(unauthenticated=0, forbidden=0, client_calls=0)
         self._doors: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
@@ -58,8 +59,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return known[1]
 
     def statistics(self) -> dict[str, float]:
-        """Calls under way, and clients that have any."""
-        return {"calls": self._calls.total(), "clients": len(self._calls)}
+        """Calls under way, clients that have any, and calls refused since the start, by reason."""
+        refused = {f"refused_{reason}": count for reason, count in self._refused.items()}
+        return {"calls": self._calls.total(), "clients": len(self._calls), **refused}
 
     def _behind(self, method: str, handler: Any) -> Any:
         name = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
@@ -106,9 +108,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             caller = self._guard.check(method, context.invocation_metadata())
         except UnauthenticatedError as error:
-            code, message = grpc.StatusCode.UNAUTHENTICATED, str(error)
+            reason, code, message = "unauthenticated", grpc.StatusCode.UNAUTHENTICATED, str(error)
         except ForbiddenError as error:
-            code, message = grpc.StatusCode.PERMISSION_DENIED, str(error)
+            reason, code, message = "forbidden", grpc.StatusCode.PERMISSION_DENIED, str(error)
         else:
             client = _client(caller, context)
             if not client:
@@ -116,7 +118,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if self._calls[client] < self._calls_max:
                 self._calls[client] += 1
                 return client
-            code, message = grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._calls_max} calls of this client are under way: wait for an answer"
+            reason, code = "client_calls", grpc.StatusCode.RESOURCE_EXHAUSTED
+            message = f"{self._calls_max} calls of this client are under way: wait for an answer"
+        self._refused[reason] += 1
         await context.abort(code, message)
         raise AssertionError("unreachable: abort raises")
 
@@ -153,4 +157,5 @@ def door(settings: Settings, host: str) -> Door:
         ("grpc.absolute_max_metadata_size", settings.metadata_bytes_max),
     )
     credentials = server_credentials(host, settings.tls_certificate, settings.tls_key, settings.tls_client_authority)
-    return Door((Doorkeeper(guard(settings), settings.calls_per_client_max),), options, credentials)
+    keeper = Doorkeeper(guard(settings), settings.calls_per_client_max)
+    return Door((keeper,), options, credentials, keeper.statistics)

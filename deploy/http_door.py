@@ -1,4 +1,4 @@
-"""The JSON/HTTP door: rank and produce for programs without gRPC, with an OpenAPI page. A process of its own: `freshrank http`.
+"""The JSON/HTTP door: rank, explain and produce for programs without gRPC, with an OpenAPI page. A process of its own: `freshrank http`.
 
 It calls the ranking servers and Kafka through the Python clients, so an answer here is the same answer, some milliseconds later. Errors are
 application/problem+json and name the field.
@@ -25,12 +25,15 @@ from deploy.http_wire import (
     ACTIONS_MAX,
     ActionBody,
     ActionsAnswer,
+    ExplainAnswer,
+    ExplainBody,
     FieldError,
     Problem,
     RankAnswer,
     RankBody,
     action_fields,
     answer_of,
+    explain_answer,
     position_text,
     rank_fields,
 )
@@ -43,6 +46,7 @@ from features.domain import Domain
 from features.ports import ForbiddenError, Guard, UnauthenticatedError
 from inference.async_client import AsyncRankingClient
 from inference.client import RankError, rank_request, typed
+from protos.v1.ranking_pb2 import RankRequest
 from streams.errors import StreamError
 from streams.producer import ActionProducer
 
@@ -70,10 +74,18 @@ RETRY_AFTER_S = 1
 _FIELD = re.compile(r"([a-z_]+)(?:\['?([^'\]]*)'?\])?(?:\.[a-z_]+)*: ")
 _OURS = {"user_id": "user", "candidate_ids": "candidates", "candidate_kind": "kind", "candidate_kinds": "kinds"}
 """Names of the JSON fields that are not those of RankRequest."""
-_TITLES = {400: "Bad request", 401: "Unauthorized", 409: "Conflict", 413: "Body too large", 429: "Too many requests", 503: "Unavailable"}
+_TITLES = {
+    400: "Bad request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    409: "Conflict",
+    413: "Body too large",
+    429: "Too many requests",
+    503: "Unavailable",
+}
 _PROBLEM = "application/problem+json"
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {_PROBLEM: {}}} for status in (400, 401, 409, 413, 429, 500, 503, 504)
+    status: {"model": Problem, "content": {_PROBLEM: {}}} for status in (400, 401, 403, 409, 413, 429, 500, 503, 504)
 }
 
 
@@ -87,10 +99,16 @@ def http_app(
     @app.post("/v1/rank", response_model=RankAnswer, responses=_PROBLEMS)
     async def rank(body: RankBody, authorization: Annotated[str, Header()] = "", traceparent: Annotated[str, Header()] = "") -> RankAnswer:
         """Ranks candidates for a user, with the user's newest actions."""
-        ranker, fields = rank_fields(domain, body)
-        request = rank_request(ranker, body.user, body.candidates, **fields)
-        answer = await client.call(request, timeout_s=body.timeout_ms / 1e3, traceparent=traceparent, token=_bearer(authorization))
+        answer = await client.call(_request(domain, body), **_going_along(body, authorization, traceparent))
         return answer_of(domain, body, typed(answer))
+
+    @app.post("/v1/explain", response_model=ExplainAnswer, responses=_PROBLEMS)
+    async def explain(
+        body: ExplainBody, authorization: Annotated[str, Header()] = "", traceparent: Annotated[str, Header()] = ""
+    ) -> ExplainAnswer:
+        """What rank would answer, and why: what leaving out each recent action would change. Needs the permission `explain`."""
+        found = await client.explain(_request(domain, body), **_going_along(body, authorization, traceparent))
+        return explain_answer(domain, body, found)
 
     @app.post("/v1/actions", response_model=ActionsAnswer, responses=_PROBLEMS)
     async def produce(
@@ -206,6 +224,16 @@ def _json_field(message: str) -> str:
         return ""
     name, key = _OURS.get(found[1], found[1]), found[2]
     return name if not key else f"{name}[{key}]" if key.isdecimal() else f"{name}.{key}"
+
+
+def _request(domain: Domain, body: RankBody) -> RankRequest:
+    ranker, fields = rank_fields(domain, body)
+    return rank_request(ranker, body.user, body.candidates, **fields)
+
+
+def _going_along(body: RankBody, authorization: str, traceparent: str) -> dict[str, Any]:
+    """Arguments of the client's call beside its request."""
+    return {"timeout_s": body.timeout_ms / 1e3, "traceparent": traceparent, "token": _bearer(authorization)}
 
 
 def _bearer(authorization: str) -> str:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from features.domain import Domain
 from features.ids import ID_MAX, string_id
 from features.ports import Position
-from inference.client import Column, Ranking, RequestFields
+from inference.client import Column, Ranking, RequestFields, typed
+from protos.v1.ranking_pb2 import Explanation
 
 EXACT_MAX = 2**53
 ACTIONS_MAX = 1_000
@@ -92,13 +94,13 @@ class RankBody(_Body):
 
 
 class Ranked(BaseModel):
-    """One candidate. `index`: its place in the request, from 0; `id`: as decimal digits."""
+    """One candidate. `index`: its place in the request, from 0; `id`: as decimal digits; `heads`: null where no model scored it."""
 
     index: int
     id: str
     kind: str
     score: float
-    heads: dict[str, float]
+    heads: dict[str, float | None]
 
 
 class RankAnswer(BaseModel):
@@ -114,6 +116,54 @@ class RankAnswer(BaseModel):
     sequence_count: int
     after_reached: bool
     cold_start: bool
+    experiment: str = Field(description='"" where none runs.')
+    arm: str = Field(description='"" where the user is in none.')
+
+
+class ExplainBody(RankBody):
+    """A ranking to explain."""
+
+    timeout_ms: int = Field(10_000, ge=1, le=60_000, description="Actions that there is no time for are not left out.")
+
+
+class WhyAction(BaseModel):
+    """What the user did, newest first. `seen`: it is in the model's input; `left_out`: the rest was scored without it.
+
+    `effect`: final score with it less the one without it, in the order of `ranked`; `kendall_tau`: of both orders.
+    """
+
+    action: str
+    kind: str
+    id: str
+    surface: str
+    event_time_ms: int
+    age_ms: int
+    value: float | None
+    seen: bool
+    left_out: bool
+    effect: list[float]
+    kendall_tau: float | None
+
+
+class WhyFeature(BaseModel):
+    """A feature as the model got it: one value, of side item and candidate one each in the order of `ranked`.
+
+    `numbers`: null is missing; `codes` of categories and lists: 0 missing, 1 outside of the vocabulary, then the vocabulary or buckets.
+    """
+
+    name: str
+    side: str
+    numbers: list[float | None] = []
+    codes: list[list[int]] = []
+
+
+class ExplainAnswer(BaseModel):
+    """What rank would answer, and why. by_model: the model made the scores; without it no action has an effect."""
+
+    ranking: RankAnswer
+    by_model: bool
+    actions: list[WhyAction]
+    features: list[WhyFeature]
 
 
 class ActionBody(_Body):
@@ -204,6 +254,41 @@ def answer_of(domain: Domain, body: RankBody, ranking: Ranking) -> RankAnswer:
         sequence_count=ranking.sequence_count,
         after_reached=ranking.after_reached,
         cold_start=ranking.cold_start,
+        experiment=ranking.experiment,
+        arm=ranking.arm,
+    )
+
+
+def explain_answer(domain: Domain, body: RankBody, found: Explanation) -> ExplainAnswer:
+    """An explanation as JSON, where NaN becomes null."""
+    return ExplainAnswer(
+        ranking=answer_of(domain, body, typed(found.response)),
+        by_model=found.by_model,
+        actions=[
+            WhyAction(
+                action=action.action,
+                kind=action.kind,
+                id=str(action.entity_id),
+                surface=action.surface,
+                event_time_ms=action.event_time_ms,
+                age_ms=action.age_ms,
+                value=action.value,
+                seen=action.seen,
+                left_out=action.left_out,
+                effect=np.frombuffer(action.effect, "<f4").tolist(),
+                kendall_tau=action.kendall_tau if action.left_out else None,
+            )
+            for action in found.actions
+        ],
+        features=[
+            WhyFeature(
+                name=feature.name,
+                side=feature.side,
+                numbers=np.frombuffer(feature.number, "<f4").tolist(),
+                codes=np.frombuffer(feature.code, "<i4").reshape(-1, feature.width or 1).tolist(),
+            )
+            for feature in found.features
+        ],
     )
 
 

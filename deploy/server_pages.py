@@ -47,7 +47,7 @@ def pages(metrics: Callable[[], bytes], ready: Callable[[], bool]) -> Callable[.
 def server_pages(ranking: RankingServer, host: str, port: int) -> contextlib.AbstractAsyncContextManager[str]:
     """`serve_pages` of a ranking server that has started."""
     service = ranking.service
-    metrics = ServerMetrics(service.telemetry, service.figures, lambda: ranking.releases.served, lambda: ranking.ready)
+    metrics = ServerMetrics(service.telemetry, ranking.figures, lambda: ranking.releases.served, lambda: ranking.ready)
     return serve_pages(pages(metrics.exposition, lambda: ranking.ready), host, port)
 
 

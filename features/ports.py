@@ -1,6 +1,6 @@
 """What the ranking server and replay need from outside of `features` and `inference`: `deploy` hands the real parts in."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -165,11 +165,15 @@ class ForbiddenError(RuntimeError):
 
 @dataclass(frozen=True)
 class Door:
-    """What a gRPC server lets calls in by: interceptors, channel options and TLS credentials of `grpc`. `deploy/door.py` makes it."""
+    """What a gRPC server lets calls in by: interceptors, channel options and TLS credentials of `grpc`. `deploy/door.py` makes it.
+
+    statistics: what it counted; calls that it refused are `refused_` with a reason.
+    """
 
     interceptors: tuple[Any, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     credentials: Any = None
+    statistics: Callable[[], Mapping[str, float]] = dict
 
 
 OPEN_DOOR = Door()

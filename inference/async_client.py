@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
 
 from features.ids import U64
 from inference.client import Connections, Ranking, RequestFields, channel_credentials, rank_request, typed
-from protos.v1.ranking_pb2 import RankRequest, RankResponse
+from protos.v1.ranking_pb2 import Explanation, RankRequest, RankResponse
 from protos.v1.ranking_pb2_grpc import RankingStub
 
 
@@ -56,12 +56,23 @@ class AsyncRankingClient(Connections):
         self, request: RankRequest, *, timeout_s: float | None = None, traceparent: str = "", token: str | None = None
     ) -> RankResponse:
         """See `RankingClient.call`."""
+        response: RankResponse = await self._call("Rank", request, timeout_s, traceparent, token)
+        return response
+
+    async def explain(
+        self, request: RankRequest, *, timeout_s: float | None = None, traceparent: str = "", token: str | None = None
+    ) -> Explanation:
+        """See `RankingClient.explain`; the other arguments as for `call`."""
+        explanation: Explanation = await self._call("Explain", request, timeout_s, traceparent, token)
+        return explanation
+
+    async def _call(self, method: str, request: RankRequest, timeout_s: float | None, traceparent: str, token: str | None) -> Any:
         attempts = self._attempts(timeout_s, traceparent, token)
         self.before_call()
         try:
             while True:
                 try:
-                    response = await self._stubs[next(self._turns)].Rank(request, **attempts.options())
+                    response = await getattr(self._stubs[next(self._turns)], method)(request, **attempts.options())
                 except grpc.aio.AioRpcError as error:
                     await asyncio.sleep(attempts.failed(error))
                 else:

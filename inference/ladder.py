@@ -55,6 +55,11 @@ def checked_tier(wanted: int) -> int:
     return wanted
 
 
+def is_below(tier: int, wanted: int) -> bool:
+    """Whether a tier of LADDER is a lower one than that which was to answer."""
+    return LADDER.index(tier) > LADDER.index(wanted)
+
+
 async def score(
     served: Served, packed: Packed, inputs: RankInputs, wanted: int, final: Final, timeout_s: float, telemetry: Telemetry
 ) -> Scored:

@@ -53,14 +53,13 @@ class ModelGate:
     control) is in use again without anybody's doing.
     """
 
-    def __init__(self, triton: TritonModels, release: Release) -> None:
+    def __init__(self, triton: TritonModels, release: Release, on_trip: Callable[[], None]) -> None:
         self.model = release.release_id
         self.opened = asyncio.Event()
-        self.trips = 0
         (self._output,) = output_table(release.domain, release.ranker)
         self._heads = self._output.shape[1]
         self._blank = blank_request(release.domain, release.ranker, 1)
-        self._triton = triton
+        self._triton, self._on_trip = triton, on_trip
         self._timeouts = 0
         self._opened_s, self._rest_s = 0.0, 0.0
         self._cost_s, self._cost_at_s = 0.0, 0.0
@@ -140,7 +139,7 @@ class ModelGate:
     def _trip(self, error: TritonError) -> None:
         if self.open:
             self.opened.clear()
-            self.trips += 1
+            self._on_trip()
             again = time.monotonic() - self._opened_s < FLAP_S + self._rest_s
             self._rest_s = min(max(2 * self._rest_s, 2 * PROBE_INTERVAL_S), REST_S_MAX) if again else 0.0
             log.warning("model %s is out of use until a probe succeeds: %s", self.model, error)
@@ -247,6 +246,8 @@ class Releases:
         """Releases that experiments name."""
         self.switches = 0
         self.switch_failures = 0
+        self.model_trips = 0
+        """Of every model since the start: gates come and go with their releases, and a counter must not fall."""
 
     @property
     def rankers(self) -> list[str]:
@@ -372,7 +373,7 @@ class Releases:
         return {
             "rankers": len(gates),
             "models_in_use": sum(gate.open for gate in gates),
-            "model_trips": sum(gate.trips for gate in gates),
+            "model_trips": self.model_trips,
             "switches": self.switches,
             "switch_failures": self.switch_failures,
             "kept": len(self._kept),
@@ -431,7 +432,7 @@ class Releases:
         )
         packer = Packer(release.domain, ranker, tables)
         popularity = open_popularity(self._tables, release.domain)
-        return Served(release, packer, ModelGate(self._triton, release), load_small(release), popularity)
+        return Served(release, packer, ModelGate(self._triton, release, self._tripped), load_small(release), popularity)
 
     async def _follow(self, ranker: str) -> None:
         delay_s, done = RETRY_S_MIN, None
@@ -447,6 +448,9 @@ class Releases:
                     async with asyncio.timeout(delay_s):
                         await self._news[ranker].wait()
                 delay_s = min(2 * delay_s, RETRY_S_MAX)
+
+    def _tripped(self) -> None:
+        self.model_trips += 1
 
     def _retire(self, served: Served) -> None:
         task = asyncio.create_task(self._unload(served), name=f"unload {served.gate.model}")

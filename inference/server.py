@@ -179,8 +179,12 @@ class RankingServer:
         return self._warmed.is_set() and bool(self.releases.rankers)
 
     def statistics(self) -> dict[str, float]:
-        """See `RankingService.statistics`."""
-        return self.service.statistics()
+        """Counters since start, percentiles of the stages in milliseconds, and `figures`."""
+        return {**self.service.telemetry.statistics(), **self.figures()}
+
+    def figures(self) -> dict[str, float]:
+        """Those of the service and its parts, and what the door counted."""
+        return {**self.service.figures(), **{f"door_{name}": value for name, value in self._config.door.statistics().items()}}
 
     async def stop(self) -> None:
         """Says NOT_SERVING and takes calls for leave_s more, lets those under way end within drain_s, and closes what was opened.

@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from features.described import Described, Histogram, exposed
-from features.pack import Packed
 from inference.served import Served
 from inference.telemetry import STAGES, Telemetry
 from protos.v1.ranking_pb2 import TIER_UNSPECIFIED, Tier
@@ -42,9 +41,17 @@ METRICS = (
     Described("sequence_age_seconds", "histogram", "", "Age of the newest action that the model saw, at the request's time."),
     Described("state_age_seconds", "histogram", "", "For how long the state that was read had not included the log's end."),
     Described("rankings_total", "counter", "tier", "Rankings answered, by the tier that made them."),
+    Described(
+        "rankings_degraded_total",
+        "counter",
+        "",
+        "Rankings made by a lower tier than the request, or its arm, was to get.",
+        "rankings_degraded",
+    ),
     Described("calls_total", "counter", "code", "Calls that were answered, by gRPC status."),
     Described("cancelled_total", "counter", "", "Calls whose caller was gone before the answer.", "cancelled"),
     Described("shed_total", "counter", "", "Rankings refused at the door with RESOURCE_EXHAUSTED.", "shed"),
+    Described("refused_total", "counter", "reason", "Calls refused for who called: token, permission, too many of one client at once."),
     Described("sequences_total", "counter", "source", "Rankings by where their sequence came from; none: no state answered."),
     Described("after_not_reached_total", "counter", "", "Rankings that did not include a position of `after` yet.", "after_not_reached"),
     Described("cold_starts_total", "counter", "", "Rankings for users without an action in the store.", "cold_starts"),
@@ -85,16 +92,6 @@ def exposed_names() -> set[str]:
     return exposed(PREFIX, METRICS)
 
 
-def observe_inputs(telemetry: Telemetry, packed: Packed, state_age_ms: int) -> None:
-    """What one ranking was made of."""
-    telemetry.observe("candidates", len(packed.tensors["candidate_embedding"]))
-    telemetry.count("sequence_items", packed.sequence_count)
-    if packed.sequence_age_ms >= 0:
-        telemetry.observe("sequence_age_seconds", packed.sequence_age_ms / 1e3)
-    if state_age_ms >= 0:
-        telemetry.observe("state_age_seconds", state_age_ms / 1e3)
-
-
 class ServerMetrics(Collector):
     """Collects and exposes; asked on the event loop, for a millisecond or so.
 
@@ -128,6 +125,7 @@ class ServerMetrics(Collector):
             "calls_total": {**dict.fromkeys(CODES, 0), **_by_code(counts)},
             "sequences_total": {source: counts.get(f"sequence_{source}", 0) for source in _SOURCES},
             "model_failures_total": {cause: counts.get(f"model_{key}", 0) for cause, key in _CAUSES.items()},
+            "refused_total": {name.removeprefix(_REFUSED): count for name, count in figures.items() if name.startswith(_REFUSED)},
             "ready": {"": float(self._ready())},
             **self._ages(),
         }
@@ -162,6 +160,7 @@ class ServerMetrics(Collector):
 
 
 _CAUSES = {"timeout": "timeouts", "unavailable": "unavailable", "no_time": "no_time"}
+_REFUSED = "door_refused_"
 _SOURCES = ("local", "owner", "older", "none")
 
 

@@ -32,11 +32,10 @@ from inference.admission import Admission, OverloadedError, Stay
 from inference.experiments import NOTHING, Choice, Experiments
 from inference.explain import Explainer
 from inference.formulas import Formulas, Rule
-from inference.ladder import Scored, checked_tier, score
+from inference.ladder import Scored, checked_tier, is_below, score
 from inference.person import NotKeptError, Person, read_person
 from inference.scoring import head_weights
 from inference.served import Releases, Served
-from inference.server_metrics import observe_inputs
 from inference.shadow import Shadows
 from inference.telemetry import Telemetry
 from inference.warmup import Samples
@@ -127,10 +126,6 @@ class RankingService:
         """Ends what goes on in the background."""
         await self._shadows.close()
 
-    def statistics(self) -> dict[str, float]:
-        """Counters since start, percentiles of the stages in milliseconds, and those of the parts."""
-        return {**self.telemetry.statistics(), **self.figures()}
-
     def figures(self) -> dict[str, float]:
         """Rankings under way, and the figures of the parts."""
         door = self._admission
@@ -178,7 +173,7 @@ class RankingService:
         choice, inputs, rule = self._plan(request)
         with self._releases.use(request.ranker, choice.release_id) as served:
             wanted = choice.tier or checked_tier(request.tier)
-            person = await self._read(served, request, deadline_s, stay)
+            person = await self._read(served, request, deadline_s, self.telemetry, stay)
             inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
             lap_s = time.monotonic()
             packed = served.packer.pack(inputs)
@@ -186,8 +181,8 @@ class RankingService:
             timeout_s = min(deadline_s - time.monotonic() - self._config.answer_reserve_s, self._config.model_timeout_s)
             scored = await score(served, packed, inputs, wanted, rule.final(packed.tensors), timeout_s, self.telemetry)
             stay.counts = scored.tier in (TIER_MODEL, TIER_FEWER)
-            self._count(inputs, packed, person, scored.tier)
-            observe_inputs(self.telemetry, packed, person.state_age_ms)
+            self._count(inputs, packed, person, scored.tier, wanted)
+            self.telemetry.observe_inputs(packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
         self.telemetry.time("total", time.monotonic() - stay.called_s)
 
@@ -248,16 +243,19 @@ class RankingService:
         self, served: Served, request: RankRequest, choice: Choice, inputs: RankInputs, rule: Rule, deadline_s: float
     ) -> Explanation:
         wanted = choice.tier or checked_tier(request.tier)
-        person = await self._read(served, request, deadline_s)
+        unseen = Telemetry()  # stages and counts are of rankings
+        person = await self._read(served, request, deadline_s, unseen)
         inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
         packed = served.packer.pack(inputs)
         end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
-        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), Telemetry())
+        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), unseen)
         response = _response(served, request, inputs, packed, person, scored, rule, choice)
         order = choice.order(scored.scores, request.request_id)
         return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
-    async def _read(self, served: Served, request: RankRequest, deadline_s: float, stay: Stay | None = None) -> Person:
+    async def _read(
+        self, served: Served, request: RankRequest, deadline_s: float, telemetry: Telemetry, stay: Stay | None = None
+    ) -> Person:
         """What the person did, or nothing where no state answers; leaves time to rank. `stay`: of one that has a place at the door."""
         started_s = time.monotonic()
         left_s = deadline_s - started_s
@@ -267,16 +265,17 @@ class RankingService:
         with self._admission.standing_aside(stay) if stay is not None and request.after else nullcontext():
             person = await read_person(self._source, served, request, self.lineage, read_by_s=read_by_s, wait_until_s=wait_until_s)
         if request.after:
-            self.telemetry.time("wait_after", time.monotonic() - started_s)
-            self.telemetry.count("after_not_reached", not person.after_reached)
-        self.telemetry.time("read", time.monotonic() - started_s)
-        self.telemetry.count(f"sequence_{person.origin.name.lower()}")
+            telemetry.time("wait_after", time.monotonic() - started_s)
+            telemetry.count("after_not_reached", not person.after_reached)
+        telemetry.time("read", time.monotonic() - started_s)
+        telemetry.count(f"sequence_{person.origin.name.lower()}")
         return person
 
-    def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int) -> None:
+    def _count(self, inputs: RankInputs, packed: Packed, person: Person, tier: int, wanted: int) -> None:
         count = self.telemetry.count
         count("rankings")
         count(Tier.Name(tier).lower())
+        count("rankings_degraded", is_below(tier, wanted))
         count("cold_starts", person.is_cold)
         count("candidates", len(inputs.candidate_ids))
         count("missing_candidates", packed.missing_candidates)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 import numpy as np
 
 from features.described import Histogram
+from features.pack import Packed
 
 STAGES = ("admission", "wait_after", "read", "join_pack", "triton", "log", "total")
 
@@ -103,6 +104,15 @@ class Telemetry:
     def observe(self, name: str, value: float) -> None:
         """Counts one value of a histogram of HISTOGRAMS."""
         self._histograms[name].add(value)
+
+    def observe_inputs(self, packed: Packed, state_age_ms: int) -> None:
+        """What one ranking was made of; state_age_ms: -1 where it is not known."""
+        self.observe("candidates", len(packed.tensors["candidate_embedding"]))
+        self.count("sequence_items", packed.sequence_count)
+        if packed.sequence_age_ms >= 0:
+            self.observe("sequence_age_seconds", packed.sequence_age_ms / 1e3)
+        if state_age_ms >= 0:
+            self.observe("state_age_seconds", state_age_ms / 1e3)
 
     def counts(self) -> dict[str, int]:
         """Counters since start; one that nothing was added to may be absent."""

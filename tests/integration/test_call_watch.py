@@ -168,8 +168,8 @@ def test_a_ranking_moves_the_metrics(stack):
         assert moved("stage_seconds_count", stage=stage) == 2
         assert moved("stage_seconds_sum", stage=stage) > 0
     assert after[PREFIX + "models_in_use"] == after[PREFIX + "rankers"] == after[PREFIX + "ready"] == {(): 1}
-    # Of what this server's parts have: this sink and this reader know neither failures nor the age of the state.
-    without = {PREFIX + name for name in ("log_failed_total", "log_queued")}
+    # Of what this server's parts have: this sink and this reader know neither failures nor the age of the state, and its door is open.
+    without = {PREFIX + name for name in ("log_failed_total", "log_queued", "refused_total")}
     assert exposed_names() - without == {name for name in after if name.startswith(PREFIX)}
 
 

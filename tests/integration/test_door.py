@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from joserfc import jwt
 from joserfc.jwk import ECKey
 from serving_world import NOW_MS, VIDEO, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from worker_world import scraped
 
 from deploy.door import Doorkeeper, door
 from deploy.guard import ADMIN, RANK, Tokens
@@ -30,6 +31,8 @@ from features.ids import partition_of, user_key
 from features.ports import Door, Position, SequenceCorruptError, SequenceUnavailableError
 from inference.client import RankError, RankingClient, channel_credentials
 from inference.server import RankingServer, ServerConfig
+from inference.server_metrics import PREFIX, ServerMetrics
+from inference.telemetry import Telemetry
 from protos.v1.erasure_pb2 import EraseRequest, ErasureStatusRequest
 from protos.v1.erasure_pb2_grpc import ErasureStub
 from protos.v1.ranking_pb2 import RankRequest
@@ -64,6 +67,7 @@ class World:
     reader: str
     rows: MemoryReader
     keeper: Doorkeeper
+    server: RankingServer
 
     def rank(self, token: str | None = TOKEN, **given):
         with RankingClient(self.ranking, timeout_s=20, token=token) as client:
@@ -117,7 +121,7 @@ def world(tmp_path_factory) -> Iterator[World]:
     )
     with running_loop() as run, readers_world.serving(reading) as reader:
         server = RankingServer(config, ImmediateSource(rows), ListSink())
-        yield World(settings, run(server.start()), reader, rows, config.door.interceptors[0])
+        yield World(settings, run(server.start()), reader, rows, config.door.interceptors[0], server)
         run(server.stop())
 
 
@@ -209,7 +213,32 @@ def test_one_client_does_not_take_all_places(world, token):
         world.rows.offset = 11
         assert all(call.result(20).after_reached for call in held)
     assert world.rank(token, **waiting).after_reached
-    assert world.keeper.statistics() == {"calls": 0, "clients": 0}
+    found = world.keeper.statistics()
+    assert (found["calls"], found["clients"]) == (0, 0)
+
+
+def test_refused_calls_are_counted_by_reason(world):
+    def refused():
+        return scraped(metrics.exposition().decode())[0][f"{PREFIX}refused_total"]
+
+    metrics = ServerMetrics(Telemetry(), world.server.figures, dict, lambda: True)
+    before = refused()
+    waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)]}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        held = [pool.submit(world.rank, **waiting) for _ in range(AT_ONCE)]
+        until_s = time.monotonic() + 20
+        while world.keeper.statistics()["calls"] < AT_ONCE:
+            assert time.monotonic() < until_s
+        assert world.code()[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+        world.rows.offset = 11
+        assert all(call.result(20) for call in held)
+    assert [world.code(token=token)[0] for token in (None, "another")] == [grpc.StatusCode.UNAUTHENTICATED] * 2
+    assert world.code(token=signed("feed", "explain"))[0] == grpc.StatusCode.PERMISSION_DENIED
+    assert {dict(labels)["reason"]: count - before[labels] for labels, count in refused().items()} == {
+        "client_calls": 1,
+        "unauthenticated": 2,
+        "forbidden": 1,
+    }
 
 
 def test_metadata_and_messages_are_bounded(world):

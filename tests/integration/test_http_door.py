@@ -40,7 +40,7 @@ from features.ports import Position, SequenceCorruptError, SequenceUnavailableEr
 from inference.async_client import AsyncRankingClient
 from inference.server import RankingServer, ServerConfig
 from protos.v1.actions_pb2 import Action
-from protos.v1.ranking_pb2 import RankingRecord
+from protos.v1.ranking_pb2 import TIER_FEWER, ExplainedFeature, Explanation, RankingRecord, RankResponse
 from protos.v1.ranking_pb2_grpc import RankingServicer, add_RankingServicer_to_server
 
 pytestmark = pytest.mark.servers
@@ -172,10 +172,38 @@ def test_a_ranking_over_http_is_that_of_the_server(door):
     assert {ranked["kind"] for ranked in answer["ranked"]} == {"video"}
     assert (answer["tier"], answer["request_id"], answer["sequence_count"]) == ("embedding", str(2**64 - 1), 20)
     assert answer["watermark"] == [position_text(door.reader.position(7))]
+    assert (answer["experiment"], answer["arm"]) == ("", "")
     assert np.frombuffer(record.request.candidate_features["price"].number, "<f4")[[0, 2]].tolist() == [1.5, 3.0]
     assert np.isnan(np.frombuffer(record.request.candidate_features["price"].number, "<f4")[1])
     assert record.request.request_features["hour"].category == np.array([string_id("night")], "<u8").tobytes()
     assert record.request.head_weights["hide"] == -2.0
+
+
+def test_an_explanation_over_http_is_that_of_the_server(door):
+    before = len(door.sink.records)
+    status, _, answer = door.call("/v1/explain", RANK | {"candidate_features": {"price": [1.5, None, 3]}})
+    assert (status, len(door.sink.records)) == (200, before)
+    assert answer["ranking"] == door.call("/v1/rank", RANK)[2] | {"request_id": answer["ranking"]["request_id"]}
+    assert (answer["by_model"], len(answer["actions"])) == (False, 20)
+    newest = make_events(20)[-1]
+    assert answer["actions"][0] == {
+        "action": {2: "click", 3: "like"}[int(newest["action"])],
+        "kind": "video",
+        "id": str(newest["entity_id"]),
+        "surface": "",
+        "event_time_ms": NOW_MS - 1000,
+        "age_ms": 1000,
+        "value": None,
+        "seen": True,
+        "left_out": False,
+        "effect": [],
+        "kendall_tau": None,
+    }
+    features = {feature.pop("name"): feature for feature in answer["features"]}
+    price = [(1.5, None, 3.0)[ranked["index"]] for ranked in answer["ranking"]["ranked"]]
+    assert features["price"] == {"side": "candidate", "numbers": price, "codes": []}
+    assert [len(codes) for codes in features["tags"]["codes"]] == [4] * 3
+    assert door.refused("/v1/explain", RANK | {"kind": "film"})[:2] == (400, "kind")
 
 
 def test_texts_are_hashed_as_everywhere_and_each_candidate_may_have_its_kind(door):
@@ -234,6 +262,7 @@ def test_the_callers_token_is_the_one_that_counts(door):
     for token in ("", "another"):
         status, headers, problem = door.call("/v1/rank", RANK, token=token)
         assert (status, problem["code"], headers["www-authenticate"]) == (401, "UNAUTHENTICATED", "Bearer")
+        assert door.refused("/v1/explain", RANK, token=token)[:2] == (401, "authorization")
         assert door.refused("/v1/actions", ACTION, token=token)[:2] == (401, "authorization")
 
 
@@ -294,10 +323,10 @@ def test_a_wrong_action_is_named_and_not_produced(door, changes, field):
     assert door.refused("/v1/actions", [])[0] == 400
 
 
-def test_the_page_describes_both_calls(door):
+def test_the_page_describes_every_call(door):
     status, _, page = door.call("/openapi.json", token="")
     assert status == 200
-    assert set(page["paths"]) == {"/v1/rank", "/v1/actions"}
+    assert set(page["paths"]) == {"/v1/rank", "/v1/explain", "/v1/actions"}
     assert "application/problem+json" in page["paths"]["/v1/rank"]["post"]["responses"]["400"]["content"]
     user = page["components"]["schemas"]["RankBody"]["properties"]["user"]
     assert {part["type"] for part in user["anyOf"]} == {"string", "integer"}
@@ -312,6 +341,22 @@ def test_the_log_is_json_and_knows_no_user(door):
         assert {"time", "level", "logger", "message"} <= set(json.loads(line))
         assert "ada" not in line
         assert TOKEN not in line
+
+
+async def in_front_of(servicer, *calls):
+    """What a door without Kafka answers in front of a server of this servicer, by (path, token)."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_RankingServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    async with (
+        AsyncRankingClient(address, throttled=False) as client,
+        serve_pages(http_app(DOMAIN, client, None, guard=Tokens()), "127.0.0.1", 0) as url,
+    ):
+        asked = Door(url, None, None, None, None)
+        found = [await asyncio.to_thread(asked.call, path, RANK, token=token) for path, token in calls]
+    server.stop(None).wait()
+    return found
 
 
 class Full(RankingServicer):
@@ -333,23 +378,41 @@ class Full(RankingServicer):
     ],
 )
 def test_statuses_are_mapped_and_a_full_server_says_when_to_come_back(code, metadata, status, retry_after):
-    servicer = Full(code, *metadata)
-    server = grpc.server(ThreadPoolExecutor(2))
-    add_RankingServicer_to_server(servicer, server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-
-    async def ask():
-        async with (
-            AsyncRankingClient(address, throttled=False) as client,
-            serve_pages(http_app(DOMAIN, client, None, guard=Tokens()), "127.0.0.1", 0) as url,
-        ):
-            return await asyncio.to_thread(Door(url, None, None, None, None).call, "/v1/rank", RANK)
-
-    found, headers, problem = asyncio.run(ask())
-    server.stop(None).wait()
+    ((found, headers, problem),) = asyncio.run(in_front_of(Full(code, *metadata), ("/v1/rank", TOKEN)))
     assert (found, headers["retry-after"], problem["code"]) == (status, retry_after, code.name)
     assert HTTP_STATUS.get(code, 500) == status
+
+
+class InAnArm(RankingServicer):
+    """A few candidates had time, and one action was left out; explaining is forbidden to whoever has another token."""
+
+    def Rank(self, request, context):  # noqa: ARG002, N802
+        ids, scores = np.array([4, 3, 5], "<u8").tobytes(), np.array([0.5, 0.25, 0.0], "<f4").tobytes()
+        heads = {"click": np.array([0.5, 0.25, np.nan], "<f4").tobytes()}
+        arm = {"experiment": "exp", "arm": "canary"}
+        return RankResponse(ranked_ids=ids, ranked_kinds=b"\1\1\1", scores=scores, head_scores=heads, tier=TIER_FEWER, **arm)
+
+    def Explain(self, request, context):  # noqa: N802
+        if ("authorization", f"Bearer {TOKEN}") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the caller has not the permission 'explain'")
+        action = {"action": "like", "kind": "video", "entity_id": 2**64 - 1, "value": 2.5, "seen": True, "kendall_tau": 0.5}
+        effect = np.array([0.25, -0.5, 0.0], "<f4").tobytes()
+        codes = ExplainedFeature(name="hour", side="request", code=np.array([2], "<i4").tobytes(), width=1)
+        found = Explanation(response=self.Rank(request, context), by_model=True, features=[codes])
+        found.actions.add(**action, left_out=True, effect=effect)
+        return found
+
+
+def test_an_answer_names_experiment_and_arm_and_effects_stand_by_the_candidates():
+    answers = asyncio.run(in_front_of(InAnArm(), *((path, token) for path in ("/v1/rank", "/v1/explain") for token in (TOKEN, "other"))))
+    (status, _, answer), _, (explained, _, why), (forbidden, _, problem) = answers
+    assert (status, explained, forbidden, problem["code"]) == (200, 200, 403, "PERMISSION_DENIED")
+    assert (answer["experiment"], answer["arm"], answer["tier"]) == ("exp", "canary", "fewer")
+    assert [ranked["heads"] for ranked in answer["ranked"]] == [{"click": 0.5}, {"click": 0.25}, {"click": None}]
+    assert (why["ranking"], why["by_model"]) == (answer, True)
+    assert why["features"] == [{"name": "hour", "side": "request", "numbers": [], "codes": [[2]]}]
+    (action,) = why["actions"]
+    assert (action["id"], action["value"], action["kendall_tau"], action["effect"]) == (str(2**64 - 1), 2.5, 0.5, [0.25, -0.5, 0.0])
 
 
 def test_an_answer_does_not_wait_for_an_acknowledgement(door):

@@ -92,7 +92,6 @@ def test_without_a_secret_calls_are_open_and_with_one_they_need_it():
     for metadata in bad:
         with pytest.raises(UnauthenticatedError, match=r"^authorization: "):
             guard.check(RANK_METHOD, metadata)
-    assert guard.statistics()["unauthenticated"] == len(bad)
 
 
 def test_admin_methods_are_off_unless_they_are_enabled():

@@ -12,11 +12,11 @@ from worker_world import scraped
 
 from features.pack import Packer, RankInputs
 from features.tables import TableSet
-from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, exposed_names, observe_inputs
+from inference.server_metrics import CODES, METRICS, PREFIX, ServerMetrics, exposed_names
 from inference.telemetry import HISTOGRAMS, STAGES, Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit", "shed")
+PARTS = ("releases_", "sink_", "reader_", "in_flight", "waiting", "limit", "shed", "door_")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def rank_once(telemetry: Telemetry, packed, seconds: float) -> None:
             telemetry.count(metric.source)
     for name in ("rankings", "tier_embedding", "model_timeouts", "sequence_older", "status_internal"):
         telemetry.count(name)
-    observe_inputs(telemetry, packed, 40)
+    telemetry.observe_inputs(packed, 40)
     telemetry.observe("loop_lag_seconds", 0.002)
 
 
 def test_every_metric_is_exposed_and_moves(packed_and_served):
     packed, served = packed_and_served
     telemetry, state = Telemetry(), {"moved": 1.0, "now_s": NOW_MS / 1e3}
-    figures = {metric.source for metric in METRICS if metric.source.startswith(PARTS)}
+    figures = {metric.source for metric in METRICS if metric.source.startswith(PARTS)} | {"door_refused_forbidden"}
     metrics = ServerMetrics(
         telemetry,
         lambda: dict.fromkeys(figures, state["moved"]),
@@ -72,6 +72,7 @@ def test_every_metric_is_exposed_and_moves(packed_and_served):
     assert after[PREFIX + "release_age_seconds"] == {(("ranker", "home"),): 9}
     assert after[PREFIX + "rankings_total"][("tier", "embedding"),] == 2
     assert after[PREFIX + "calls_total"] == {(("code", code),): 2 * (code in ("ok", "internal")) for code in CODES}
+    assert after[PREFIX + "refused_total"] == {(("reason", "forbidden"),): 2}
     assert after[PREFIX + "candidates_sum"] == {(): 60}
     assert after[PREFIX + "sequence_age_seconds_sum"] == {(): 2}  # make_events ends a second before NOW_MS
     assert after[PREFIX + "state_age_seconds_sum"][()] == pytest.approx(0.08)
@@ -90,7 +91,7 @@ def test_a_fresh_server_exposes_its_counters_at_zero_and_no_figure_that_a_part_h
 def test_what_has_no_age_is_not_observed(packed_and_served):
     telemetry = Telemetry()
     packed = packed_and_served[0]
-    observe_inputs(telemetry, packed, -1)  # a reader that does not know the age
+    telemetry.observe_inputs(packed, -1)  # a reader that does not know the age
     assert sum(telemetry.histograms()["state_age_seconds"].counts) == 0
     assert sum(telemetry.histograms()["candidates"].counts) == 1
 

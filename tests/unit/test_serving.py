@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_world import DOMAIN, NOW_MS, ImmediateSource, ListSink, MemoryReader, write_ranker, write_tables
+from serving_world import DOMAIN, NOW_MS, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 
 from features.ids import string_id
 from features.request import RequestError
@@ -16,9 +18,18 @@ from inference.scoring import best_first, embedding_scores, final_scores, head_w
 from inference.served import ModelGate, Releases
 from inference.server import ServerConfig
 from inference.service import STATUS, RankingService, is_sampled, parse_request
-from inference.telemetry import Timings
+from inference.telemetry import STAGES, Timings
 from inference.triton import ModelTimeoutError, ModelUnavailableError
-from protos.v1.ranking_pb2 import TIER_MODEL, FeatureColumn, RankRequest
+from protos.v1.ranking_pb2 import (
+    TIER_CALLER_ORDER,
+    TIER_MODEL,
+    TIER_SMALL,
+    TIER_UNSPECIFIED,
+    Arm,
+    Experiment,
+    FeatureColumn,
+    RankRequest,
+)
 
 RELEASE = Release(Path(), "related-20231114T221320Z-00000000", "related", NOW_MS, DOMAIN, {}, {}, {})
 REQUEST = {"candidate_embedding": np.zeros((3, 16), np.float16)}
@@ -99,6 +110,7 @@ class ScriptedTriton:
         self.answer: object = None
         self.loaded = False
         self.loads = 0
+        self.trips: list[str] = []
 
     async def ready(self, _model: str) -> bool:
         return self.loaded
@@ -119,7 +131,7 @@ class ScriptedTriton:
 def gated(scenario):
     async def run() -> None:
         triton = ScriptedTriton()
-        gate = ModelGate(triton, RELEASE)
+        gate = ModelGate(triton, RELEASE, lambda: triton.trips.append(RELEASE.release_id))
         await gate.bring_up()
         try:
             await scenario(triton, gate)
@@ -137,7 +149,7 @@ def test_a_lost_model_is_not_asked_until_a_probe_has_loaded_it_again():
             await gate.infer(REQUEST, timeout_s=1)
         with pytest.raises(ModelUnavailableError, match="not asked"):
             await gate.infer(REQUEST, timeout_s=1)
-        assert gate.trips == 1
+        assert triton.trips == [gate.model]
         triton.answer = None
         await asyncio.wait_for(gate.opened.wait(), 5)
         assert triton.loads == 2
@@ -146,36 +158,86 @@ def test_a_lost_model_is_not_asked_until_a_probe_has_loaded_it_again():
     gated(scenario)
 
 
+class Call:
+    def time_remaining(self):
+        return 3600.0
+
+    def invocation_metadata(self):
+        return ()
+
+
+@asynccontextmanager
+async def ranking_service(tmp_path, triton, reader, **changes) -> AsyncIterator[RankingService]:
+    """One that ranks `related` with a warm model."""
+    folders = {name: tmp_path / name for name in ("releases", "tables", "repository")}
+    config = dataclasses.replace(CONFIG, **folders, **changes)
+    write_ranker(config.releases, write_tables(config.tables), "related")
+    releases = Releases(config.releases, config.tables, config.repository, triton)
+    await releases.start()
+    await asyncio.wait_for(releases.warm(), 10)
+    yield RankingService(config, releases, ImmediateSource(reader), ListSink())
+    await releases.close()
+
+
+def rank_request(**changes) -> RankRequest:
+    fields = {"ranker": "related", "user_id": 7, "candidate_ids": np.arange(1, 4, dtype="<u8").tobytes(), "candidate_kind": 1}
+    return RankRequest(**fields, request_time_ms=NOW_MS, **changes)
+
+
 def test_a_far_deadline_neither_waits_nor_asks_for_so_long(tmp_path):
     class Hurried(ScriptedTriton):
         async def infer(self, *arguments, timeout_s):
             self.timeout_s = timeout_s
             return await super().infer(*arguments)
 
-    class Call:
-        def time_remaining(self):
-            return 3600.0
-
-        def invocation_metadata(self):
-            return ()
-
     async def scenario() -> None:
-        config = dataclasses.replace(CONFIG, releases=tmp_path / "releases", tables=tmp_path / "tables", after_wait_s_max=0.05)
-        config = dataclasses.replace(config, repository=tmp_path / "repository", deadline_s_max=1.0)
-        write_ranker(config.releases, write_tables(config.tables), "related")
         triton, reader = Hurried(), MemoryReader()
-        releases = Releases(config.releases, config.tables, config.repository, triton)
-        await releases.start()
-        await asyncio.wait_for(releases.warm(), 10)
-        service = RankingService(config, releases, ImmediateSource(reader), ListSink())
-        request = RankRequest(ranker="related", user_id=7, candidate_ids=bytes(8), candidate_kind=1, request_time_ms=NOW_MS)
-        at = reader.position(7)
-        request.after.add(partition=at.partition, offset=at.offset + 1)
-        response = await asyncio.wait_for(service.rank(request.SerializeToString(), Call()), 0.9)
-        assert not response.after_reached
-        assert response.tier == TIER_MODEL
-        assert 0.5 < triton.timeout_s <= 0.95
-        await releases.close()
+        async with ranking_service(tmp_path, triton, reader, after_wait_s_max=0.05, deadline_s_max=1.0) as service:
+            request = rank_request()
+            at = reader.position(7)
+            request.after.add(partition=at.partition, offset=at.offset + 1)
+            response = await asyncio.wait_for(service.rank(request.SerializeToString(), Call()), 0.9)
+            assert not response.after_reached
+            assert response.tier == TIER_MODEL
+            assert 0.5 < triton.timeout_s <= 0.95
+
+    asyncio.run(scenario())
+
+
+def test_an_explanation_is_in_no_figure_of_rankings(tmp_path):
+    async def scenario() -> None:
+        reader = MemoryReader()
+        reader.put(7, make_events(5))
+        async with ranking_service(tmp_path, ScriptedTriton(), reader) as service:
+            request = rank_request()
+            at = reader.position(7)
+            request.after.add(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset)
+            found = await service.explain(request.SerializeToString(), Call())
+            assert found.by_model
+            assert any(action.left_out for action in found.actions)
+            assert service.telemetry.counts() == {"explained": 1}
+            assert {stage: sum(histogram.counts) for stage, histogram in service.telemetry.stages().items()} == dict.fromkeys(STAGES, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_tier_that_was_asked_for_is_no_degraded_one_and_a_lower_one_is(tmp_path):
+    async def scenario() -> None:
+        triton = ScriptedTriton()
+        async with ranking_service(tmp_path, triton, MemoryReader()) as service:
+
+            async def rank(tier=TIER_UNSPECIFIED):
+                answer = await service.rank(rank_request(tier=tier).SerializeToString(), Call())
+                return answer.tier, service.telemetry.counts()["rankings_degraded"]
+
+            assert await rank() == (TIER_MODEL, 0)
+            assert await rank(TIER_CALLER_ORDER) == (TIER_CALLER_ORDER, 0)
+            service.experiments.set("related", Experiment(name="exp", arms=[Arm(name="noop", noop=True, share=10_000)]))
+            assert await rank() == (TIER_CALLER_ORDER, 0)
+            service.experiments.set("related", None)
+            triton.answer = ModelUnavailableError("gone")
+            assert await rank() == (TIER_CALLER_ORDER, 1)
+            assert await rank(TIER_SMALL) == (TIER_CALLER_ORDER, 2)  # there is no small model
 
     asyncio.run(scenario())
 

@@ -77,3 +77,17 @@ def test_a_switch_that_fails_leaves_no_model_behind(tmp_path):
         assert releases.served["related"].release.release_id == made[1]
 
     play(tmp_path, scenario)
+
+
+def test_trips_are_counted_on_when_another_release_takes_the_place(tmp_path):
+    async def scenario(releases, triton, made) -> None:
+        await releases.switch("related", made[1])
+        served = releases.served["related"]
+        triton.broken.add(made[1])
+        with pytest.raises(ModelUnavailableError):
+            await served.gate.infer({"candidate_embedding": np.zeros((3, 16), np.float16)}, timeout_s=1.0)
+        assert releases.statistics()["model_trips"] == 1
+        await releases.switch("related", made[2])
+        assert releases.statistics()["model_trips"] == 1
+
+    play(tmp_path, scenario)
