@@ -274,7 +274,7 @@ class Redrive:
             if error is not None:
                 failures.append(unavailable(self._kafka, error))
             else:
-                known = message.offset() >= 0  # below 0: the broker recognised a retry and did not say where it had put it
+                known = message.offset() is not None  # the broker may recognise a retry and not say where it had put it
                 places[i] = Position(self._identity.epoch, message.partition(), message.offset()) if known else None
 
         for i, verdict in enumerate(verdicts):

@@ -197,24 +197,18 @@ class ActionProducer:
     def _send(self, key: bytes, value: bytes, stored: Callable[[Position, int], T]) -> Future[T]:
         """`stored` makes the future's result of the position and the append time."""
         future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # a record that is on its way cannot be called back
 
         def on_delivery(error: KafkaError | None, message: Message) -> None:
             self._on_counted(error, message)
             if error is not None:
                 future.set_exception(ProduceError(unavailable(self._kafka, error)))
                 return
-            offset = message.offset()
-            if offset < 0:  # the broker recognised a retry and no longer knew where it had put it: anything up to the end includes it
-                try:
-                    offset = end_offsets(self._kafka, self._topic, [message.partition()])[message.partition()] - 1
-                except Exception as failure:
-                    lost = ProduceError(f"the record is stored, but not known where: {failure}")
-                    lost.__cause__ = failure
-                    future.set_exception(lost)
-                    return
-            position = Position(self.log_identity.epoch, message.partition(), offset)
-            stamp_ms = message.timestamp()[1]
-            future.set_result(stored(position, stamp_ms if stamp_ms > 0 else time.time_ns() // 1_000_000))
+            try:
+                stamp_ms = message.timestamp()[1]
+                future.set_result(stored(self._position(message), stamp_ms if stamp_ms > 0 else time.time_ns() // 1_000_000))
+            except Exception as failure:  # what a callback raises ends the thread that serves all of them
+                future.set_exception(failure)
 
         self._queue(key, value, on_delivery, None)
         return future
@@ -236,6 +230,16 @@ class ActionProducer:
                 with self._lock:
                     self._counters["produced"] += 1
                 return
+
+    def _position(self, message: Message) -> Position:
+        """Where a stored record is. Raises ProduceError: nobody says."""
+        offset = message.offset()
+        if offset is None:  # the broker recognised a retry and no longer knew where it had put it: anything up to the end includes it
+            try:
+                offset = end_offsets(self._kafka, self._topic, [message.partition()])[message.partition()] - 1
+            except Exception as failure:
+                raise ProduceError(f"the record is stored, but not known where: {failure}") from failure
+        return Position(self.log_identity.epoch, message.partition(), offset)
 
     def _on_counted(self, error: KafkaError | None, _: Message) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+from confluent_kafka import Message
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from streams_world import DOMAIN, DOMAIN_TOML
@@ -12,7 +13,9 @@ from features.actions import encode_action, encode_erase
 from features.domain import parse_domain
 from features.ids import user_key
 from protos.v1.actions_pb2 import Action
-from streams.dead_letters import Letter, Selection, judge, kind_of
+from streams import dead_letters
+from streams.dead_letters import Letter, Redrive, Selection, judge, kind_of
+from streams.kafka import KafkaConfig, LogIdentity, Topics
 
 NOW = 1_780_000_000_000
 GOOD = encode_action(user_id=42, entity_kind=1, entity_id=7, action=2, event_time_ms=NOW, event_id=1)
@@ -88,3 +91,26 @@ def test_tables_show_reasons_and_places():
     text = captured.get()
     for expected in ("partition", "3", "1:9", "42", "1 m 0 s ago", "xxx...", "yes"):
         assert expected in text, expected
+
+
+def test_a_letter_whose_new_place_the_broker_does_not_say_is_sent_and_marked(monkeypatch):
+    produced = []
+
+    class Acknowledging:
+        """Takes every record, and knows of none where it is: each was a retry."""
+
+        def produce(self, topic, value, key, *, on_delivery, **_):
+            produced.append((topic, key, value))
+            on_delivery(None, Message(topic=topic, partition=2, offset=-1001))
+
+        def poll(self, _):
+            return 0
+
+        flush = poll
+
+    monkeypatch.setattr(dead_letters, "log_identity", lambda *_, **__: LogIdentity("actions", 7, 3))
+    monkeypatch.setattr(dead_letters, "new_producer", lambda *_: Acknowledging())
+    kafka = KafkaConfig("127.0.0.1:1", {})
+    done = Redrive(kafka, Topics("actions", "dead", "rankings", "told", "rates"), DOMAIN).run([letter()], limit=1)
+    assert done.sent == [(letter(), None)]
+    assert [(topic, key) for topic, key, _ in produced] == [("actions", user_key(42)), ("dead", b"actions:1:9")]

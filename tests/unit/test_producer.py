@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from confluent_kafka import Message
 from streams_world import DOMAIN
 
 from features.actions import EVENT_DTYPE
+from features.ports import Position
 from streams import broadcast
 from streams.errors import KafkaUnavailableError, ProduceError
 from streams.kafka import KafkaConfig, KafkaError
@@ -80,9 +82,31 @@ def test_a_position_that_cannot_be_read_fails_its_future(unconnected, monkeypatc
 
     monkeypatch.setattr("streams.producer.end_offsets", absent)
     future = producer.erase(7, "asked for")
-    queued[0](None, SimpleNamespace(offset=lambda: -1001, partition=lambda: 0))
+    queued[0](None, Message(topic="actions", partition=0, offset=-1001))
     with pytest.raises(ProduceError, match="the record is stored, but not known where: gone"):
         future.result(timeout=0)
+
+
+def test_a_stored_record_whose_offset_nobody_says_is_before_the_end(unconnected, monkeypatch):
+    producer, queued = unconnected
+    producer.log_identity = SimpleNamespace(epoch=5)
+    monkeypatch.setattr("streams.producer.end_offsets", lambda *asked: {asked[2][0]: 12})
+    future = producer.erase(7, "asked for")
+    queued[0](None, Message(topic="actions", partition=3, offset=-1001))
+    assert future.result(timeout=0) == Position(5, 3, 11)
+
+
+def test_a_caller_who_gives_up_and_a_report_that_cannot_be_read_end_no_callback(unconnected):
+    """What a callback raises would end the thread that serves the reports of all records."""
+    producer, queued = unconnected
+    producer.log_identity = SimpleNamespace(epoch=5)
+    given_up, unread = producer.erase(7, "asked for"), producer.erase(8, "asked for")
+    assert not given_up.cancel(), "the record is on its way"
+    queued[0](None, Message(topic="actions", partition=3, offset=9))
+    assert given_up.result(timeout=0) == Position(5, 3, 9)
+    queued[1](None, SimpleNamespace())
+    with pytest.raises(AttributeError):
+        unread.result(timeout=0)
 
 
 class _Topic:
