@@ -331,7 +331,10 @@ class _Chaos:
         started_s, missing, waiting = time.monotonic(), set(range(PARTITIONS)), []
         while missing:
             user_id, event_id, future = self._load.produce()
-            position = future.result(timeout=FRESH_WITHIN_S)
+            try:
+                position = future.result(timeout=FRESH_WITHIN_S)
+            except TimeoutError:
+                raise RuntimeError(f"seed {self.report.seed}: an action is not acknowledged {FRESH_WITHIN_S:.0f} s after {fault}") from None
             missing.discard(position.partition)
             waiting.append((user_id, event_id))
         while waiting:
