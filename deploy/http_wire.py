@@ -6,7 +6,7 @@ taken up to 2^53, since most JSON parsers round greater ones without a word.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -88,6 +88,10 @@ class RankBody(_Body):
     head_weights: dict[str, float] = {}
     score_formula: str = Field("", max_length=500, description="Final score over heads and number features; not with head_weights.")
     after: list[At] = Field([], description="Positions that the ranking must include.")
+    identities: list[Id] = Field([], description="Further users that are the same person; their actions count, too.")
+    tier: Literal["model", "small", "embedding", "popularity", "caller_order"] = Field(
+        "model", description="The best tier that may answer."
+    )
     request_id: Id = 0
     request_time_ms: int = Field(0, ge=0, lt=2**62, description="Milliseconds since 1970-01-01 UTC; 0: now.")
     timeout_ms: int = Field(1_000, ge=1, le=60_000)
@@ -114,6 +118,9 @@ class RankAnswer(BaseModel):
     watermark: list[str]
     sequence_age_ms: int
     sequence_count: int
+    sequence_source: str = Field(description="local, owner, older or none: whose state the sequence was read from.")
+    state_age_ms: int = Field(description="How old that state was; -1: not known.")
+    score_formula: str = Field(description='"" where the weights of the heads made the score.')
     after_reached: bool
     cold_start: bool
     experiment: str = Field(description='"" where none runs.')
@@ -219,6 +226,8 @@ def rank_fields(domain: Domain, body: RankBody) -> tuple[str, RequestFields]:
         score_formula=body.score_formula,
         request_time_ms=body.request_time_ms,
         after=body.after,
+        identities=body.identities,
+        tier=body.tier,
         request_id=body.request_id,
         candidate_features=columns,
         request_features=single,
@@ -252,6 +261,9 @@ def answer_of(domain: Domain, body: RankBody, ranking: Ranking) -> RankAnswer:
         watermark=[position_text(at) for at in ranking.watermark],
         sequence_age_ms=ranking.sequence_age_ms,
         sequence_count=ranking.sequence_count,
+        sequence_source=ranking.sequence_source,
+        state_age_ms=ranking.state_age_ms,
+        score_formula=ranking.score_formula,
         after_reached=ranking.after_reached,
         cold_start=ranking.cold_start,
         experiment=ranking.experiment,

@@ -25,7 +25,7 @@ from features.ids import user_key
 from features.lineage import Lineage
 from features.pack import Packed, RankInputs
 from features.person import rows_digest
-from features.ports import ForbiddenError, RankingSink, SequenceCorruptError, SequenceSource, UnauthenticatedError
+from features.ports import RankingSink, SequenceCorruptError, SequenceSource
 from features.request import RequestError, inputs_from_request
 from features.request_context import REQUEST_ID
 from inference.admission import Admission, OverloadedError, Stay
@@ -58,8 +58,6 @@ _NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (NotKeptError, grpc.StatusCode.FAILED_PRECONDITION),
-    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
-    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (SequenceCorruptError, grpc.StatusCode.DATA_LOSS),
 )
@@ -116,11 +114,11 @@ class RankingService:
 
     async def rank(self, data: bytes, context: Any) -> RankResponse:
         """The Rank method: serialized RankRequest in, answer out, errors as a status."""
-        return await self._answer(context, lambda left_s: self._admitted(data, left_s))
+        return await self._answer(context, lambda left_s: self._admitted(data, left_s), self.telemetry)
 
     async def explain(self, data: bytes, context: Any) -> Explanation:
         """The Explain method: what `rank` would answer, and why (`inference.explain`). Nothing is logged."""
-        return await self._answer(context, lambda left_s: self._explain(data, left_s))
+        return await self._answer(context, lambda left_s: self._explain(data, left_s), Telemetry())
 
     async def close(self) -> None:
         """Ends what goes on in the background."""
@@ -139,13 +137,14 @@ class RankingService:
             figures |= {f"{part}_{name}": value for name, value in of.statistics().items()}
         return figures
 
-    async def _answer(self, context: Any, answer: Callable[[float], Awaitable[Answer]]) -> Answer:
-        """What `answer` gives within the call's time, which it is told in seconds, or an error as a status."""
+    async def _answer(self, context: Any, answer: Callable[[float], Awaitable[Answer]], telemetry: Telemetry) -> Answer:
+        """What `answer` gives within the call's time, which it is told in seconds, or an error as a status, counted in `telemetry`."""
         left_s = context.time_remaining()
         try:
             return await answer(self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
         except Exception as error:
-            code, message = self._status(error)
+            code, message = _status(error)
+            telemetry.count(f"status_{code.name.lower()}")
             if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
         await context.abort(code, message)
@@ -158,15 +157,6 @@ class RankingService:
         with self._admission.taken() as stay:
             stay.called_s = called_s
             return await self._rank(data, called_s + left_s, stay)
-
-    def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
-        code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-        self.telemetry.count(f"status_{code.name.lower()}")
-        if code is grpc.StatusCode.INTERNAL:
-            return code, internal_error(log, "a ranking failed", error)
-        if code is grpc.StatusCode.DATA_LOSS:
-            log.error("state is damaged: %s", error)
-        return code, str(error)
 
     async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
         request = self._request(data)
@@ -343,6 +333,16 @@ class RankingService:
     ) -> None:
         response = _response(served, request, inputs, packed, person, scored, rule)
         self._log(served, request, packed, person, scored, response, started_s, shadow=True)
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """What the caller is told; what only the operator may know goes to the log."""
+    code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+    if code is grpc.StatusCode.INTERNAL:
+        return code, internal_error(log, "a ranking failed", error)
+    if code is grpc.StatusCode.DATA_LOSS:
+        log.error("state is damaged: %s", error)
+    return code, str(error)
 
 
 def parse_request(data: bytes, bytes_max: int) -> RankRequest:

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,13 @@ class Door:
     world: object
     reader: MemoryReader
     sink: ListSink
+    run: Callable | None = None
     log: object = None
+
+    def record(self) -> RankingRecord:
+        """Of the ranking answered last: a record is made behind its answer, in the loop's next round."""
+        self.run(asyncio.sleep(0))
+        return RankingRecord.FromString(self.sink.records[-1])
 
     def call(self, path, body=None, *, token=TOKEN, **headers):
         """(status, headers, JSON)."""
@@ -150,7 +157,7 @@ def door(tmp_path_factory, kafka):
             eventually(lambda: ready.exists() or process.poll() is not None, "the door is open", 60)
             assert process.poll() is None, log.read_text()
             tls = ssl.create_default_context(cafile=str(certificate))
-            yield Door(json.loads(ready.read_text())["endpoint"], tls, world, reader, sink, log)
+            yield Door(json.loads(ready.read_text())["endpoint"], tls, world, reader, sink, run, log)
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0, log.read_text()
         finally:
@@ -163,7 +170,7 @@ def test_a_ranking_over_http_is_that_of_the_server(door):
     body = RANK | {"candidate_features": {"price": [1.5, None, 3]}, "request_features": {"hour": "night"}, "head_weights": {"hide": -2.0}}
     status, _, answer = door.call("/v1/rank", body | {"request_id": str(2**64 - 1)})
     assert status == 200
-    record = RankingRecord.FromString(door.sink.records[-1])
+    record = door.record()
     scores = np.frombuffer(record.scores, "<f4")
     order = np.argsort(-scores, kind="stable")
     assert [ranked["index"] for ranked in answer["ranked"]] == order.tolist()
@@ -173,6 +180,7 @@ def test_a_ranking_over_http_is_that_of_the_server(door):
     assert (answer["tier"], answer["request_id"], answer["sequence_count"]) == ("embedding", str(2**64 - 1), 20)
     assert answer["watermark"] == [position_text(door.reader.position(7))]
     assert (answer["experiment"], answer["arm"]) == ("", "")
+    assert (answer["sequence_source"], answer["state_age_ms"], answer["score_formula"]) == ("local", -1, "")
     assert np.frombuffer(record.request.candidate_features["price"].number, "<f4")[[0, 2]].tolist() == [1.5, 3.0]
     assert np.isnan(np.frombuffer(record.request.candidate_features["price"].number, "<f4")[1])
     assert record.request.request_features["hour"].category == np.array([string_id("night")], "<u8").tobytes()
@@ -206,11 +214,22 @@ def test_an_explanation_over_http_is_that_of_the_server(door):
     assert door.refused("/v1/explain", RANK | {"kind": "film"})[:2] == (400, "kind")
 
 
+def test_a_person_with_two_identities_asks_for_a_tier_and_a_formula(door):
+    door.reader.put(8, make_events(5, seed=3))
+    body = RANK | {"identities": ["8"], "tier": "caller_order", "request_id": "99"}
+    status, _, answer = door.call("/v1/rank", body)
+    assert status == 200
+    assert (answer["tier"], answer["sequence_count"], len(answer["watermark"])) == ("caller_order", 25, 2)
+    assert [ranked["id"] for ranked in answer["ranked"]] == ["3", "4", "5"]
+    assert door.refused("/v1/rank", RANK | {"tier": "fewer"})[:2] == (400, "tier")
+    assert door.refused("/v1/rank", RANK | {"identities": ["7"]})[:2] == (400, "identities")
+
+
 def test_texts_are_hashed_as_everywhere_and_each_candidate_may_have_its_kind(door):
     body = RANK | {"user": "ada", "kind": None, "kinds": ["product", "video"], "candidates": ["shoe", str(2**64 - 1)]}
     status, _, answer = door.call("/v1/rank", body)
     assert status == 200
-    request = RankingRecord.FromString(door.sink.records[-1]).request
+    request = door.record().request
     assert (request.user_id, request.candidate_kinds) == (string_id("ada"), b"\2\1")
     assert np.frombuffer(request.candidate_ids, "<u8").tolist() == [string_id("shoe"), 2**64 - 1]
     assert {(ranked["index"], ranked["kind"]) for ranked in answer["ranked"]} == {(0, "product"), (1, "video")}
