@@ -81,7 +81,7 @@ class TransActRanker(nn.Module):
         if self.use_sequence:
             window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator) if self.training else None
             compressed = self.sequence(tensors, candidate, request_row, window_ms)
-        return self._logits(tensors, candidate, request_row, compressed)
+        return self.behind_sequence(tensors, candidate, request_row, compressed)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """One request's tensors as a stack of one, and the `request_row` of its candidates."""
@@ -91,7 +91,7 @@ class TransActRanker(nn.Module):
     def _candidate(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
 
-    def _logits(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
+    def behind_sequence(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
         """Everything behind the sequence encoder, whose output is `compressed` [N, (K + 1) E]; None: without the sequence."""
         parts = [candidate]
         if "user_embedding" in tensors:
@@ -132,7 +132,7 @@ class TransActRanker(nn.Module):
             part = {name: value[piece if self.per_candidate[name] else requests] for name, value in tensors.items()}
             if fast:
                 candidate = self._candidate(part)
-                logits = self._logits(part, candidate, rows, self.fast_sequence(part, candidate, rows))
+                logits = self.behind_sequence(part, candidate, rows, self.fast_sequence(part, candidate, rows))
             else:
                 logits = self(part, rows)
             pieces.append(torch.sigmoid(logits))
