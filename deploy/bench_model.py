@@ -29,7 +29,7 @@ from inference.release import blank_request
 from inference.transact import EncoderLayer, SequenceEncoder, TransActRanker
 
 THREADS = 2
-ROUNDS = {128: 21, 512: 9}
+ROUNDS = {128: 41, 512: 15}
 """Calls of each encoder in a run, by number of candidates."""
 CANDIDATES_MANY = 2_000
 MODEL_ROUNDS = 41
@@ -105,7 +105,7 @@ def bench_model(runs: int, folder: Path, console: Console) -> list[dict[str, flo
 
 def _encoders(console: Console) -> dict[str, float]:
     """Speedups, by number of candidates."""
-    domain = _paper_domain(attributes=False)
+    domain = paper_domain(attributes=False)
     model = TransActRanker(domain, "home").eval()
     plain = PlainEncoder(model.sequence).eval()
     figures = {}
@@ -131,7 +131,7 @@ def _encoders(console: Console) -> dict[str, float]:
 
 def _in_process(console: Console) -> dict[str, float]:
     """The whole model, CANDIDATES candidates of one request."""
-    domain = _paper_domain()
+    domain = paper_domain()
     model = TransActRanker(domain, "home").eval()
     tensors = make_request(domain, model, CANDIDATES)
     candidate = tensors["candidate_embedding"].float() * model.vector_scale
@@ -159,7 +159,7 @@ def _resident_mb(console: Console) -> float:
 
 def _rank_many() -> tuple[float, float]:
     torch.set_num_threads(THREADS)
-    domain = _paper_domain()
+    domain = paper_domain()
     model = TransActRanker(domain, "home").eval()
     tensors = make_request(domain, model, CANDIDATES_MANY)
     before_mb = _memory_mb("VmRSS")
@@ -202,7 +202,8 @@ def make_request(domain: Domain, model: TransActRanker, candidates: int) -> dict
     return {name: value if model.per_candidate[name] else value[None] for name, value in tensors.items()}
 
 
-def _paper_domain(*, attributes: bool = True) -> Domain:
+def paper_domain(*, attributes: bool = True) -> Domain:
+    """The simulator's domain in the paper's size; without attributes of actions a token is [action, item, candidate], 96 wide."""
     text = paper_size(SIMULATOR.read_text("utf-8"))
     if not attributes:
         text = re.sub(r"sequence_attributes = .*", "", text)
