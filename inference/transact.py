@@ -117,7 +117,7 @@ class TransActRanker(nn.Module):
         """Probability of each head's label, float32 [N, H], in pieces of candidates that fit a CPU's cache.
 
         `request_row` int64 [N] ascends: a piece computes only the requests that its candidates belong to. In eval mode on a CPU the
-        sequence goes through `FastEncoder`.
+        sequence goes through `FastEncoder` where that pays.
         """
         if request_row is None:
             tensors, request_row = self._stacked(tensors)
@@ -130,7 +130,7 @@ class TransActRanker(nn.Module):
             first = int(rows[0])
             requests, rows = slice(first, int(rows[-1]) + 1), rows - first
             part = {name: value[piece if self.per_candidate[name] else requests] for name, value in tensors.items()}
-            if fast:
+            if fast and self.fast_sequence.pays(part, rows):
                 candidate = self._candidate(part)
                 logits = self.behind_sequence(part, candidate, rows, self.fast_sequence(part, candidate, rows))
             else:

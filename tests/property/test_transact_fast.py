@@ -141,16 +141,18 @@ def least_denominator(model: TransActRanker, tensors: dict[str, Tensor]) -> floa
         return float((A @ B.transpose(1, 2)).min())
 
 
-def test_ranking_takes_it_in_eval_mode_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranking_takes_it_in_eval_mode_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     domain = make_domain(attributes=("surface", "value"), kinds=2)
     model = make_model(domain)
-    tensors, row = make_tensors(domain, [0, L, 3], [2, 140, 3])
+    tensors, row = make_tensors(domain, [0, L, 3], [2, 240, 3])
     with torch.no_grad():
         expected = torch.sigmoid(model(tensors, row))
     monkeypatch.setattr(model.sequence, "forward", lambda *_: pytest.fail("the plain encoder was asked"))
     torch.testing.assert_close(model.probabilities(tensors, row), expected, rtol=0, atol=1e-5)
     monkeypatch.undo()
-    monkeypatch.setattr(model, "fast_sequence", lambda *_: pytest.fail("dropout is in the plain encoder"))
+    few, few_row = make_tensors(domain, [L] * 4, [2] * 4)
+    monkeypatch.setattr(transact_fast, "_encode", lambda *_: pytest.fail("the fast encoder was asked"))
+    model.probabilities(few, few_row)
     model.train().probabilities(tensors, row)
 
 
