@@ -50,7 +50,7 @@ USERS, ITEMS, HISTORY = 1_000, 10_000, 100
 EVENTS_PER_S = 1_000
 RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
 REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
-_SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
+SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
 _PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_rank = 64, first_k = 5", ""))
 _UNITS = (
     ("bytes_", "bytes"),
@@ -86,6 +86,7 @@ BENCHES = {
     "restore": "deploy.bench_restore:bench_restore",
     "overload": "deploy.bench_overload:bench_overload",
     "service": "deploy.bench_service:bench_service",
+    "model": "deploy.bench_model:bench_model",
     "curve": "deploy.bench_curve:bench_curve",
     "scale": "deploy.bench_scale:bench_scale",
     "drain": "deploy.bench_drain:bench_drain",
@@ -195,7 +196,7 @@ def world(
     histories.
     """
     path = folder / "paper-size.toml"
-    path.write_text(paper_size(_SIMULATOR.read_text("utf-8")), "utf-8")
+    path.write_text(paper_size(SIMULATOR.read_text("utf-8")), "utf-8")
     settings = load_settings(home=folder / "home", domain=path, kafka_bootstrap="", triton_url="", rank_timeout_ms=5000, **given)
     random = np.random.default_rng(1)
     domain = write_untrained_release(settings.home, path, random, model=model, small=small, items=items, users=users)
@@ -220,7 +221,7 @@ def paper_size(domain_toml: str) -> str:
     for pattern, replacement in _PAPER_SIZE:
         domain_toml, count = re.subn(pattern, replacement, domain_toml)
         if not count:
-            raise ValueError(f"{_SIMULATOR}: {pattern} is not there any more; correct deploy/bench.py")
+            raise ValueError(f"{SIMULATOR}: {pattern} is not there any more; correct deploy/bench.py")
     return domain_toml
 
 

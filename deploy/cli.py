@@ -379,7 +379,7 @@ def bench(
         str,
         typer.Argument(
             help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, service, "
-            "curve, overload, drain, release, feast or replay."
+            "model, curve, overload, drain, release, feast or replay."
         ),
     ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,

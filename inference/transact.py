@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from features.domain import Domain, Feature
 from features.tensors import SIDES, feature_names, tensor_table
+from inference.transact_fast import FastEncoder
 
 HOUR_MS = 3_600_000
 SURFACE_DIMENSION = 8
@@ -50,6 +51,7 @@ class TransActRanker(nn.Module):
         width = D + (D if ranker.user_space is not None else 0)
         if use_sequence:
             self.sequence = SequenceEncoder(domain, ranker_name)
+            self.fast_sequence = FastEncoder(self.sequence)
             width += self.sequence.width
         if len(domain.entities) > 1:
             self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
@@ -73,9 +75,24 @@ class TransActRanker(nn.Module):
             generator: source of the random time windows, one a request. They are drawn in training mode only; None: no window.
         """
         if request_row is None:
-            tensors = {name: value if self.per_candidate[name] else value[None] for name, value in tensors.items()}
-            request_row = torch.zeros_like(tensors["candidate_embedding"][:, 0], dtype=torch.int64)
-        candidate = tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
+            tensors, request_row = self._stacked(tensors)
+        candidate = self._candidate(tensors)
+        compressed = None
+        if self.use_sequence:
+            window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator) if self.training else None
+            compressed = self.sequence(tensors, candidate, request_row, window_ms)
+        return self.behind_sequence(tensors, candidate, request_row, compressed)
+
+    def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """One request's tensors as a stack of one, and the `request_row` of its candidates."""
+        stacked = {name: value if self.per_candidate[name] else value[None] for name, value in tensors.items()}
+        return stacked, torch.zeros_like(stacked["candidate_embedding"][:, 0], dtype=torch.int64)
+
+    def _candidate(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
+
+    def behind_sequence(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
+        """Everything behind the sequence encoder, whose output is `compressed` [N, (K + 1) E]; None: without the sequence."""
         parts = [candidate]
         if "user_embedding" in tensors:
             parts.append((tensors["user_embedding"].float() * self.vector_scale)[request_row])  # [N, D]
@@ -85,9 +102,8 @@ class TransActRanker(nn.Module):
             if side.width:
                 values = side(tensors)  # [R or N, width]
                 parts.append(values if side.per_candidate else values[request_row])  # [N, width]
-        if self.use_sequence:
-            window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator) if self.training else None
-            parts.append(self.sequence(tensors, candidate, request_row, window_ms))  # [N, (K + 1) E]
+        if compressed is not None:
+            parts.append(compressed)
         x0 = torch.cat(parts, 1)  # [N, X]
         x = x0
         for cross in self.crosses:
@@ -100,20 +116,26 @@ class TransActRanker(nn.Module):
     def probabilities(self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None) -> Tensor:
         """Probability of each head's label, float32 [N, H], in pieces of candidates that fit a CPU's cache.
 
-        `request_row` int64 [N] ascends: a piece computes only the requests that its candidates belong to.
+        `request_row` int64 [N] ascends: a piece computes only the requests that its candidates belong to. In eval mode on a CPU the
+        sequence goes through `FastEncoder` where that pays.
         """
+        if request_row is None:
+            tensors, request_row = self._stacked(tensors)
         count = tensors["candidate_embedding"].shape[0]
+        fast = self.use_sequence and not self.training and tensors["candidate_embedding"].device.type == "cpu"
         pieces = []
         for start in range(0, count, CANDIDATES_AT_ONCE):
             piece = slice(start, start + CANDIDATES_AT_ONCE)
-            if request_row is None:
-                requests, rows = slice(None), None
-            else:
-                rows = request_row[piece]
-                first = int(rows[0])
-                requests, rows = slice(first, int(rows[-1]) + 1), rows - first
+            rows = request_row[piece]
+            first = int(rows[0])
+            requests, rows = slice(first, int(rows[-1]) + 1), rows - first
             part = {name: value[piece if self.per_candidate[name] else requests] for name, value in tensors.items()}
-            pieces.append(torch.sigmoid(self(part, rows)))
+            if fast and self.fast_sequence.pays(part, rows):
+                candidate = self._candidate(part)
+                logits = self.behind_sequence(part, candidate, rows, self.fast_sequence(part, candidate, rows))
+            else:
+                logits = self(part, rows)
+            pieces.append(torch.sigmoid(logits))
         return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names), device=tensors["candidate_embedding"].device)
 
     @torch.no_grad()
@@ -178,6 +200,7 @@ class SequenceEncoder(nn.Module):
         self.vector_scale = vector_scale(ranker.embedding_dimension)
         E = history_width + ranker.embedding_dimension
         # Heads of equal width need a token width that they divide; the rest is a constant zero.
+        self.item_width = ranker.embedding_dimension
         self.pad = -E % settings.attention_heads
         E += self.pad
         self.width = (self.first_k + 1) * E
@@ -191,15 +214,16 @@ class SequenceEncoder(nn.Module):
             return None
         return torch.rand(requests, 1, generator=generator, dtype=torch.float64, device=generator.device) * self.window_ms_max
 
-    def forward(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, window_ms: Tensor | None) -> Tensor:
-        """Compressed sequence of each candidate, float32 [N, (K + 1) E]. Actions younger than `window_ms` [R, 1] are masked."""
+    def valid(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Which of the S first places hold an action, bool [R, S]; S is at least 1."""
         count = tensors["sequence_count"].reshape(-1, 1)  # [R, 1]
         # Rows behind the longest sequence are padding in every request and cost as much as real ones.
         S = max(1, int(count.max())) if count.numel() else 1
-        valid = torch.arange(S, device=count.device) < count  # [R, S]
-        if window_ms is not None:
-            valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
-        real = valid.unsqueeze(-1)  # [R, S, 1]
+        return torch.arange(S, device=count.device) < count
+
+    def tokens(self, tensors: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+        """The part of each token that all candidates of a request share, float32 [R, S, E - D]; zero where `valid` [R, S] is not."""
+        S = valid.shape[1]
         # Padding contents are replaced, not multiplied: NaN times zero is NaN.
         parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float() * self.vector_scale]
         if self.has_kind:
@@ -210,7 +234,16 @@ class SequenceEncoder(nn.Module):
         if self.has_value:
             value = tensors["sequence_value"][:, :S].float()  # NaN: none
             parts.append(torch.stack([torch.log1p(value.nan_to_num(0.0).clamp(0, 1e9)), value.isnan().float()], -1))
-        history = functional.pad(torch.cat(parts, -1), (self.pad, 0)).masked_fill(~real, 0.0)  # [R, S, E - D]
+        return functional.pad(torch.cat(parts, -1), (self.pad, 0)).masked_fill(~valid.unsqueeze(-1), 0.0)
+
+    def forward(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, window_ms: Tensor | None) -> Tensor:
+        """Compressed sequence of each candidate, float32 [N, (K + 1) E]. Actions younger than `window_ms` [R, 1] are masked."""
+        valid = self.valid(tensors)  # [R, S]
+        S = valid.shape[1]
+        if window_ms is not None:
+            valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
+        real = valid.unsqueeze(-1)  # [R, S, 1]
+        history = self.tokens(tensors, valid)  # [R, S, E - D]
         x = torch.cat([history[request_row], candidate[:, None].expand(-1, S, -1)], -1)  # [N, S, E]
         # Additive mask of the keys. Where nothing is valid all keys count alike; such rows are dropped below.
         mask = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, MASKED)[request_row][:, None, None]  # [N, 1, 1, S]

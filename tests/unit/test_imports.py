@@ -27,7 +27,10 @@ HOMES = {
     },
     "tritonclient": {"inference/triton.py"},
 }
-HOME_FOLDERS = {"torch": ("inference/", "deploy/triton_shim.py"), "grpc": ("streams/", "inference/", "deploy/", "protos/")}
+HOME_FOLDERS = {
+    "torch": ("inference/", "deploy/triton_shim.py", "deploy/bench_model.py"),
+    "grpc": ("streams/", "inference/", "deploy/", "protos/"),
+}
 
 
 def imports():
