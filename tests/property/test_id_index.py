@@ -10,10 +10,10 @@ from features.id_index import IdIndex
 TOP = 2**64 - 1
 
 
-@given(
-    st.sets(st.one_of(st.integers(0, 300), st.integers(0, TOP), st.integers(TOP - 50, TOP), st.integers(2**40, 2**40 + 2_000)), max_size=200),
-    st.lists(st.integers(0, TOP), max_size=20),
-)
+IDS = st.one_of(st.integers(0, 300), st.integers(0, TOP), st.integers(TOP - 50, TOP), st.integers(2**40, 2**40 + 2_000))
+
+
+@given(st.sets(IDS, max_size=200), st.lists(st.integers(0, TOP), max_size=20))
 def test_every_id_is_found_where_it_is_and_no_other(known, others):
     ids = np.array(sorted(known), np.uint64)
     asked = np.array([*known, *(i ^ 1 for i in known), 0, TOP, *others], np.uint64)
