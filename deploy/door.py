@@ -4,6 +4,7 @@ One interceptor stands before every method of every service. So a method that so
 permissions, and no failure tells a caller more than a reference to the log.
 """
 
+import asyncio
 import inspect
 import logging
 from collections import Counter
@@ -77,6 +78,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await behaviour(request, context)
             except grpc.aio.AbortError:
                 raise
+            except grpc.aio.InternalError as error:  # gRPC could not send: the caller went away while it was answered
+                raise asyncio.CancelledError from error
             except Exception as error:
                 message = internal_error(log, f"{method} failed", error)
             finally:
@@ -93,6 +96,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     yield answer
             except grpc.aio.AbortError:
                 raise
+            except grpc.aio.InternalError as error:  # gRPC could not send: the caller went away while it was answered
+                raise asyncio.CancelledError from error
             except Exception as error:
                 message = internal_error(log, f"{method} failed", error)
             else:

@@ -9,7 +9,6 @@ every column is what an unknown id gets.
 """
 
 import hashlib
-import mmap
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from features.id_index import IdIndex
 from features.ids import U64
 
 FORMAT_VERSION = 1
+_PIECE_BYTES = 4 << 20
 USER = "user"
 FEATURES_SPACE = "features"
 TAKEDOWNS_SPACE = "takedowns"
@@ -323,9 +323,12 @@ def lineage_of(root: str | Path, space: str, generation: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's contents, in one call that needs no lock of the interpreter: other threads go on meanwhile."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-        return hashlib.sha256(contents).hexdigest()
+    """SHA-256 of a file's contents. In large pieces: a thread that hashes seldom needs the interpreter's lock."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def open_generation(

@@ -2,19 +2,22 @@
 
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
-for a place, but no queue stand: in the first BURST_S of a busy time a ranking may wait for WAIT_S_MAX, after that only for half of what a
-ranking takes, until nobody had to wait for QUIET_S (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015). A server that
-is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
+for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds a ranking may wait for
+WAIT_S_MAX, else only for half of what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015, which looks
+at how long the queue was not empty; clients that hold back leave it empty every now and then though the server is full). A server that is
+asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT_S_MAX, WAIT_S_MIN = 0.5, 0.005
-BURST_S, QUIET_S = 0.25, 0.1
+FULL_SHARE_MAX, FULL_OVER_S = 0.4, 3.0
+"""Bursts at a third of what a server can do fill its places for a quarter of the time, a load beyond it for more than half."""
 WINDOW_S, WINDOW_RANKINGS_MIN = 0.25, 8
 BASELINE_WINDOWS = 240
 """The latency without waiting is the least window mean of so many windows: a model that became slower is found out within a minute."""
@@ -50,7 +53,7 @@ class Admission:
         self.shed = 0
         self._places_max, self._waiting_max = places_max, waiting_max
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._busy_since_s = self._waited_s = -QUIET_S
+        self._full_share, self._weighed_s = 0.0, time.monotonic()
         self._window_at_s, self._window_sum_s, self._window_count, self._window_peak = time.monotonic(), 0.0, 0, 0
         self._means_s: deque[float] = deque(maxlen=BASELINE_WINDOWS)
 
@@ -65,18 +68,14 @@ class Admission:
         Raises:
             OverloadedError: none came free.
         """
+        self._weigh()
         self._window_peak = max(self._window_peak, self.in_work + len(self._waiting) + 1)
         if self.in_work < int(self.limit) and not self._waiting:
             self.in_work += 1
             return
-        now_s = time.monotonic()
-        if now_s - self._waited_s > QUIET_S:
-            self._busy_since_s = now_s
-        self._waited_s = now_s
         if len(self._waiting) >= self._waiting_max:
             raise self._overloaded("the queue at the door is full")
-        wait_s = WAIT_S_MAX if now_s - self._busy_since_s < BURST_S else max(WAIT_S_MIN, min(self._means_s, default=0.0) / 2)
-        wait_s = min(wait_s, left_s / 2)
+        wait_s = min(self._patience_s(), left_s / 2)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         try:
@@ -125,7 +124,18 @@ class Admission:
             self.in_work += 1
             stay.aside_s += time.monotonic() - started_s
 
+    def _patience_s(self) -> float:
+        return WAIT_S_MAX if self._full_share < FULL_SHARE_MAX else max(WAIT_S_MIN, min(self._means_s, default=0.0) / 2)
+
+    def _weigh(self) -> None:
+        """Adds the time since the last change to the share of it in which no place was free."""
+        now_s = time.monotonic()
+        kept = math.exp((self._weighed_s - now_s) / FULL_OVER_S)
+        self._full_share = kept * self._full_share + (1 - kept) * (self.in_work >= int(self.limit))
+        self._weighed_s = now_s
+
     def _pass_on(self) -> None:
+        self._weigh()
         self.in_work -= 1
         while self._waiting and self.in_work < int(self.limit):
             place = self._waiting.popleft()

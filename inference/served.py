@@ -318,9 +318,11 @@ class Releases:
         for ranker in list(self._served):
             while not (served := self._served[ranker]).gate.open:  # it may be another one by then: what is served counts
                 waits = [asyncio.ensure_future(event.wait()) for event in (served.gate.opened, self._switched)]
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                for wait in waits:
-                    wait.cancel()
+                try:
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for wait in waits:
+                        wait.cancel()
             with suppress(TritonError):  # it is served already: its gate says whether it is asked
                 await self._rehearse(served, True)
 
@@ -435,7 +437,9 @@ class Releases:
         if release.ranker != ranker:
             raise ReleaseError(f"{release_id}: is a release of ranker {release.ranker!r}, not of {ranker!r}")
         fitting = fitting_generations(release, self._tables, generations)
-        tables = TableSet.open(self._tables, release.domain, ranker, fitting, verify=True, sha256_of=self._sha256_of)
+        tables = TableSet.open(
+            self._tables, release.domain, ranker, fitting, verify=True, sha256_of=self._sha256_of if self._served else file_sha256
+        )
         write_triton_model(
             release,
             self._repository,

@@ -63,6 +63,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 """Error to gRPC status; a state that does not answer is none of them (`inference.person`). Anything else is a bug: INTERNAL, which says a
 reference, and the log where it was."""
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,8 @@ class RankingService:
             return await answer(self._config.timeout_s if left_s is None else min(left_s, self._config.deadline_s_max))
         except Exception as error:
             code, message = _status(error)
-            telemetry.count(f"status_{code.name.lower()}")
+            # A fault of ours counts, whoever meets it.
+            (self.telemetry if code in _FAULTS else telemetry).count(f"status_{code.name.lower()}")
             if isinstance(error, OverloadedError):  # gRPC's own name: clients with a retry policy obey it
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
         await context.abort(code, message)
@@ -160,7 +162,7 @@ class RankingService:
 
     async def _rank(self, data: bytes, deadline_s: float, stay: Stay) -> RankResponse:
         request = self._request(data)
-        choice, inputs, rule = self._plan(request)
+        choice, inputs, rule = self._plan(request, self.telemetry)
         with self._releases.use(request.ranker, choice.release_id) as served:
             wanted = choice.tier or checked_tier(request.tier)
             person = await self._read(served, request, deadline_s, self.telemetry, stay)
@@ -174,16 +176,19 @@ class RankingService:
             self._count(inputs, packed, person, scored.tier, wanted)
             self.telemetry.observe_inputs(packed, person.state_age_ms)
             response = _response(served, request, inputs, packed, person, scored, rule, choice)
-        self.telemetry.time("total", time.monotonic() - stay.called_s)
+        total_s, served_time_ms = time.monotonic() - stay.called_s, self.clock_ms()
+        self.telemetry.time("total", total_s)
 
         def afterwards() -> None:
+            logged = False
             try:
-                self._log(served, request, packed, person, scored, response, stay.called_s, choice)
+                self._log(served, request, packed, person, scored, response, total_s, served_time_ms, choice)
+                logged = True
                 self.samples.offer(request.ranker, data)
                 self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
             except Exception as error:  # the event loop would log the call's contents
-                self.telemetry.count("log_dropped")
-                internal_error(log, "a ranking was answered and not logged", error)
+                self.telemetry.count("log_dropped", not logged)
+                internal_error(log, "something failed behind an answer", error)
 
         # The loop's next round: gRPC has begun to send the answer by then, and nobody waits for these.
         asyncio.get_running_loop().call_soon(afterwards)
@@ -204,7 +209,7 @@ class RankingService:
         """How this release scores the request in the end. Raises RequestError."""
         return self.formulas.rule(served, request, _weights(served, request))
 
-    def _plan(self, request: RankRequest) -> tuple[Choice, RankInputs, Rule]:
+    def _plan(self, request: RankRequest, telemetry: Telemetry) -> tuple[Choice, RankInputs, Rule]:
         """Who answers, and the request as that release takes it, still without events: checked before anything is waited for or read.
 
         The experiment's choice is without its release where that is not in use, or cannot answer this request as the served one might.
@@ -216,7 +221,7 @@ class RankingService:
             if arm is not None and arm.sequence_fingerprint == served.sequence_fingerprint:
                 with suppress(RequestError):
                     return choice, inputs_from_request(arm.domain, request, _NO_EVENTS), self._rule(arm, request)
-            self.telemetry.count("arm_fallbacks")
+            telemetry.count("arm_fallbacks")
             choice = replace(choice, release_id="")
         return choice, inputs_from_request(served.domain, request, _NO_EVENTS), self._rule(served, request)
 
@@ -225,7 +230,7 @@ class RankingService:
         with self._explainer.place():
             self.telemetry.count("explained")
             request = self._request(data)
-            choice, inputs, rule = self._plan(request)
+            choice, inputs, rule = self._plan(request, Telemetry())
             with self._releases.use(request.ranker, choice.release_id) as served:
                 return await self._explained(served, request, choice, inputs, rule, deadline_s)
 
@@ -281,7 +286,8 @@ class RankingService:
         person: Person,
         scored: Scored,
         response: RankResponse,
-        called_s: float,
+        latency_s: float,
+        served_time_ms: int,
         choice: Choice = NOTHING,
         *,
         shadow: bool = False,
@@ -299,7 +305,7 @@ class RankingService:
             head_scores=_by_head(served, scored.probability),
             scores=scored.scores.tobytes(),
             inline=is_sampled(request.user_id, self._config.inline_share),
-            served_time_ms=self.clock_ms(),
+            served_time_ms=served_time_ms,
             sequence_fingerprint=served.sequence_fingerprint,
             row_digest=rows_digest(person.rows),
             after_reached=response.after_reached,
@@ -309,7 +315,7 @@ class RankingService:
             experiment=response.experiment,
             arm=response.arm,
             shadow=shadow,
-            latency_us=round((lap_s - called_s) * 1e6),
+            latency_us=round(latency_s * 1e6),
             shuffle_bound=choice.shuffle_bound,
         )
         if record.inline:
@@ -332,7 +338,7 @@ class RankingService:
         started_s: float,
     ) -> None:
         response = _response(served, request, inputs, packed, person, scored, rule)
-        self._log(served, request, packed, person, scored, response, started_s, shadow=True)
+        self._log(served, request, packed, person, scored, response, time.monotonic() - started_s, self.clock_ms(), shadow=True)
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHILDREN = ("admission", "wait_after", "read", "join_pack", "triton", "log")
+CHILDREN = ("admission", "wait_after", "read", "join_pack", "triton")
 """Stages that become spans of their own below the call's."""
 _FAULTS = {
     grpc.StatusCode.UNKNOWN,

@@ -225,10 +225,10 @@ class BatchLoop:
         finally:
             for opening in self._opening.values():
                 _abandon(opening)
-            self._opener.shutdown()
             if self._snapshots:
                 self._snapshots.close()
             self.core.close()
+            self._opener.shutdown()  # after what is open is safe: a restore that is under way may take minutes
             self._follower.close()
             consumer.close()
             if self._announcer is not None:

@@ -35,7 +35,6 @@ from streams.rates import KEPT_S, WINDOW_S, Rate, RateReporter, Report, fold, pa
 
 log = logging.getLogger(__name__)
 
-_LOOP_STOP_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 12.0  # less than what the supervisor waits before SIGKILL
 _RATES_PERIOD_S = 1.0
 _RATES_SHOWN_S = 600.0
@@ -88,7 +87,7 @@ class HotPath(Service):  # type: ignore[misc]
     async def on_stop(self) -> None:
         """Waits for the loop to end."""
         self.end_loop()
-        await asyncio.wait_for(self._ended.wait(), _LOOP_STOP_TIMEOUT_S)
+        await self._ended.wait()
         self._executor.shutdown()
 
 
@@ -331,7 +330,7 @@ def run_worker(
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     config.state_folder.mkdir(parents=True, exist_ok=True)
-    deadline = threading.Timer(_STOP_TIMEOUT_S, lambda: _leave(hot_path.exit_code))
+    deadline = threading.Timer(_STOP_TIMEOUT_S, lambda: _leave(1 if app.crashed else hot_path.exit_code))
     deadline.daemon = True
 
     def stop() -> None:
@@ -365,7 +364,7 @@ def run_worker(
 
 def _leave(exit_code: int) -> None:
     """Better an end that looks like a kill than none: Faust waits for ever for a coordinator that is gone, and a supervisor for the end."""
-    log.critical("the worker's services do not end within %.0f s: the process ends without them", _STOP_TIMEOUT_S)
+    log.critical("the worker's services do not end within %g s: the process ends without them", _STOP_TIMEOUT_S)
     os._exit(exit_code)
 
 

@@ -53,10 +53,11 @@ def measure(running: World, calls: int) -> dict[str, dict[str, float]]:
             scores = running.random.random(CANDIDATES).tolist()
             body = {"user": str(user), "candidates": [str(item) for item in candidates], "ranker": "home"}
             body |= {"candidate_features": {"retrieval_score": scores}, "request_features": {"device": "phone"}}
-            for way, (ms, tier) in (
-                ("http", by_http(connection, json.dumps(body).encode())),
-                ("grpc", by_grpc(client, user, candidates, scores)),
-            ):
+            for way in ("http", "grpc")[:: 1 if call % 2 else -1]:  # who comes second finds the tables' rows in the cache
+                if way == "http":
+                    ms, tier = by_http(connection, json.dumps(body).encode())
+                else:
+                    ms, tier = by_grpc(client, user, candidates, scores)
                 if tier != "model":
                     raise RuntimeError(f"{way}: answered by {tier}, not by the model")
                 if call >= WARM_CALLS:

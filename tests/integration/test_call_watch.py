@@ -185,7 +185,7 @@ def test_a_trace_goes_from_the_caller_through_the_server_into_triton(stack):
     stack.received.wait(complete)
     spans = stack.received.of_trace(trace_id)
     ours = {span.name: span for service, span in spans if service == "freshrank-server"}
-    assert set(ours) == {"freshrank.v1.Ranking/Rank", "admission", "read", "join_pack", "triton", "log"}
+    assert set(ours) == {"freshrank.v1.Ranking/Rank", "admission", "read", "join_pack", "triton"}
     root = ours.pop("freshrank.v1.Ranking/Rank")
     assert root.parent_span_id.hex() == caller
     said = {pair.key: pair.value.string_value or pair.value.int_value for pair in root.attributes}
@@ -197,7 +197,7 @@ def test_a_trace_goes_from_the_caller_through_the_server_into_triton(stack):
         assert root.start_time_unix_nano <= child.start_time_unix_nano + 1_000_000
         assert child.start_time_unix_nano < child.end_time_unix_nano <= root.end_time_unix_nano + 1_000_000
     order = sorted(ours, key=lambda name: ours[name].start_time_unix_nano)
-    assert order == ["admission", "read", "join_pack", "triton", "log"]
+    assert order == ["admission", "read", "join_pack", "triton"]
     # Triton's spans hang below ours: the context went along in the request's headers.
     assert root.span_id in {span.parent_span_id for service, span in spans if service == "triton"}
 
@@ -225,7 +225,7 @@ def test_a_slow_call_writes_one_line_with_its_stages(stack):
     (line,) = map(json.loads, lines)
     assert line["request_id"] == str(2**60)
     assert (line["level"], line["logger"], line["method"], line["code"]) == ("WARNING", "inference.watch", "Rank", "OK")
-    assert list(line["stages_ms"]) == ["admission", "read", "join_pack", "triton", "log"]
+    assert list(line["stages_ms"]) == ["admission", "read", "join_pack", "triton"]
     assert 0 < line["stages_ms"]["triton"] <= line["total_ms"]
     assert line["freshrank.release_id"] == ranking.release_id
     assert "triton" in line["message"]

@@ -527,3 +527,13 @@ def test_a_client_names_its_certificate_with_its_key_and_whom_it_trusts(tmp_path
             RankingClient("127.0.0.1:1", **given)
         with pytest.raises(ValueError, match="certificate, key"):
             RemoteReader("127.0.0.1:1", readers_world.DOMAIN, **given)
+
+
+def test_an_answer_that_cannot_be_sent_any_more_is_no_bug(caplog):
+    async def gone(_request, _context):
+        raise grpc.aio.InternalError("the call has ended")  # what abort() raises then
+
+    methods = {"Gone": grpc.unary_unary_rpc_method_handler(gone)}
+    with serving_methods(Tokens(TOKEN, permissions={"/a.B/Gone": RANK}), **methods) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/a.B/Gone")(b"", metadata=bearer(TOKEN), timeout=0.5)
+    assert "bug" not in caplog.text

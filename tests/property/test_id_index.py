@@ -22,17 +22,18 @@ def test_every_id_is_found_where_it_is_and_no_other(known, others):
 
 
 @pytest.mark.parametrize(
-    "ids",
+    ("ids", "even"),
     [
-        np.arange(1, 200_001),
-        np.unique(np.random.default_rng(1).integers(0, TOP, 200_000, np.uint64, endpoint=True)),
-        np.concatenate((np.arange(150_000), np.arange(2**60, 2**60 + 150_000))),
+        (np.arange(1, 200_001), True),
+        (np.unique(np.random.default_rng(1).integers(0, TOP, 200_000, np.uint64, endpoint=True)), True),
+        (np.concatenate((np.arange(150_000), np.arange(2**60, 2**60 + 150_000))), False),
     ],
     ids=["counted", "hashed", "two clusters"],
 )
-def test_large_tables(ids):
+def test_large_tables(ids, even):
     ids = ids.astype(np.uint64)
     index = IdIndex(ids)
+    assert (index._starts is not None) == even, "the directory is there where it is of use"
     random = np.random.default_rng(2)
     places = random.integers(0, len(ids), 5_000)
     assert np.array_equal(index.rows(ids[places]), places + 1)

@@ -201,19 +201,25 @@ def test_no_more_stand_aside_than_there_are_places():
     run(scenario)
 
 
-def test_in_a_standing_queue_nobody_waits_long(clock):
+def test_a_burst_may_wait_and_a_standing_queue_may_not(clock):
     async def scenario() -> None:
         door = Admission(1, 100)
-        await door.enter(10.0)
-        waits = []
-        for _ in range(40):  # somebody has to wait every 20 ms: a busy time that does not end
-            clock.now_s += 0.02
-            waiting = asyncio.create_task(door.enter(0.0))
-            await asyncio.gather(waiting, return_exceptions=True)
-            waits.append(clock.now_s - door._busy_since_s)
-        assert waits[-1] > admission.BURST_S
-        clock.now_s += admission.QUIET_S * 2
-        await asyncio.gather(asyncio.create_task(door.enter(0.0)), return_exceptions=True)
-        assert door._busy_since_s == clock.now_s  # a new busy time begins: its first ones may wait
+
+        async def patience_s(busy_s: float, free_s: float = 0.0) -> float:
+            """How long one waits who comes when the one place was taken for so long, and free before that."""
+            clock.now_s += free_s
+            await door.enter(10.0)
+            clock.now_s += busy_s
+            door._weigh()
+            found = door._patience_s()
+            door.leave(None)
+            return found
+
+        assert await patience_s(0.5) == admission.WAIT_S_MAX, "a busy time begins"
+        assert await patience_s(5.0) == admission.WAIT_S_MIN
+        # Clients that hold back leave gaps: the server is full nevertheless.
+        assert {await patience_s(0.2, 0.15) for _ in range(100)} == {admission.WAIT_S_MIN}
+        # Bursts with room between them are no standing queue.
+        assert [await patience_s(0.3, 0.8) for _ in range(100)][-50:] == [admission.WAIT_S_MAX] * 50
 
     run(scenario)

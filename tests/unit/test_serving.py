@@ -209,6 +209,8 @@ def test_an_explanation_is_in_no_figure_of_rankings(tmp_path):
         reader = MemoryReader()
         reader.put(7, make_events(5))
         async with ranking_service(tmp_path, ScriptedTriton(), reader) as service:
+            absent = Arm(name="absent", release_id="related-20990101T000000Z-00000000", share=10_000)
+            service.experiments.set("related", Experiment(name="exp", arms=[absent]))
             request = rank_request()
             at = reader.position(7)
             request.after.add(log_epoch=at.log_epoch, partition=at.partition, offset=at.offset)
