@@ -3,6 +3,9 @@
 Linux (EEVDF, 6.12 and later) lets a waking thread interrupt a running one at once if its own slice is the shorter; otherwise it waits until
 the running one's slice is over, which is noticed only at the next tick (4 ms at 250 Hz). So what answers takes slices that are shorter than
 the kernel's own (1.4 ms on two cores) and longer than a read. Shares of CPU time stay as they are, and no privilege is needed.
+
+Python has a slice of its own: a thread that waits for the interpreter's lock gets it from a busy one after 5 ms. In a process that answers
+requests, what prepares the next tables must not hold them up for so long.
 """
 
 import ctypes
@@ -10,6 +13,7 @@ import logging
 import os
 import platform
 import struct
+import sys
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +26,11 @@ def set_slice(slice_ms: float) -> bool:
     """Sets the slice of this thread, and of the threads and processes that it starts from now on: 0.1 to 100 ms, 0 for the kernel's own.
 
     Returns False where this is not possible (another policy was chosen for the process, a sandbox forbids it): then everything works as
-    before, only reads wait longer. A kernel older than 6.12 takes the value and does nothing with it.
+    before, only reads wait longer. A kernel older than 6.12 takes the value and does nothing with it. The interpreter's own slice, for
+    all threads of the process, becomes the same if that is shorter.
     """
+    if slice_ms:
+        sys.setswitchinterval(min(slice_ms / 1e3, sys.getswitchinterval()))
     number, policy = _SCHED_SETATTR.get(platform.machine()), os.sched_getscheduler(0)
     if number is None or policy not in (os.SCHED_OTHER, os.SCHED_BATCH):
         return False

@@ -3,7 +3,7 @@
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
 for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds a ranking may wait for
-WAIT_S_MAX, else only for half of what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015, which looks
+WAIT_S_MAX, else only for PATIENCE times what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015, which looks
 at how long the queue was not empty; clients that hold back leave it empty every now and then though the server is full). A server that is
 asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT_S_MAX, WAIT_S_MIN = 0.5, 0.005
+PATIENCE = 1.5
+"""Less, and places stay empty between two bursts; more, and what is accepted takes more than twice as long as ever."""
 FULL_SHARE_MAX, FULL_OVER_S = 0.4, 3.0
 """Bursts at a third of what a server can do fill its places for a quarter of the time, a load beyond it for more than half."""
 WINDOW_S, WINDOW_RANKINGS_MIN = 0.25, 8
@@ -125,7 +127,7 @@ class Admission:
             stay.aside_s += time.monotonic() - started_s
 
     def _patience_s(self) -> float:
-        return WAIT_S_MAX if self._full_share < FULL_SHARE_MAX else max(WAIT_S_MIN, min(self._means_s, default=0.0) / 2)
+        return WAIT_S_MAX if self._full_share < FULL_SHARE_MAX else max(WAIT_S_MIN, PATIENCE * min(self._means_s, default=0.0))
 
     def _weigh(self) -> None:
         """Adds the time since the last change to the share of it in which no place was free."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import threading
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_a_slice_is_set_for_this_thread_and_those_it_starts():
 def test_a_policy_that_the_operator_chose_stays(monkeypatch):
     monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_FIFO)
     assert not set_slice(7.0)
+
+
+def test_the_interpreters_slice_is_never_made_longer():
+    before_s = sys.getswitchinterval()
+    try:
+        set_slice(0.5)
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+        set_slice(100.0)
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    finally:
+        sys.setswitchinterval(before_s)
+        set_slice(0)
