@@ -5,6 +5,8 @@ million. Ids that are counted up or hashed lie evenly, so their leading bits nea
 one or two of the ids are read. Where ids lie too unevenly for that, the binary search stays.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +23,7 @@ class IdIndex:
 
     def __init__(self, ids: U64, *, ids_min: int = IDS_MIN) -> None:
         self._ids = ids
-        self._starts: npt.NDArray[np.int64] | npt.NDArray[np.uint32] | None = None
+        self._starts: npt.NDArray[Any] | None = None
         if len(ids) < max(ids_min, 2):
             return
         self._low = ids[0]
@@ -47,10 +49,10 @@ class IdIndex:
         place *= found
         return place
 
-    def _search(self, ids: U64, starts: npt.NDArray[np.int64] | npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    def _search(self, ids: U64, starts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """First place whose id is not less, within the bucket that an id belongs to."""
         bucket = np.minimum((ids - self._low) >> self._shift, self._last).astype(np.int64)  # below the first one: wraps, and is not found
-        place = starts.take(bucket).astype(np.int64)
+        place: npt.NDArray[np.int64] = starts.take(bucket).astype(np.int64)
         bucket += 1
         end = starts.take(bucket).astype(np.int64)
         for step in self._steps:

@@ -3,9 +3,9 @@
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
 for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds a ranking may wait for
-WAIT_S_MAX, else only for PATIENCE times what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015, which looks
-at how long the queue was not empty; clients that hold back leave it empty every now and then though the server is full). A server that is
-asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
+WAIT_S_MAX, else only for PATIENCE times what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015; it
+looks at how long the queue was not empty, but clients that hold back leave it empty now and then though the server is full). A server that
+is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
 
 import asyncio
