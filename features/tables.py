@@ -29,7 +29,6 @@ from features.id_index import IdIndex
 from features.ids import U64
 
 FORMAT_VERSION = 1
-_PIECE_BYTES = 4 << 20
 USER = "user"
 FEATURES_SPACE = "features"
 TAKEDOWNS_SPACE = "takedowns"
@@ -324,7 +323,7 @@ def lineage_of(root: str | Path, space: str, generation: str) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's contents. In large pieces: a thread that hashes seldom needs the interpreter's lock."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

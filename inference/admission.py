@@ -2,10 +2,10 @@
 
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
-for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds a ranking may wait for
-WAIT_S_MAX, else only for PATIENCE times what a ranking takes (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8), 2015; it
-looks at how long the queue was not empty, but clients that hold back leave it empty now and then though the server is full). A server that
-is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
+for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds any number may wait, else
+only as many as there are places, which then wait for about one ranking (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8),
+2015; it looks at how long the queue was not empty, but clients that hold back leave it empty now and then though the server is full). A
+server that is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
 
 import asyncio
@@ -15,9 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-WAIT_S_MAX, WAIT_S_MIN = 0.5, 0.005
-PATIENCE = 1.5
-"""Less, and places stay empty between two bursts; more, and what is accepted takes more than twice as long as ever."""
+WAIT_S_MAX, RETRY_S_MIN = 0.5, 0.005
 FULL_SHARE_MAX, FULL_OVER_S = 0.4, 3.0
 """Bursts at a third of what a server can do fill its places for a quarter of the time, a load beyond it for more than half."""
 WINDOW_S, WINDOW_RANKINGS_MIN = 0.25, 8
@@ -75,9 +73,9 @@ class Admission:
         if self.in_work < int(self.limit) and not self._waiting:
             self.in_work += 1
             return
-        if len(self._waiting) >= self._waiting_max:
+        if len(self._waiting) >= self._room():
             raise self._overloaded("the queue at the door is full")
-        wait_s = min(self._patience_s(), left_s / 2)
+        wait_s = min(WAIT_S_MAX, left_s / 2)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         try:
@@ -126,8 +124,9 @@ class Admission:
             self.in_work += 1
             stay.aside_s += time.monotonic() - started_s
 
-    def _patience_s(self) -> float:
-        return WAIT_S_MAX if self._full_share < FULL_SHARE_MAX else max(WAIT_S_MIN, PATIENCE * min(self._means_s, default=0.0))
+    def _room(self) -> int:
+        """How many may wait."""
+        return self._waiting_max if self._full_share < FULL_SHARE_MAX else min(max(1, int(self.limit)), self._waiting_max)
 
     def _weigh(self) -> None:
         """Adds the time since the last change to the share of it in which no place was free."""
@@ -165,7 +164,7 @@ class Admission:
     def _overloaded(self, why: str) -> OverloadedError:
         self.shed += 1
         mean_s = self._means_s[-1] if self._means_s else WAIT_S_MAX
-        retry_after_ms = int(1e3 * max(mean_s * (len(self._waiting) + 1) / max(self.limit, 1.0), WAIT_S_MIN)) + 1
+        retry_after_ms = int(1e3 * max(mean_s * (len(self._waiting) + 1) / max(self.limit, 1.0), RETRY_S_MIN)) + 1
         return OverloadedError(
             f"{why}; {self.in_work} rankings are in work: retry in {retry_after_ms} ms, or at another server", retry_after_ms
         )

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _HASHED_AT_ONCE = 16
 _EXCHANGE_POLLS_MAX = 20
+_REOPENS_MAX = 4
 
 
 class ViewReader:
@@ -149,12 +150,16 @@ class ViewReader:
             return known[1]
         with self._opening:
             path = self._folder / str(partition)
-            try:
-                return self._reopen(partition, path, identity)
-            except SequenceUnavailableError:  # replaced just now (`PartitionView.scrub`): the new one can be opened
-                with suppress(OSError):
-                    return self._reopen(partition, path, _settled_identity(self._files[partition]))
-                raise
+            for tried in range(_REOPENS_MAX):
+                try:
+                    return self._reopen(partition, path, identity)
+                except SequenceUnavailableError:  # replaced just now (`PartitionView.scrub`): the new one can be opened
+                    before = identity
+                    with suppress(OSError):
+                        identity = _settled_identity(self._files[partition])
+                    if tried and identity == before:
+                        raise
+            return self._reopen(partition, path, identity)
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:

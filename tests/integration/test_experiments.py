@@ -16,6 +16,7 @@ from inference.explain import ACTIONS_MAX, kendall_tau
 from inference.release import open_release, release_folder
 from inference.rescore import Rescorer
 from inference.scoring import best_first
+from inference.telemetry import Telemetry
 from protos.v1.ranking_pb2 import TIER_CALLER_ORDER, TIER_MODEL, Arm, Experiment, RankRequest, Shadow
 from protos.v1.ranking_pb2_grpc import RankingStub
 
@@ -174,7 +175,7 @@ def test_shadows_give_way_to_rankings_that_wait(stack, other):
     admission, before = stack.server.service._admission, counted(stack, "shadow_dropped")
 
     async def rank_while_one_waits() -> None:
-        person = await stack.server.service._read(stack.server.releases.served["home"], request(), time.monotonic() + 5, None)
+        person = await stack.server.service._read(stack.server.releases.served["home"], request(), time.monotonic() + 5, Telemetry())
         admission._waiting.append(stack.loop.create_future())
         try:
             stack.server.service._shadows.offer(request(request_id=5), person, answer, [other])

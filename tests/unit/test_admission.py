@@ -205,21 +205,21 @@ def test_a_burst_may_wait_and_a_standing_queue_may_not(clock):
     async def scenario() -> None:
         door = Admission(1, 100)
 
-        async def patience_s(busy_s: float, free_s: float = 0.0) -> float:
-            """How long one waits who comes when the one place was taken for so long, and free before that."""
+        async def room(busy_s: float, free_s: float = 0.0) -> int:
+            """How many may wait when the one place was taken for so long, and free before that."""
             clock.now_s += free_s
             await door.enter(10.0)
             clock.now_s += busy_s
             door._weigh()
-            found = door._patience_s()
+            found = door._room()
             door.leave(None)
             return found
 
-        assert await patience_s(0.5) == admission.WAIT_S_MAX, "a busy time begins"
-        assert await patience_s(5.0) == admission.WAIT_S_MIN
+        assert await room(0.5) == 100, "a busy time begins"
+        assert await room(5.0) == 1
         # Clients that hold back leave gaps: the server is full nevertheless.
-        assert {await patience_s(0.2, 0.15) for _ in range(100)} == {admission.WAIT_S_MIN}
+        assert {await room(0.2, 0.15) for _ in range(100)} == {1}
         # Bursts with room between them are no standing queue.
-        assert [await patience_s(0.3, 0.8) for _ in range(100)][-50:] == [admission.WAIT_S_MAX] * 50
+        assert [await room(0.3, 0.8) for _ in range(100)][-50:] == [100] * 50
 
     run(scenario)
