@@ -3,7 +3,7 @@
 Two parts. The *limit* on rankings in work adapts: a window's mean latency against the latency of a server with nothing to wait for says
 whether more of them only wait for each other (gradient limiter, as in Netflix's concurrency-limits). The *door* before it lets a burst wait
 for a place, but no queue stand: where all places were taken for less than FULL_SHARE_MAX of the last seconds any number may wait, else
-only as many as there are places, which then wait for about one ranking (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8),
+half as many as there are places, which wait for about half a ranking (after controlled delay: B. Maurer, Fail at Scale, ACM Queue 13(8),
 2015; it looks at how long the queue was not empty, but clients that hold back leave it empty now and then though the server is full). A
 server that is asked for more than it can do therefore answers what it takes nearly as fast as ever, and refuses the rest at once.
 """
@@ -126,7 +126,7 @@ class Admission:
 
     def _room(self) -> int:
         """How many may wait."""
-        return self._waiting_max if self._full_share < FULL_SHARE_MAX else min(max(1, int(self.limit)), self._waiting_max)
+        return self._waiting_max if self._full_share < FULL_SHARE_MAX else min(max(1, int(self.limit / 2)), self._waiting_max)
 
     def _weigh(self) -> None:
         """Adds the time since the last change to the share of it in which no place was free."""
