@@ -93,14 +93,15 @@ BENCHES = {
     "feast": "deploy.bench_feast:bench_feast",
 }
 """Name of each benchmark, and the function (runs, scratch folder, console) -> figures of each run that measures it."""
+PLOTS = {"growth": "deploy.bench_growth:plot_growth", "curve": "deploy.bench_curve:plot_curve"}
+"""Benchmarks whose result people would rather look at, and the function (result, PNG file) that draws it."""
 
 
 def run_bench(name: str, runs: int, console: Console) -> dict[str, Any]:
     """Runs one benchmark; returns {"name", "machine", "versions", "figures"}. Raises ValueError: there is no such benchmark."""
     if name not in BENCHES:
         raise ValueError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
-    module, _, function = BENCHES[name].partition(":")
-    bench: Callable[[int, Path, Console], Runs] = getattr(import_module(module), function)
+    bench: Callable[[int, Path, Console], Runs] = _function(BENCHES[name])
     with tempfile.TemporaryDirectory(prefix="freshrank-bench-") as folder:
         found = bench(runs, Path(folder), console)
     figures = {}
@@ -108,6 +109,17 @@ def run_bench(name: str, runs: int, console: Console) -> dict[str, Any]:
         values = [run[figure] for run in found]
         figures[figure] = {"median": statistics.median(values), "min": min(values), "max": max(values), "unit": unit_of(figure)}
     return {"name": name, "machine": machine(), "versions": versions(), "figures": figures}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draws the result of a benchmark of PLOTS into a PNG file; does nothing for another one."""
+    if result["name"] in PLOTS:
+        _function(PLOTS[result["name"]])(result, path)
+
+
+def _function(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def unit_of(figure: str) -> str:

@@ -38,17 +38,19 @@ def bench_curve(
     for name, size in sizes.items():
         place = folder / name
         place.mkdir(parents=True)
-        cells = {name: CANDIDATES} | (candidate_counts if size == min(sizes.values()) else {})
+        cells = {CANDIDATES: [name]}
+        for cell, count in candidate_counts.items() if size == min(sizes.values()) else ():
+            cells.setdefault(count, []).append(cell)
         with world(place, ("worker",), model=NoopRanker, items=size, users=size) as running:
-            loads = {cell: requests_of(running, count) for cell, count in cells.items()}
+            loads = {count: requests_of(running, count) for count in cells}
             with measured_server(running.settings, "local") as server:
-                run_load(Load(server.address, loads[name], RATE_PER_S, WARM_S))
+                run_load(Load(server.address, loads[CANDIDATES], RATE_PER_S, WARM_S))
                 for seed, figures in enumerate(found):
-                    for cell, requests in loads.items():
+                    for count, requests in loads.items():
                         measured = _measure(server, requests, seconds, seed)
-                        figures |= {f"{figure}_{cell}": value for figure, value in measured.items()}
+                        figures |= {f"{figure}_{cell}": value for figure, value in measured.items() for cell in cells[count]}
                         shown = ", ".join(f"{title} {measured[figure]:.2f}" for figure, title in FIGURES.items())
-                        console.print(f"  {size:,} items and users, {cells[cell]} candidates: {shown}")
+                        console.print(f"  {size:,} items and users, {count} candidates: {shown}")
     return found
 
 

@@ -390,6 +390,7 @@ def bench(
 
     Example: `freshrank bench ingest --json ingest.json`
     """
+    from deploy.bench import plot as draw
     from deploy.bench import run_bench
 
     quiet()
@@ -401,14 +402,8 @@ def bench(
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     plot = plot or (json_file.with_suffix(".png") if json_file is not None else None)
-    if name == "growth" and plot is not None:
-        from deploy.bench_growth import plot_growth
-
-        plot_growth(result, plot)
-    if name == "curve" and plot is not None:
-        from deploy.bench_curve import plot_curve
-
-        plot_curve(result, plot)
+    if plot is not None:
+        draw(result, plot)
 
 
 @app.command()

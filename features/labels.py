@@ -232,10 +232,8 @@ def _numbered(*parts: Keys) -> list[I64]:
     """Rows of several tables with the same key columns, numbered together: equal keys have one number, and numbers the keys' order."""
     keys = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     order = np.lexsort(tuple(reversed(keys)))
-    begins = np.zeros(len(order), bool)
-    begins[1:] = np.logical_or.reduce([key[order][1:] != key[order][:-1] for key in keys]) if len(order) else []
     number = np.empty(len(order), np.int64)
-    number[order] = np.cumsum(begins)
+    number[order] = np.cumsum(_begins(keys, order)) - 1
     return np.split(number, np.cumsum([len(part[0]) for part in parts])[:-1])
 
 
@@ -250,9 +248,15 @@ def _greatest(keys: Keys, values: I64, wanted: Keys) -> I64:
 def _first(keys: Keys, order: Keys) -> I64:
     """Of the rows with equal keys the one that is first in an order: indices."""
     by_key = np.lexsort((*reversed(order), *reversed(keys)))
-    begins = np.ones(len(by_key), bool)
-    begins[1:] = np.logical_or.reduce([key[by_key][1:] != key[by_key][:-1] for key in keys]) if len(by_key) else []
-    return by_key[begins]
+    return by_key[_begins(keys, by_key)]
+
+
+def _begins(keys: Keys, order: I64) -> Bools:
+    """Which rows, in an order that has equal keys beside each other, are the first ones of their key."""
+    begins = np.ones(len(order), bool)
+    if len(order):
+        begins[1:] = np.logical_or.reduce([key[order][1:] != key[order][:-1] for key in keys])
+    return begins
 
 
 def _starts(sizes: npt.NDArray[Any]) -> I64:

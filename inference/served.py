@@ -2,11 +2,8 @@
 
 import asyncio
 import logging
-import os
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy.typing as npt
 
 from features.domain import Domain, Ranker
 from features.pack import Packer
-from features.tables import TableError, TableSet, file_sha256, generations_of, lineage_of
+from features.tables import TableError, TableSet, generations_of, lineage_of
 from features.tensors import output_table
 from inference.announced import Announced, options
 from inference.beside import Beside
@@ -47,14 +44,6 @@ COST_SHARE, COST_HALF_LIFE_S = 0.1, 5.0
 LOAD_TIMEOUT_S = 120.0
 WARM_TIMEOUT_S = 10.0
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 30.0
-
-
-def _give_way() -> None:
-    """Leaves nine tenths of a core that others want to them: requests go on while a new table is read. A thread that does so must not hold
-    the interpreter's lock for long, or it would hold up those to whom it gives way.
-    """
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class ModelGate:
@@ -253,7 +242,6 @@ class Releases:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._hashing = ThreadPoolExecutor(1, "checksums", initializer=_give_way)
         self.beside = Beside(lambda ranker, release_id: self._prepare(ranker, release_id, {}), self._retire)
         """Releases that experiments name."""
         self.switches = 0
@@ -378,7 +366,6 @@ class Releases:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.beside.close()
-        self._hashing.shutdown(wait=False, cancel_futures=True)
         for served in (*self._served.values(), *self._kept.values()):
             await served.gate.close()
 
@@ -437,9 +424,7 @@ class Releases:
         if release.ranker != ranker:
             raise ReleaseError(f"{release_id}: is a release of ranker {release.ranker!r}, not of {ranker!r}")
         fitting = fitting_generations(release, self._tables, generations)
-        tables = TableSet.open(
-            self._tables, release.domain, ranker, fitting, verify=True, sha256_of=self._sha256_of if self._served else file_sha256
-        )
+        tables = TableSet.open(self._tables, release.domain, ranker, fitting, verify=True)
         write_triton_model(
             release,
             self._repository,
@@ -450,9 +435,6 @@ class Releases:
         packer = Packer(release.domain, ranker, tables)
         popularity = open_popularity(self._tables, release.domain)
         return Served(release, packer, ModelGate(self._triton, release, self._tripped), load_small(release), popularity)
-
-    def _sha256_of(self, path: Path) -> str:
-        return self._hashing.submit(file_sha256, path).result()
 
     async def _follow(self, ranker: str) -> None:
         delay_s, done = RETRY_S_MIN, None

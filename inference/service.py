@@ -119,7 +119,8 @@ class RankingService:
 
     async def explain(self, data: bytes, context: Any) -> Explanation:
         """The Explain method: what `rank` would answer, and why (`inference.explain`). Nothing is logged."""
-        return await self._answer(context, lambda left_s: self._explain(data, left_s), Telemetry())
+        unseen = Telemetry()  # stages and counts are of rankings
+        return await self._answer(context, lambda left_s: self._explain(data, left_s, unseen), unseen)
 
     async def close(self) -> None:
         """Ends what goes on in the background."""
@@ -180,15 +181,13 @@ class RankingService:
         self.telemetry.time("total", total_s)
 
         def afterwards() -> None:
-            logged = False
             try:
-                self._log(served, request, packed, person, scored, response, total_s, served_time_ms, choice)
-                logged = True
                 self.samples.offer(request.ranker, data)
                 self._shadows.offer(request, person, response, self.experiments.shadows(request.ranker, request.request_id))
+                self._log(served, request, packed, person, scored, response, total_s, served_time_ms, choice)
             except Exception as error:  # the event loop would log the call's contents
-                self.telemetry.count("log_dropped", not logged)
-                internal_error(log, "something failed behind an answer", error)
+                self.telemetry.count("log_dropped")
+                internal_error(log, "a ranking was answered and not logged", error)
 
         # The loop's next round: gRPC has begun to send the answer by then, and nobody waits for these.
         asyncio.get_running_loop().call_soon(afterwards)
@@ -225,28 +224,22 @@ class RankingService:
             choice = replace(choice, release_id="")
         return choice, inputs_from_request(served.domain, request, _NO_EVENTS), self._rule(served, request)
 
-    async def _explain(self, data: bytes, left_s: float) -> Explanation:
+    async def _explain(self, data: bytes, left_s: float, telemetry: Telemetry) -> Explanation:
         deadline_s = time.monotonic() + left_s
         with self._explainer.place():
             self.telemetry.count("explained")
             request = self._request(data)
-            choice, inputs, rule = self._plan(request, Telemetry())
+            choice, inputs, rule = self._plan(request, telemetry)
             with self._releases.use(request.ranker, choice.release_id) as served:
-                return await self._explained(served, request, choice, inputs, rule, deadline_s)
-
-    async def _explained(
-        self, served: Served, request: RankRequest, choice: Choice, inputs: RankInputs, rule: Rule, deadline_s: float
-    ) -> Explanation:
-        wanted = choice.tier or checked_tier(request.tier)
-        unseen = Telemetry()  # stages and counts are of rankings
-        person = await self._read(served, request, deadline_s, unseen)
-        inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
-        packed = served.packer.pack(inputs)
-        end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
-        scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), unseen)
-        response = _response(served, request, inputs, packed, person, scored, rule, choice)
-        order = choice.order(scored.scores, request.request_id)
-        return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
+                wanted = choice.tier or checked_tier(request.tier)
+                person = await self._read(served, request, deadline_s, telemetry)
+                inputs = replace(inputs, events=person.events, erased_before_ms=person.erased_before_ms)
+                packed = served.packer.pack(inputs)
+                end_s, final = deadline_s - self._config.answer_reserve_s, rule.final(packed.tensors)
+                scored = await score(served, packed, inputs, wanted, final, self._explainer.model_s(end_s), telemetry)
+                response = _response(served, request, inputs, packed, person, scored, rule, choice)
+                order = choice.order(scored.scores, request.request_id)
+                return await self._explainer.explain(served, inputs, packed, scored, final, response, order, end_s)
 
     async def _read(
         self, served: Served, request: RankRequest, deadline_s: float, telemetry: Telemetry, stay: Stay | None = None

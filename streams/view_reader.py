@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 _HASHED_AT_ONCE = 16
 _EXCHANGE_POLLS_MAX = 20
-_REOPENS_MAX = 4
 
 
 class ViewReader:
@@ -150,16 +149,16 @@ class ViewReader:
             return known[1]
         with self._opening:
             path = self._folder / str(partition)
-            for tried in range(_REOPENS_MAX):
+            while True:
                 try:
                     return self._reopen(partition, path, identity)
-                except SequenceUnavailableError:  # replaced just now (`PartitionView.scrub`): the new one can be opened
+                except SequenceUnavailableError:
                     before = identity
                     with suppress(OSError):
                         identity = _settled_identity(self._files[partition])
-                    if tried and identity == before:
+                    if identity == before:
                         raise
-            return self._reopen(partition, path, identity)
+                    # Replaced just now (`PartitionView.scrub`): the new one can be opened.
 
     def _reopen(self, partition: int, path: Path, identity: tuple[int, int]) -> lmdb.Environment:
         try:

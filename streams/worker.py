@@ -350,8 +350,7 @@ def run_worker(
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
-    settings = {"quiet": True, "loglevel": config.log_level, "redirect_stdouts": False, "override_logging": False}
-    worker = _Worker(app, loop=loop, on_stop=stop, **settings)
+    worker = _Worker(app, loop=loop, quiet=True, loglevel=config.log_level, redirect_stdouts=False, override_logging=False, on_stop=stop)
     worker.spinner = None  # it writes control characters to logs
     try:
         worker.execute_from_commandline()

@@ -214,7 +214,7 @@ def test_an_explanation_over_http_is_that_of_the_server(door):
     assert door.refused("/v1/explain", RANK | {"kind": "film"})[:2] == (400, "kind")
 
 
-def test_a_person_with_two_identities_asks_for_a_tier_and_a_formula(door):
+def test_a_person_with_two_identities_asks_for_a_tier(door):
     door.reader.put(8, make_events(5, seed=3))
     body = RANK | {"identities": ["8"], "tier": "caller_order", "request_id": "99"}
     status, _, answer = door.call("/v1/rank", body)
