@@ -102,8 +102,9 @@ class _WholeLines:
         self._shifts: list[int] = []
         self.dropped: deque[tuple[int, bytes]] = deque()
         """(line, its text) of what was left out. Arrow's reading thread appends."""
-        quoted = rb'"[^"]*+(?:""[^"]*+)*+'
-        self._open = re.compile(rb'(?:(?:%b"[^%b]*+|[^"%b][^%b]*+)?+%b)*+%b' % (quoted, *[re.escape(separator.encode())] * 4, quoted))
+        # One way only to match, so a line takes linear time; possessive quantifiers would say so, but Python before 3.11.5 gets them wrong.
+        quoted = rb'"[^"]*(?:""[^"]*)*'
+        self._open = re.compile(rb'(?:(?:%b"(?!")[^%b]*|[^"%b][^%b]*)?%b)*%b' % (quoted, *[re.escape(separator.encode())] * 4, quoted))
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes of whole lines; nothing at the end."""

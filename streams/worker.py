@@ -36,6 +36,7 @@ from streams.rates import KEPT_S, WINDOW_S, Rate, RateReporter, Report, fold, pa
 log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 12.0  # less than what the supervisor waits before SIGKILL
+_METADATA_AGE_S = 10.0
 _RATES_PERIOD_S = 1.0
 _RATES_SHOWN_S = 600.0
 _LOGGED_MAX = 10
@@ -222,6 +223,8 @@ def _new_app(config: WorkerConfig, web_port: int) -> faust.App:
         broker_session_timeout=10.0,
         broker_heartbeat_interval=2.0,
         consumer_auto_offset_reset="earliest",
+        # A group that formed while the broker did not know its topics yet has none until the next look: by default for five minutes.
+        consumer_metadata_max_age_ms=int(_METADATA_AGE_S * 1000),
         autodiscover=False,
         store="memory://",
         datadir=str(config.state_folder / "faust"),

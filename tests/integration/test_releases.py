@@ -78,8 +78,11 @@ def as_it_was(stack, first) -> Iterator[None]:
 
 
 def forget_samples(stack) -> None:
-    for kept in stack.server.service.samples._kept.values():
-        kept.clear()
+    async def forget() -> None:  # on the loop, where a request that was answered is kept only after its answer
+        for kept in stack.server.service.samples._kept.values():
+            kept.clear()
+
+    stack.run(forget())
 
 
 def another(stack, model, seconds: int, domain_toml: str = DOMAIN_TOML) -> str:
