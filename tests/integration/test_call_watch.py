@@ -174,15 +174,25 @@ def test_a_ranking_moves_the_metrics(stack):
 
 
 def test_a_trace_goes_from_the_caller_through_the_server_into_triton(stack):
-    trace_id, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    ranking = stack.rank(traceparent=f"00-{trace_id}-{caller}-01", request_id=2**63 + 1)
-    assert ranking.tier == "model"
+    caller = "b7ad6b7169203331"
 
-    def complete(received):
-        found = [(service, span.name) for service, span in received.of_trace(trace_id)]
-        return ("freshrank-server", "freshrank.v1.Ranking/Rank") in found and any(service == "triton" for service, _ in found)
+    def traced(trace_id):
+        ranking = stack.rank(traceparent=f"00-{trace_id}-{caller}-01", request_id=2**63 + 1)
+        assert ranking.tier == "model"
 
-    stack.received.wait(complete)
+        def complete(received):
+            found = [(service, span.name) for service, span in received.of_trace(trace_id)]
+            return ("freshrank-server", "freshrank.v1.Ranking/Rank") in found and any(service == "triton" for service, _ in found)
+
+        stack.received.wait(complete)
+        return ranking
+
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    try:
+        ranking = traced(trace_id)
+    except AssertionError:  # Triton's exporter sends a batch of spans once; one that is lost on a busy machine does not come again
+        trace_id = "0bf7651916cd43dd8448eb211c80319c"
+        ranking = traced(trace_id)
     spans = stack.received.of_trace(trace_id)
     ours = {span.name: span for service, span in spans if service == "freshrank-server"}
     assert set(ours) == {"freshrank.v1.Ranking/Rank", "admission", "read", "join_pack", "triton"}
