@@ -266,34 +266,6 @@ def train(
 
 
 @app.command()
-def publish(
-    ranker: RankerName = None,
-    only: Annotated[bool, typer.Option("--only", help="Do not serve it: an experiment may name it.")] = False,
-    home: Home = None,
-    domain: DomainFile = None,
-) -> None:
-    """Publish the trained ranker as a release; a running stack loads it, warms it and switches.
-
-    Example: `freshrank publish --ranker home`
-    """
-    from deploy.announcing import announce_release
-    from deploy.learn import now_ms, release
-    from deploy.stack import StackNotRunningError, running
-
-    settings = settings_for(home, domain)
-    work = workspace(settings)
-    name = work.domain.ranker_name(ranker)
-    written = release(work, name)
-    print(written.release_id)
-    if only:
-        return
-    try:
-        announce_release(running(settings, needs="kafka"), name, written.release_id, now_ms())
-    except StackNotRunningError:
-        console.print("no stack runs: the next `freshrank up` serves it")
-
-
-@app.command()
 def evaluate(
     ranker: RankerName = None,
     epochs: Annotated[int, typer.Option(help="Most passes of each training.")] = 10,

@@ -1,4 +1,4 @@
-"""`freshrank releases`, `rollback` and `formula`: what is served and how its scores are made, changed while servers run."""
+"""`freshrank publish`, `releases`, `rollback` and `formula`: what is served and how its scores are made, changed while servers run."""
 
 import json
 import time
@@ -15,12 +15,78 @@ if TYPE_CHECKING:
     from inference.announced import Announced
     from inference.release import Release
 
+GATE_REFUSED = 3
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
+    app.command()(publish)
     app.command()(releases)
     app.command()(rollback)
     app.command()(formula)
+
+
+def publish(
+    ranker: RankerName = None,
+    only: Annotated[bool, typer.Option("--only", help="Do not serve it: an experiment may name it.")] = False,
+    release_id: Annotated[
+        str, typer.Option("--release", help="Serve this one, published before with --only, say.", show_default=False)
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Also where the gate refuses; the manifest says so.")] = False,
+    auc_loss_max: Annotated[float, typer.Option(help="How much lower a head's AUC may be where chance explains it.")] = 0.005,
+    requests_min: Annotated[int, typer.Option(help="Requests that neither was trained on, which the gate needs.")] = 500,
+    positives_min: Annotated[int, typer.Option(help="Labels that a head needs on them, to be judged.")] = 50,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Publish the trained ranker as a release; a running stack loads it, warms it and switches.
+
+    First it is compared with the release that is served, on later requests that neither was trained on. Exit code 3: it is worse, or that
+    cannot be judged, and nothing was published.
+
+    Example: `freshrank publish --ranker home`; a canary that proved itself: `freshrank publish --release ID`
+    """
+    from deploy.announcing import announce_release, announced, releases_of
+    from deploy.learn import judge_trained, now_ms, release
+    from deploy.options import workspace
+    from deploy.stack import StackNotRunningError, running
+    from inference.announced import options
+    from inference.gate import UNKNOWN, Limits, Verdict, gate_table
+    from inference.release import ReleaseError
+
+    settings = settings_for(home, domain)
+    work = workspace(settings)
+    name = work.domain.ranker_name(ranker)
+    try:
+        stack = running(settings, needs="kafka")
+        said = releases_of(announced(stack))
+    except StackNotRunningError:
+        stack, said = None, {}
+    if release_id:
+        _promote(settings, stack, name, release_id)
+        return
+    served = options(work.releases, said).get(name)
+    limits = Limits(requests_min=requests_min, positives_min=positives_min, auc_loss_max=auc_loss_max)
+    try:
+        verdict = judge_trained(work, name, None if served is None else _open(settings, served[0].release_id), limits)
+    except ReleaseError as error:
+        verdict = Verdict(UNKNOWN, (f"what is served cannot be opened: {error}",))
+    console = Console(stderr=True)
+    if verdict.heads:
+        console.print(gate_table(verdict))
+    console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}", soft_wrap=True, markup=False)
+    if not verdict.passed and not force:
+        console.print("nothing was published; --force publishes it all the same", markup=False)
+        raise typer.Exit(GATE_REFUSED)
+    gate = {"decision": verdict.decision, "reasons": list(verdict.reasons), "incumbent": verdict.incumbent, "forced": not verdict.passed}
+    written = release(work, name, gate, only=only)
+    print(written.release_id)
+    if only:
+        return
+    if stack is None:
+        console.print("no stack runs: the next `freshrank up` serves it")
+    else:
+        announce_release(stack, name, written.release_id, now_ms())
 
 
 def releases(as_json: Json = False, home: Home = None, domain: DomainFile = None) -> None:
@@ -108,6 +174,19 @@ def formula(
         Formula(release.domain, name, text)
     announce_formula(settings, name, text, _now_ms())
     print(f"{name}: {text}" if text else f"{name}: the domain file's")
+
+
+def _promote(settings: "Settings", stack: "Settings | None", ranker: str, release_id: str) -> None:
+    """Announces a release that is there already."""
+    from deploy.announcing import announce_release
+
+    release = _open(settings, release_id)
+    if release.ranker != ranker:
+        raise ValueError(f"--release: {release_id} is a release of ranker {release.ranker!r}, not of {ranker!r}")
+    if stack is None:
+        raise ValueError("--release: no stack runs that could be told; start it with `freshrank up` first")
+    announce_release(stack, ranker, release_id, _now_ms())
+    print(release_id)
 
 
 def _rows(settings: "Settings", said: "dict[str, Announced]") -> list[dict[str, Any]]:

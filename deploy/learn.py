@@ -5,6 +5,7 @@ evaluation/<ranker>/ (what `evaluate` trains and shows, never released).
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from features.erasures import LEDGER, erased_users, read_ledger
 from inference.dataset import split_times
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
+from inference.gate import Contender, Limits, Verdict, judge
 from inference.popularity import publish_popularity
 from inference.release import Release, write_release
 from inference.small import SMALL_FILE
@@ -95,8 +97,21 @@ def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict
     return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options, erased=work.erased)
 
 
-def release(work: Workspace, ranker: str) -> Release:
-    """Writes the trained ranker as a release. Raises TrainError, ReleaseError."""
+def judge_trained(work: Workspace, ranker: str, incumbent: Release | None, limits: Limits | None = None) -> Verdict:
+    """Whether the trained ranker is worse than `incumbent` (None: nothing is served) on requests that neither was trained on.
+
+    Raises TrainError, ReleaseError, DatasetError.
+    """
+    model, about = load_trained(work.domain, ranker, work.training(ranker))
+    candidate = Contender("candidate", model, work.domain, about["generations"], about["parts"]["test"]["from_ms"])
+    served = None if incumbent is None else Contender.of(incumbent)
+    return judge(ranker, candidate, served, work.log, work.tables, limits=limits, erased=work.erased)
+
+
+def release(work: Workspace, ranker: str, gate: Mapping[str, Any] | None = None, *, only: bool = False) -> Release:
+    """Writes the trained ranker as a release. gate: what the manifest says of the verdict; only: for experiments. Raises TrainError,
+    ReleaseError.
+    """
     model, metrics = load_trained(work.domain, ranker, work.training(ranker))
     small = work.training(ranker) / SMALL_FILE
     return write_release(
@@ -107,6 +122,8 @@ def release(work: Workspace, ranker: str) -> Release:
         created_ms=now_ms(),
         generations=metrics["generations"],
         metrics=metrics["test"],
+        trained={"before_ms": metrics["parts"]["test"]["from_ms"], **({} if gate is None else {"gate": gate})},
+        only=only,
         small=small.read_bytes() if small.is_file() else None,
     )
 

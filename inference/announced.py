@@ -37,7 +37,8 @@ class Announced:
 
 
 def options(releases: Path, announced: Mapping[str, Announced]) -> dict[str, list[Announced]]:
-    """What may be served for each ranker, best first: a start takes the first that can be. The newest release is always among them.
+    """What may be served for each ranker, best first: a start takes the first that can be. The newest release is always among
+    them, one for experiments only where it is announced.
 
     Raises:
         ReleaseError: the newest release's manifest.json cannot be read.

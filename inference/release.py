@@ -71,6 +71,8 @@ def write_release(
     created_ms: int,
     generations: Mapping[str, str],
     metrics: Mapping[str, Any],
+    trained: Mapping[str, Any] | None = None,
+    only: bool = False,
     small: bytes | None = None,
 ) -> Release:
     """Writes a release folder and opens it.
@@ -83,6 +85,9 @@ def write_release(
         created_ms: time of the release, milliseconds; part of its id.
         generations: table generations that it was trained with, by space.
         metrics: what was measured, JSON values; NaN becomes null.
+        trained: where the weights come from: before_ms, from which on no request had a part in them; gate, what let it be published. None:
+            not known.
+        only: nobody serves it before it is announced: for experiments.
         small: contents of small.safetensors, the small model; None: the release has none.
 
     Raises:
@@ -110,6 +115,8 @@ def write_release(
         **_interface(domain, ranker),
         "generations": dict(sorted(generations.items())),
         "metrics": _without_nan(metrics),
+        **({} if trained is None else {"trained": _without_nan(trained)}),
+        **({"only": True} if only else {}),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())},
     }
     time = datetime.fromtimestamp(created_ms / 1000, UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -175,15 +182,21 @@ def release_folder(releases: Path, release_id: str) -> Path:
 
 
 def newest_releases(releases: Path) -> dict[str, str]:
-    """Id of the newest release of each ranker, by its time; of the same second, the greater id."""
+    """Id of the newest release of each ranker, by its time; of the same second, the greater id; none for experiments only."""
     newest: dict[str, str] = {}
-    if not Path(releases).is_dir():
-        return newest
-    for folder in Path(releases).iterdir():
-        found = _ID.fullmatch(folder.name)
-        if found and (folder / "manifest.json").is_file():
-            newest[found["ranker"]] = max(newest.get(found["ranker"], ""), folder.name)
+    folders = Path(releases).glob("*/manifest.json")
+    for release_id in sorted((path.parent.name for path in folders), reverse=True):  # of one ranker, newest first
+        found = _ID.fullmatch(release_id)
+        if found and found["ranker"] not in newest and not _is_only(Path(releases) / release_id):
+            newest[found["ranker"]] = release_id
     return newest
+
+
+def _is_only(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "manifest.json").read_bytes()).get("only", False))
+    except (OSError, ValueError, AttributeError):
+        return False  # whoever opens it says what is wrong
 
 
 def load_small(release: Release) -> SmallModel | None:

@@ -36,6 +36,14 @@ def test_a_release_made_behind_the_announcement_is_newer_than_what_was_said(fold
     assert ids(folder, home=Announced(A, time_ms=3_499)) == {"home": [C]}
 
 
+def test_a_release_for_experiments_serves_once_it_is_announced_and_not_before(folder):
+    (folder / C / "manifest.json").write_text(json.dumps({"created_ms": 3_500, "only": True}))
+    assert ids(folder) == {"home": [B]}
+    assert ids(folder, home=Announced(A, time_ms=1_600)) == {"home": [B]}
+    assert ids(folder, home=Announced(A, time_ms=2_600)) == {"home": [A, B]}, "a server that starts again during a canary"
+    assert ids(folder, home=Announced(C, time_ms=3_600)) == {"home": [C]}
+
+
 def test_an_announced_release_that_is_not_here_yet_is_named_all_the_same(tmp_path):
     assert ids(tmp_path, home=Announced(A, time_ms=1)) == {"home": [A]}
 

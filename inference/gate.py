@@ -1,0 +1,206 @@
+"""The gate before a release: is a newly trained ranker worse than what is served, on the latest requests that neither was trained on?
+
+Both see the same requests, each packed with its own domain file and table generations. What is compared is the AUC of each head that both
+have, with the interval of a bootstrap over users that draws the same users for both.
+
+What it cannot know: labels exist only on lists that were served, so a model close to the served one has an advantage that live traffic
+would not give it. A canary (docs/experiments.md) decides between two that pass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from features.domain import Domain
+from features.erasures import NOBODY, Erased
+from inference.dataset import build_dataset
+from inference.evaluate import compare
+from inference.release import Release, load_model
+from inference.train import EVALUATION_ROWS, TIME_MS_MAX
+from inference.transact import NoopRanker, TransActRanker
+
+PASSED, REFUSED, UNKNOWN = "passed", "refused", "cannot be judged"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison must have to count, and what it may cost.
+
+    requests_min: requests that neither was trained on; below, nothing is said.
+    positives_min: labels of a head on them; a head with fewer is not judged.
+    auc_loss_max: how much lower a head's AUC may be as long as chance explains it.
+    """
+
+    requests_min: int = 500
+    positives_min: int = 50
+    auc_loss_max: float = 0.005
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A trained ranker. trained_before_ms: no request from this time on had a part in its weights, None: not known."""
+
+    name: str
+    model: TransActRanker | NoopRanker
+    domain: Domain
+    generations: Mapping[str, str]
+    trained_before_ms: int | None
+
+    @classmethod
+    def of(cls, release: Release) -> "Contender":
+        """A release. Raises ReleaseError."""
+        before_ms = release.manifest.get("trained", {}).get("before_ms")
+        return cls(release.release_id, load_model(release), release.domain, release.generations, before_ms)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """decision: PASSED, REFUSED or UNKNOWN, for `reasons`. heads: figures by head and metric, as `evaluate.compare` gives them,
+    "with" being the candidate and "without" the incumbent. judged: the heads that had labels enough.
+    """
+
+    decision: str
+    reasons: tuple[str, ...]
+    incumbent: str = ""
+    requests: int = 0
+    from_ms: int = 0
+    heads: Mapping[str, Mapping[str, Any]] | None = None
+    judged: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate may be published."""
+        return self.decision == PASSED
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def judge(
+    ranker: str,
+    candidate: Contender,
+    incumbent: Contender | None,
+    log: str | Path,
+    tables_root: str | Path,
+    *,
+    limits: Limits | None = None,
+    erased: Erased = NOBODY,
+) -> Verdict:
+    """Compares a candidate with the incumbent on the requests of `log` behind what either was trained on.
+
+    Args:
+        ranker: name of the ranker in both domain files.
+        candidate: what would be published.
+        incumbent: what is served; None: nothing yet, and the candidate passes.
+        log: folder of a canonical log whose latest requests both are judged on.
+        tables_root: folder of the spaces.
+        limits: see Limits.
+        erased: users whose past is left out.
+
+    Raises:
+        DatasetError, TableError, LogError: the log or a table cannot be used.
+    """
+    limits = limits or Limits()
+    if incumbent is None:
+        return Verdict(PASSED, ("it is the first release of this ranker",))
+    said = {"incumbent": incumbent.name}
+    if not isinstance(candidate.model, TransActRanker) or not isinstance(incumbent.model, TransActRanker):
+        return Verdict(PASSED, ("one of the two has no weights to compare",), **said)
+    unknown = next((who.name for who in (candidate, incumbent) if who.trained_before_ms is None), None)
+    if unknown is not None:
+        return Verdict(UNKNOWN, (f"{unknown} does not say which requests it was trained on",), **said)
+    from_ms = max(int(who.trained_before_ms or 0) for who in (candidate, incumbent))
+    mine, theirs = (_scored(ranker, who, log, tables_root, from_ms, erased) for who in (candidate, incumbent))
+    about: dict[str, Any] = {"requests": len(mine.users), "from_ms": from_ms, **said}
+    if len(mine.users) < limits.requests_min:
+        reason = f"{len(mine.users)} requests that neither was trained on; {limits.requests_min} are needed"
+        return Verdict(UNKNOWN, (reason,), **about)
+    if any(not np.array_equal(getattr(mine, name), getattr(theirs, name)) for name in ("users", "times_ms", "request_row")):
+        return Verdict(UNKNOWN, ("the two have different requests: their surfaces differ",), **about)
+    return _decide(mine, theirs, limits, about)
+
+
+def gate_table(verdict: Verdict) -> Table:
+    """The verdict's figures for the terminal."""
+    table = Table(title=f"candidate against {verdict.incumbent or 'nothing'}: {verdict.requests} later requests")
+    for column in ("head", "AUC of the candidate", "of the incumbent", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for head, figures in (verdict.heads or {}).items():
+        row = figures["auc"]
+        if head not in verdict.judged or row["difference"] is None:
+            table.add_row(head, "too few labels", "", "", "")
+            continue
+        interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
+        table.add_row(head, f"{row['with']:.4f}", f"{row['without']:.4f}", f"{row['difference']:+.4f}", interval)
+    return table
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Later requests in the order of time: users uint64 [R], times_ms int64 [R], request_row int64 [N], probabilities float32 [N, H],
+    labels bool [N, H].
+    """
+
+    heads: tuple[str, ...]
+    users: npt.NDArray[np.uint64]
+    times_ms: npt.NDArray[np.int64]
+    request_row: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.bool_]
+
+
+def _scored(ranker: str, who: Contender, log: str | Path, tables_root: str | Path, from_ms: int, erased: Erased) -> _Scored:
+    """The log's requests from `from_ms` on, as a contender packs and scores them."""
+    assert isinstance(who.model, TransActRanker)
+    dataset, _ = build_dataset(who.domain, ranker, log, tables_root, generations=who.generations, erased=erased)
+    part = dataset.part(from_ms, TIME_MS_MAX)
+    sizes = np.diff(dataset.starts)[part]
+    rows = np.zeros((int(sizes.sum()), len(who.model.head_names)), np.float32)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for chosen in dataset.batches(part, EVALUATION_ROWS, None):  # by sequence length, which the contenders need not share
+        batch = dataset.batch(chosen)
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in (chosen - part[0]).tolist()])
+        rows[places] = who.model.probabilities(batch.tensors, batch.request_row).numpy()
+    return _Scored(
+        heads=who.model.head_names,
+        users=dataset.user_id[part],
+        times_ms=dataset.request_time_ms[part],
+        request_row=np.repeat(np.arange(len(part)), sizes),
+        probabilities=rows,
+        labels=dataset.labels[dataset.candidate_rows(part)],
+    )
+
+
+def _decide(mine: _Scored, theirs: _Scored, limits: Limits, about: dict[str, Any]) -> Verdict:
+    """The verdict over requests that both have. Labels are those of the candidate's domain file."""
+    reasons = [f"head {head}: the incumbent has it, the candidate not" for head in theirs.heads if head not in mine.heads]
+    if not np.isfinite(mine.probabilities).all():
+        reasons.append("its scores are not all finite")
+    heads: dict[str, Any] = {}
+    judged = []
+    for column, head in enumerate(mine.heads):
+        labels = mine.labels[:, column]
+        if head not in theirs.heads or labels.all() or not labels.any():
+            continue
+        others = theirs.probabilities[:, theirs.heads.index(head)]
+        heads[head] = compare(np.nan_to_num(mine.probabilities[:, column]), others, labels, mine.request_row, mine.users)
+        if min(labels.sum(), (~labels).sum()) < limits.positives_min:
+            continue
+        judged.append(head)
+        row = heads[head]["auc"]
+        if row["high"] < 0:
+            reasons.append(f"head {head}: AUC {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}): worse, and not by chance")
+        elif row["difference"] < -limits.auc_loss_max:
+            reasons.append(f"head {head}: AUC {row['difference']:+.4f}, more than the {limits.auc_loss_max} that are allowed")
+    figures: dict[str, Any] = {"heads": heads, "judged": tuple(judged), **about}
+    if reasons:
+        return Verdict(REFUSED, tuple(reasons), **figures)
+    if not judged:
+        return Verdict(UNKNOWN, (f"no head that both have has {limits.positives_min} labels of either kind",), **figures)
+    return Verdict(PASSED, ("no judged head is worse",), **figures)

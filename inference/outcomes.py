@@ -1,0 +1,128 @@
+"""What users did with the lists of each arm of an experiment: labels a list by head, and whether a canary may go on.
+
+A list counts as its user saw it: the labels on its seen candidates. Lists of a user are averaged, then users, as HIT@3 is. Arms have
+different users, so the interval of a difference comes from a bootstrap that draws the users of both arms. Who looks at a canary every hour
+stops a good one by chance more often than the interval says; that is the cheaper mistake.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from inference.metrics import user_means
+
+PROMOTE, STOP, GO_ON = "promote", "stop", "go on"
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm against the control. per_list: labels a list by head; differences: (difference, low, high) of a 95 % interval; empty_share:
+    lists without any label of a head that users should give.
+    """
+
+    arm: str
+    lists: int
+    users: int
+    per_list: Mapping[str, float]
+    empty_share: float
+    differences: Mapping[str, tuple[float, float, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def outcomes(
+    arms: npt.NDArray[np.str_],
+    users: npt.NDArray[np.uint64],
+    labels: npt.NDArray[np.int64],
+    heads: Sequence[str],
+    utilities: Mapping[str, float],
+    *,
+    control: str = "",
+    seed: int = 0,
+) -> list[Outcome]:
+    """Each arm's outcome, the control first, then by name.
+
+    Args:
+        arms: arm of each list [R]; `control` are the users beyond the arms.
+        users: its user [R].
+        labels: how many of its seen candidates have a label of each head [R, H].
+        heads: H names.
+        utilities: by head; above 0: users should give it.
+        control: name of the arm that the others are compared with.
+        seed: of the bootstrap.
+    """
+    wanted = np.array([utilities.get(head, 0.0) > 0 for head in heads], bool)
+    empty = ~(labels[:, wanted] > 0).any(1)
+    means = {
+        arm: [user_means(labels[arms == arm, column], users[arms == arm])[1] for column in range(len(heads))]
+        for arm in (control, *sorted(set(arms.tolist()) - {control}))
+    }
+    of_control = dict(zip(heads, means[control], strict=True))
+    found = []
+    for arm, by_head in means.items():
+        of_arm, named = arms == arm, dict(zip(heads, by_head, strict=True))
+        found.append(
+            Outcome(
+                arm=arm,
+                lists=int(of_arm.sum()),
+                users=len(np.unique(users[of_arm])),
+                per_list={head: _mean(values) for head, values in named.items()},
+                empty_share=float(empty[of_arm].mean()) if of_arm.any() else float("nan"),
+                differences={} if arm == control else {head: _difference(named[head], of_control[head], seed) for head in heads},
+            )
+        )
+    return found
+
+
+def decide(canary: Outcome, control: Outcome, utilities: Mapping[str, float], *, lists_min: int, users_min: int) -> tuple[str, str]:
+    """What is to happen with a canary, and why: STOP where users do less of what they should, or more of what they should not, and chance
+    does not explain it; GO_ON until both arms have lists and users enough; else PROMOTE.
+    """
+    for head, (difference, low, high) in canary.differences.items():
+        sign = np.sign(utilities.get(head, 0.0))
+        if (sign > 0 and high < 0) or (sign < 0 and low > 0):
+            return STOP, f"{head}: {difference:+.4f} a list ({low:+.4f} to {high:+.4f})"
+    for arm in (canary, control):
+        name = arm.arm or "the control"
+        if arm.lists < lists_min or arm.users < users_min:
+            return GO_ON, f"{name} has {arm.lists} lists of {arm.users} users; {lists_min} of {users_min} are needed"
+    return PROMOTE, "no head is worse beyond chance"
+
+
+def outcomes_table(found: Sequence[Outcome], title: str) -> Table:
+    """For the terminal."""
+    table = Table(title=title)
+    for column in ("arm", "lists", "users", "head", "labels a list", "difference", "95 % interval", "lists without"):
+        table.add_column(column, justify="left" if column in ("arm", "head") else "right")
+    for one in found:
+        for i, (head, value) in enumerate(one.per_list.items()):
+            about = (one.arm or "control", str(one.lists), str(one.users)) if i == 0 else ("", "", "")
+            difference, low, high = one.differences.get(head, (float("nan"),) * 3)
+            shown = ("", "") if difference != difference else (f"{difference:+.4f}", f"{low:+.4f} .. {high:+.4f}")
+            table.add_row(*about, head, f"{value:.4f}", *shown, f"{one.empty_share:.1%}" if i == 0 else "")
+    return table
+
+
+def _difference(own: npt.NDArray[np.float64], other: npt.NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    """Difference of the means with its 2.5 and 97.5 per cent points; NaN where an arm has nobody."""
+    if not len(own) or not len(other):
+        return (float("nan"),) * 3
+    random = np.random.default_rng(seed)
+    draws = [_draw(own, random) - _draw(other, random) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(own.mean() - other.mean()), float(low), float(high)
+
+
+def _draw(values: npt.NDArray[np.float64], random: np.random.Generator) -> float:
+    return float(values[random.integers(0, len(values), len(values))].mean())
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
