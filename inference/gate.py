@@ -109,7 +109,7 @@ def judge(
     limits = limits or Limits()
     if incumbent is None:
         return Verdict(PASSED, ("it is the first release of this ranker",))
-    said = {"incumbent": incumbent.name}
+    said: dict[str, Any] = {"incumbent": incumbent.name}
     if not isinstance(candidate.model, TransActRanker) or not isinstance(incumbent.model, TransActRanker):
         return Verdict(PASSED, ("one of the two has no weights to compare",), **said)
     unknown = next((who.name for who in (candidate, incumbent) if who.trained_before_ms is None), None)

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def outcomes(
-    arms: npt.NDArray[np.str_],
+    arms: npt.NDArray[Any],
     users: npt.NDArray[np.uint64],
     labels: npt.NDArray[np.int64],
     heads: Sequence[str],
@@ -60,22 +60,22 @@ def outcomes(
     """
     wanted = np.array([utilities.get(head, 0.0) > 0 for head in heads], bool)
     empty = ~(labels[:, wanted] > 0).any(1)
+    of_arms = {arm: np.array([name == arm for name in arms.tolist()], bool) for arm in (control, *sorted(set(arms.tolist()) - {control}))}
     means = {
-        arm: [user_means(labels[arms == arm, column], users[arms == arm])[1] for column in range(len(heads))]
-        for arm in (control, *sorted(set(arms.tolist()) - {control}))
+        arm: {head: user_means(labels[of_arm, column], users[of_arm])[1] for column, head in enumerate(heads)}
+        for arm, of_arm in of_arms.items()
     }
-    of_control = dict(zip(heads, means[control], strict=True))
     found = []
-    for arm, by_head in means.items():
-        of_arm, named = arms == arm, dict(zip(heads, by_head, strict=True))
+    for arm, of_arm in of_arms.items():
+        differences = {} if arm == control else {head: _difference(means[arm][head], means[control][head], seed) for head in heads}
         found.append(
             Outcome(
                 arm=arm,
                 lists=int(of_arm.sum()),
                 users=len(np.unique(users[of_arm])),
-                per_list={head: _mean(values) for head, values in named.items()},
+                per_list={head: _mean(values) for head, values in means[arm].items()},
                 empty_share=float(empty[of_arm].mean()) if of_arm.any() else float("nan"),
-                differences={} if arm == control else {head: _difference(named[head], of_control[head], seed) for head in heads},
+                differences=differences,
             )
         )
     return found

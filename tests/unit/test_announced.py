@@ -41,7 +41,7 @@ def test_a_release_for_experiments_serves_once_it_is_announced_and_not_before(fo
     assert ids(folder) == {"home": [B]}
     assert ids(folder, home=Announced(A, time_ms=1_600)) == {"home": [B]}
     assert ids(folder, home=Announced(A, time_ms=2_600)) == {"home": [A, B]}, "a server that starts again during a canary"
-    assert ids(folder, home=Announced(C, time_ms=3_600)) == {"home": [C]}
+    assert ids(folder, home=Announced(C, time_ms=3_600)) == {"home": [C, B]}
 
 
 def test_an_announced_release_that_is_not_here_yet_is_named_all_the_same(tmp_path):
