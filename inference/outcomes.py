@@ -59,7 +59,7 @@ def outcomes(
         seed: of the bootstrap.
     """
     wanted = np.array([utilities.get(head, 0.0) > 0 for head in heads], bool)
-    empty = ~(labels[:, wanted] > 0).any(1)
+    empty = np.asarray(~np.any(labels[:, wanted] > 0, axis=1), bool)
     of_arms = {arm: np.array([name == arm for name in arms.tolist()], bool) for arm in (control, *sorted(set(arms.tolist()) - {control}))}
     means = {
         arm: {head: user_means(labels[of_arm, column], users[of_arm])[1] for column, head in enumerate(heads)}
