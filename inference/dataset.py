@@ -115,17 +115,25 @@ class Dataset:
         """The requests in the order of their sequences' lengths."""
         return requests[np.argsort(self._lengths(requests), kind="stable")]
 
-    def pieces(self, requests: I64, tokens_max: int) -> list[I64]:
-        """Cuts a batch into pieces of at most `tokens_max` tokens (candidates times longest sequence; one request at least).
+    def lengths_behind(self, requests: I64, window_ms: npt.NDArray[np.float64]) -> I64:
+        """How many actions of each request's sequence are `window_ms` [R] old or older: int64 [R]."""
+        counts = self._lengths(requests)
+        ages_ms = self.of_sequence["sequence_age_ms"].take(ragged(self.sequence_starts, requests))
+        old = starts_of(ages_ms >= np.repeat(window_ms, counts))
+        ends = np.cumsum(counts)
+        return old[ends] - old[ends - counts]
 
-        `requests` as `by_length` gives them.
+    def pieces(self, requests: I64, lengths: I64, tokens_max: int) -> list[slice]:
+        """Cuts a batch into pieces of at most `tokens_max` tokens (candidates times the longest of `lengths`; one request at least).
+
+        `lengths` int64 [R] ascend: the actions of each request that the model looks at.
         """
-        lengths, ends = np.maximum(self._lengths(requests), 1), np.cumsum(self._sizes(requests))
+        lengths, ends = np.maximum(lengths, 1), np.cumsum(self._sizes(requests))
         cut, first = [], 0
         while first < len(requests):
             tokens = (ends[first:] - (ends[first - 1] if first else 0)) * lengths[first:]
             last = first + max(1, int(tokens.searchsorted(tokens_max, "right")))
-            cut.append(requests[first:last])
+            cut.append(slice(first, last))
             first = last
         return cut
 

@@ -47,26 +47,26 @@ class Stepper:
             self._forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def step(self, dataset: Dataset, chosen: I64, number: int, rate: float) -> Stepped:
-        """Trains on the requests `chosen`, which are sorted by length; `number`: of the step, `rate`: its learning rate."""
+        """Trains on the requests `chosen`; `number`: of the step, `rate`: its learning rate."""
         begin_s = time.perf_counter()
         ranks, rows = self._ranks, int((dataset.starts[chosen + 1] - dataset.starts[chosen]).sum())
         # Drawn for the whole batch, whoever computes which part of it.
         windows = self._draws(number, len(chosen))
-        mine = np.arange(len(chosen))[ranks.rank :: ranks.size]
+        lengths = self._lengths(dataset, chosen, windows)
+        mine = np.argsort(lengths, kind="stable")[ranks.rank :: ranks.size]
         share = 1.0 if len(mine) else 0.0  # every process takes part in the sum of gradients
         mine = mine if len(mine) else np.zeros(1, np.int64)
-        pieces = dataset.pieces(chosen[mine], self._piece_tokens)
+        pieces = dataset.pieces(chosen[mine], lengths[mine], self._piece_tokens)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        wait_s, total, first = time.perf_counter() - begin_s, 0.0, 0
+        wait_s, total = time.perf_counter() - begin_s, 0.0
         seen: list[tuple[Tensor, Tensor]] = []
         for place, piece in enumerate(pieces):
             begin_s = time.perf_counter()
-            batch = dataset.batch(piece)
+            batch = dataset.batch(chosen[mine[piece]])
             wait_s += time.perf_counter() - begin_s
-            window_ms = None if windows is None else windows[mine[first : first + len(piece)]]
-            first += len(piece)
+            window_ms = None if windows is None else windows[mine[piece]]
             with self._sync(place == len(pieces) - 1):
                 with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
                     logits = self._forward(batch.tensors, batch.request_row, window_ms=window_ms)
@@ -86,6 +86,14 @@ class Stepper:
         if not self.model.use_sequence:
             return None
         return self.model.sequence.draw_window_ms(requests, torch.Generator().manual_seed(of_windows % 2**63))
+
+    def _lengths(self, dataset: Dataset, chosen: I64, windows: Tensor | None) -> I64:
+        """Actions of each request that cost something."""
+        if not self.model.use_sequence:
+            return np.zeros(len(chosen), np.int64)
+        if windows is None or not self.model.train_sequence.applies:
+            return dataset.sequence_starts[chosen + 1] - dataset.sequence_starts[chosen]
+        return dataset.lengths_behind(chosen, windows[:, 0].numpy())
 
     @contextlib.contextmanager
     def _sync(self, last: bool) -> Iterator[None]:

@@ -36,26 +36,54 @@ class TrainEncoder:
         """Compressed sequence of each candidate, float32 [N, (K + 1) E]: `SequenceEncoder.forward`."""
         encoder = self._encoder
         valid = encoder.valid(tensors)  # [R, S]
-        S = valid.shape[1]
+        skipped = None
         if window_ms is not None:
-            valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
+            tensors, skipped = _behind_windows(tensors, valid, window_ms)
+            valid = encoder.valid(tensors)
         history = encoder.tokens(tensors, valid)  # [R, S, E - D]
         hidden = torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, MASKED)[:, None]  # [R, 1, S]
         first, *later = cast("list[EncoderLayer]", list(encoder.layers))
         x = _first(first, history, candidate, request_row, hidden)
-        mask = None if bool(valid.all()) else hidden[request_row]  # [N, 1, S]
+        padded = not bool(valid.all())
         for layer in later:
-            x = _later(layer, x, mask)
-        K, N = encoder.first_k, len(candidate)
-        first_k = x[:, :K]  # [N, min(K, S), E]
-        if mask is not None:
-            real = valid[request_row].unsqueeze(-1)  # [N, S, 1]
-            first_k = first_k.masked_fill(~real[:, :K], 0.0)
-            pooled = x.masked_fill(~real, MASKED).max(1).values.masked_fill(~real.any(1), 0.0)  # [N, E]
-        else:
-            pooled = x.max(1).values
-        first_k = functional.pad(first_k.reshape(N, -1), (0, (K - min(K, S)) * x.shape[2]))
-        return torch.cat([first_k, pooled], 1)
+            x = _later(layer, x, hidden[request_row] if padded else None)
+        real = valid[request_row].unsqueeze(-1)  # [N, S, 1]
+        pooled = x
+        if padded:
+            pooled = x.masked_fill(~real, MASKED)
+        pooled = pooled.max(1).values  # [N, E]
+        if padded:
+            pooled = pooled.masked_fill(~real.any(1), 0.0)
+        first_k = _first_k(x, real, encoder.first_k, None if skipped is None else skipped[request_row])
+        return torch.cat([first_k.flatten(1), pooled], 1)
+
+
+def _behind_windows(tensors: Mapping[str, Tensor], valid: Tensor, window_ms: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The request's tensors without the actions younger than `window_ms` [R, 1], and how many those are: int64 [R, 1]; None: nowhere any.
+
+    Actions come newest first, so they are the first ones: what is masked takes no part in anything, and costs nothing here.
+    """
+    S = valid.shape[1]
+    skipped = (valid & (tensors["sequence_age_ms"][:, :S] < window_ms)).sum(1, keepdim=True)  # [R, 1]
+    if not bool(skipped.any()):
+        return dict(tensors), None
+    count = tensors["sequence_count"].reshape(-1, 1) - skipped
+    places = (torch.arange(max(1, int(count.max())), device=count.device) + skipped).clamp(max=S - 1)  # [R, S']
+    rows = torch.arange(len(places), device=count.device)[:, None]
+    cut = {name: value[rows, places] for name, value in tensors.items() if name.startswith("sequence_") and name != "sequence_count"}
+    return {**tensors, **cut, "sequence_count": count}, skipped
+
+
+def _first_k(x: Tensor, real: Tensor, K: int, skipped: Tensor | None) -> Tensor:
+    """The tokens of the first K places, float32 [N, K, E]: zero where a place is padding or was `skipped` [N, 1]."""
+    S = x.shape[1]
+    if skipped is None:
+        kept = x[:, :K].masked_fill(~real[:, :K], 0.0)
+        return functional.pad(kept, (0, 0, 0, K - kept.shape[1]))
+    place = torch.arange(K, device=x.device) - skipped  # [N, K]
+    there = ((place >= 0) & (place < S)).unsqueeze(-1)
+    place = place.clamp(0, S - 1).unsqueeze(-1)  # [N, K, 1]
+    return x.gather(1, place.expand(-1, -1, x.shape[2])).masked_fill(~(there & real.gather(1, place)), 0.0)
 
 
 def _first(layer: "EncoderLayer", history: Tensor, candidate: Tensor, request_row: Tensor, hidden: Tensor) -> Tensor:
