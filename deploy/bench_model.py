@@ -52,7 +52,7 @@ class PlainEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, batch_first=True)
         self.transformer = nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
         for mine, theirs in zip(self.transformer.layers, layers, strict=True):
-            mine.load_state_dict(dict(zip(_LIBRARY_NAMES, theirs.state_dict().values(), strict=True)))
+            mine.load_state_dict(dict(zip(LIBRARY_NAMES, theirs.state_dict().values(), strict=True)))
 
     def forward(self, tensors: Mapping[str, Tensor], candidate: Tensor) -> Tensor:
         """Compressed sequence of the candidates [N, D] of one request, float32 [N, (K + 1) E]."""
@@ -66,7 +66,7 @@ class PlainEncoder(nn.Module):
         return torch.cat([x[:, :K].flatten(1), x.amax(1)], 1)
 
 
-_LIBRARY_NAMES = (
+LIBRARY_NAMES = (
     "self_attn.in_proj_weight",
     "self_attn.in_proj_bias",
     "self_attn.out_proj.weight",

@@ -246,10 +246,14 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
+    checkpoint_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints within an epoch.")] = 300.0,
     home: Home = None,
     domain: DomainFile = None,
 ) -> None:
-    """Train a ranker on the imported log: temporal parts, early stop, checkpoints, curves.
+    """Train a ranker on the imported log: temporal parts, early stop, checkpoints, curves, a report.
+
+    Several processes: `torchrun --nproc-per-node 2 -m deploy.cli train ...`; each takes its part of every batch.
 
     Example: `freshrank train --domain domains/kuairand.toml --ranker home --epochs 5`
     """
@@ -259,10 +263,19 @@ def train(
     settings = settings_for(home, domain)
     work = workspace(settings)
     name = work.domain.ranker_name(ranker)
-    options = TrainOptions(epochs=epochs, seconds_max=seconds, learning_rate=learning_rate, seed=seed, threads=os.cpu_count() or 1)
+    options = TrainOptions(
+        epochs=epochs,
+        seconds_max=seconds,
+        learning_rate=learning_rate,
+        seed=seed,
+        bf16=bf16,
+        checkpoint_s=checkpoint_s,
+        threads=os.cpu_count() or 1,
+    )
     result = train_ranker(work, name, options, resume=resume)
-    Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
-    print(f"weights, metrics and curves: {result.folder}")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
+        print(f"weights, metrics, curves and report: {result.folder}")
 
 
 @app.command()

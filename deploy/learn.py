@@ -18,6 +18,7 @@ from inference.dataset import split_times
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
 from inference.gate import Contender, Limits, Verdict, judge
+from inference.parallel import joined
 from inference.popularity import publish_popularity
 from inference.release import Release, write_release
 from inference.small import SMALL_FILE
@@ -68,18 +69,24 @@ def import_data(work: Workspace, data: Path, console: Console | None = None) -> 
 
 
 def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False, out: Path | None = None) -> TrainResult:
-    """Embeddings of the training part, then the ranker with exactly these, into `out` (None: where `release` finds it).
+    """Embeddings of the training part, then the ranker with exactly these, into `out` (None: where `release` finds it). Under `torchrun`
+    the first process makes the tables, and all of them train.
 
     Raises:
         TrainError, DatasetError, EmbeddingError, LogError: see there.
     """
-    domain = work.domain
-    validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
-    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=work.erased)
-    publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=work.erased)
+    domain, erased = work.domain, work.erased
+
+    def tables() -> dict[str, str]:
+        validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
+        folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=erased)
+        publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=erased)
+        return newest_generations(folders)
+
     out = work.training(ranker) if out is None else out
-    generations = newest_generations(folders)
-    return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=work.erased)
+    with joined() as ranks:
+        generations = ranks.from_first(tables)
+        return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=erased)
 
 
 def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) -> TrainResult:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from features.ids import U64
 from features.sequence import NEVER_ERASED
@@ -97,6 +98,11 @@ def erased_users(erasures: Iterable[Erasure]) -> dict[int, int]:
     for erasure in erasures:
         users[erasure.user_id] = max(users.get(erasure.user_id, NEVER_ERASED), erasure.append_time_ms)
     return users
+
+
+def ledger_fingerprint(erased: Erased) -> str:
+    """Identity of the known erasures, 16 hexadecimal digits: what was built under another one may hold what has been erased since."""
+    return xxhash.xxh3_64_hexdigest(repr(sorted(erased.items())).encode())
 
 
 def erased_before_ms(erased: Erased, users: U64) -> npt.NDArray[np.int64]:

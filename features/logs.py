@@ -7,6 +7,7 @@ Files are written under another name and renamed when whole, so a reader never s
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ import pyarrow.parquet as pq
 
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
-from features.erasures import Erased, erased_before_ms
+from features.erasures import Erased, erased_before_ms, ledger_fingerprint
 
 LOG_VERSION = "1"
 ACTIONS, IMPRESSIONS, SUMMARY = "actions.parquet", "impressions.parquet", "summary.json"
+PACKED = "packed"
+"""Below a log folder: training arrays of its requests, a folder each, whose meta.json names the ledger that they were packed under."""
 ORDERS = ("append_time", "offset")
 
 _EVENT_TYPES = {
@@ -334,9 +337,13 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[npt.NDArray[Any], npt.NDAr
 def drop_past(folder: str | Path, erased: Erased) -> int:
     """Takes the past of erased users out of a log folder's files: rows up to their erasure; returns how many. Erasures stay.
 
-    A file without such rows is left as it is; another is replaced when the new one is whole.
+    A file without such rows is left as it is; another is replaced when the new one is whole. Arrays packed under another ledger go: they
+    are packed again when they are needed.
     """
     gone = 0
+    for meta in Path(folder, PACKED).glob("[!.]*/meta.json"):
+        if json.loads(meta.read_text("utf-8"))["ledger"] != ledger_fingerprint(erased):
+            shutil.rmtree(meta.parent)
     for name in (ACTIONS, IMPRESSIONS):
         path = Path(folder) / name
         if path.exists():

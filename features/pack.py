@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from features.actions import EVENT_DTYPE
 from features.domain import Domain, Feature
 from features.ids import U64, string_ids
 from features.sequence import NEVER_ERASED, Events
-from features.tables import Found, TableSet
+from features.tables import USER, Found, Generation, TableSet
 from features.tensors import Tensor, feature_names, tensor_table
 
 Array = npt.NDArray[Any]
@@ -34,6 +35,7 @@ MISSING, OUTSIDE, FIRST = 0, 1, 2
 
 _RETRACTS, _SEEN = np.uint8(1), np.uint8(2)
 _NAN = np.float32(np.nan)
+_OPAQUE = np.dtype(f"V{EVENT_DTYPE.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,27 @@ class RankInputs:
     candidate_features: Mapping[str, Column] = field(default_factory=dict)
     request_features: Mapping[str, Column] = field(default_factory=dict)
     erased_before_ms: int = NEVER_ERASED
+
+
+@dataclass(frozen=True)
+class ManyInputs:
+    """R requests with N candidates in all, each as `RankInputs` has it.
+
+    user_id uint64 [R], request_time_ms int64 [R], erased_before_ms int64 [R]; starts int64 [R + 1]: request i has the candidates
+    starts[i]:starts[i + 1] of candidate_ids uint64 [N] and candidate_kinds uint8 [N], and event_starts int64 [R + 1] its events likewise.
+    Columns of N values for candidate features and of R for request features.
+    """
+
+    user_id: U64
+    request_time_ms: npt.NDArray[np.int64]
+    erased_before_ms: npt.NDArray[np.int64]
+    events: Events
+    event_starts: npt.NDArray[np.int64]
+    candidate_ids: U64
+    candidate_kinds: npt.NDArray[np.uint8]
+    starts: npt.NDArray[np.int64]
+    candidate_features: Mapping[str, Column] = field(default_factory=dict)
+    request_features: Mapping[str, Column] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +179,38 @@ class Packer:
             taken_down_candidates=int(np.count_nonzero(tables.taken_down(kinds, ids))) if tables.takedowns is not None else 0,
         )
 
+    def pack_many(self, inputs: ManyInputs) -> Tensors:
+        """`pack` of many requests without a loop over them, for training: the same bytes, in another shape.
+
+        Tensors of the request are stacked [R, ...], those of candidates [N, ...]; those of the sequence stand without padding one request
+        behind the other, as long as `sequence_count` [R, 1] says.
+        """
+        tables, tensors = self.tables, Tensors()
+        R, ids, kinds = len(inputs.user_id), inputs.candidate_ids, inputs.candidate_kinds
+        where, counts = self._visible_of_many(inputs)
+        seen = inputs.events.view(_OPAQUE).take(where).view(EVENT_DTYPE)  # as opaque bytes: a structure is copied field by field
+        time_ms = np.repeat(inputs.request_time_ms, counts)
+        tensors["sequence_count"] = counts.astype(np.int32)[:, None]
+        self._fill_sequence(tensors, seen, time_ms, len(seen))
+        found = tables.find(tables.items, np.concatenate((seen["entity_kind"], kinds)), np.concatenate((seen["entity_id"], ids)))
+        vectors = np.zeros((len(seen) + len(ids), self._dimension), np.float16)
+        found.fill_vectors(vectors)
+        tensors["sequence_embedding"], tensors["candidate_embedding"] = vectors[: len(seen)], vectors[len(seen) :]
+        if tables.users is not None:
+            tensors["user_embedding"] = np.zeros((R, self._dimension), np.float16)
+            _find_users(tables.users, inputs).fill_vectors(tensors["user_embedding"])
+        if self._kinds:
+            tensors["candidate_kind"] = kinds.astype(np.int32)
+        if tables.features is not None and self._stored["user"]:
+            self._add_stored(tensors, "user", _find_users(tables.features, inputs), R)
+        if tables.features is not None and self._stored["item"]:
+            self._add_stored(tensors, "item", tables.find(tables.features, kinds, ids), len(ids))
+        if self._stored["request"]:
+            self._add_columns(tensors, "request", inputs.request_features, R)
+        if self._stored["candidate"]:
+            self._add_columns(tensors, "candidate", inputs.candidate_features, len(ids))
+        return {row.name: tensors[row.name] for row in self.table}
+
     def digest(self, tensors: Mapping[str, Array]) -> bytes:
         """See `digest`."""
         return _digests(self.table, tensors)[0]
@@ -170,27 +225,48 @@ class Packer:
 
     def visible(self, inputs: RankInputs) -> npt.NDArray[np.int64]:
         """Rules 1 to 6: index of each event that the model sees, newest first, int64."""
-        events = inputs.events
+        return self._kept(inputs.events, inputs.request_time_ms, None)[-self._length :][::-1]
+
+    def _visible_of_many(self, inputs: ManyInputs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """`visible` of each request, one behind the other, as indices of all events; and how many each has: int64 [R]."""
+        R = len(inputs.user_id)
+        request = np.repeat(np.arange(R), np.diff(inputs.event_starts))
+        kept = self._kept(inputs.events, inputs.request_time_ms[request], request)
+        of = request[kept]
+        all_counts = np.bincount(of, minlength=R)
+        from_end = np.cumsum(all_counts)[of] - 1 - np.arange(len(kept))  # 0: the newest of its request
+        counts = np.minimum(all_counts, self._length)
+        newest = from_end < self._length
+        found = np.empty(int(counts.sum()), np.int64)
+        found[(np.cumsum(counts) - counts)[of[newest]] + from_end[newest]] = kept[newest]
+        return found, counts
+
+    def _kept(
+        self, events: Events, request_time_ms: int | npt.NDArray[np.int64], request: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        """Rules 1 to 5: index of each event that stays, ascending. `request` int64 [n]: whose each event is; None: all are of one."""
         time_ms, kind = events["event_time_ms"], events["entity_kind"]
         flags = self._flags.take(events["action"])  # 0: unknown; it leaves with what the ranker does not ask for, and retracts nothing
         keep = self._kind_known.take(kind)
-        keep &= time_ms <= inputs.request_time_ms + self._future_tolerance_ms
-        keep &= time_ms >= inputs.request_time_ms - self._age_ms_max
+        keep &= time_ms <= request_time_ms + self._future_tolerance_ms
+        keep &= time_ms >= request_time_ms - self._age_ms_max
         if self._retractions:
             retracts = (flags & _RETRACTS).astype(bool)
             if retracts.any():
-                keep &= ~(self._retracted(events, keep) | retracts)
+                keep &= ~(self._retracted(events, keep, request) | retracts)
         if self.tables.takedowns is not None:
             keep &= ~self.tables.taken_down(kind, events["entity_id"])
         keep &= (flags & _SEEN).astype(bool)
-        return np.flatnonzero(keep)[-self._length :][::-1]
+        return np.flatnonzero(keep)
 
-    def _retracted(self, events: Events, keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def _retracted(self, events: Events, keep: npt.NDArray[np.bool_], request: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
         """Which events a later retraction among the kept ones takes back: bool [n]."""
         action, kind, entity = events["action"], events["entity_kind"], events["entity_id"]
-        order = np.lexsort((entity, kind))
+        order = np.lexsort((entity, kind) if request is None else (entity, kind, request))
         differs = np.ones(len(events), bool)
         differs[1:] = (entity[order[1:]] != entity[order[:-1]]) | (kind[order[1:]] != kind[order[:-1]])
+        if request is not None:
+            differs[1:] |= request[order[1:]] != request[order[:-1]]
         item = np.empty(len(events), np.int64)
         item[order] = np.cumsum(differs) - 1
         retracted = np.zeros(len(events), bool)
@@ -203,20 +279,24 @@ class Packer:
         return retracted
 
     def _add_sequence(self, tensors: Tensors, seen: Events, request_time_ms: int) -> None:
+        tensors["sequence_count"] = np.array([len(seen)], np.int32)
+        self._fill_sequence(tensors, seen, request_time_ms, self._length)
+
+    def _fill_sequence(self, tensors: Tensors, seen: Events, request_time_ms: int | npt.NDArray[np.int64], length: int) -> None:
+        """What the events themselves say, in arrays of `length` places."""
         count = len(seen)
-        tensors["sequence_count"] = np.array([count], np.int32)
-        tensors["sequence_action"] = np.zeros(self._length, np.int32)
+        tensors["sequence_action"] = np.zeros(length, np.int32)
         tensors["sequence_action"][:count] = seen["action"]
         if self._kinds:
-            tensors["sequence_kind"] = np.zeros(self._length, np.int32)
+            tensors["sequence_kind"] = np.zeros(length, np.int32)
             tensors["sequence_kind"][:count] = seen["entity_kind"]
-        tensors["sequence_age_ms"] = np.zeros(self._length, np.int64)
+        tensors["sequence_age_ms"] = np.zeros(length, np.int64)
         np.maximum(request_time_ms - seen["event_time_ms"], 0, out=tensors["sequence_age_ms"][:count])
         if "surface" in self._attributes:  # 0: none, or one that the domain file does not name
-            tensors["sequence_surface"] = np.zeros(self._length, np.int32)
+            tensors["sequence_surface"] = np.zeros(length, np.int32)
             tensors["sequence_surface"][:count] = self._surfaces.take(seen["surface"])
         if "value" in self._attributes:
-            tensors["sequence_value"] = np.zeros(self._length, np.float32)
+            tensors["sequence_value"] = np.zeros(length, np.float32)
             tensors["sequence_value"][:count] = seen["value"]
             _canonical(tensors["sequence_value"])
 
@@ -292,6 +372,12 @@ class _Codes:
             codes = np.full(raw.shape, OUTSIDE, np.int32)
         codes[raw == 0] = MISSING
         return codes
+
+
+def _find_users(generation: Generation, inputs: ManyInputs) -> Found:
+    """`TableSet.find_user` of each request."""
+    rows = np.where(generation.created_ms <= inputs.erased_before_ms, 0, generation.rows(USER, inputs.user_id))
+    return Found(generation, [(USER, None, rows)], rows == 0)
 
 
 def _spread(column: Column, out: U64) -> None:

@@ -101,6 +101,14 @@ def law(what: Definition, events: Events) -> Events:
     return ordered[_kept(what, ordered, group, 1)]
 
 
+def law_of_groups(what: Definition, events: Events, group: npt.NDArray[np.int64], groups: int) -> tuple[Events, npt.NDArray[np.int64]]:
+    """The law for many users at once: group int64 [n] says whose each event is, 0 to groups - 1. Returns the sequences one after the other,
+    and whose each of their events is."""
+    ordered, group = _sorted_distinct(events, group)
+    where = np.flatnonzero(_kept(what, ordered, group, groups))
+    return _taken(ordered, where), group[where]
+
+
 def touched_users(batch: Batch) -> npt.NDArray[np.uint64]:
     """The users whose rows `apply_batch` needs: uint64, ascending."""
     return batch.by_user.users

@@ -5,10 +5,13 @@ by the law of the sequence, and the user vectors of the generation that was the 
 these surfaces only.
 """
 
+import shutil
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from features.actions import EVENT_DTYPE
 from features.domain import Domain, Head
-from features.erasures import NOBODY, Erased, erased_before_ms
-from features.logs import FeatureColumn, LoggedRequests, read_actions, read_requests
-from features.pack import Column, Packer, RankInputs
-from features.sequence import NEVER_ERASED, Definition, Events, definition, law
+from features.erasures import NOBODY, Erased, erased_before_ms, ledger_fingerprint
+from features.logs import FeatureColumn, LoggedRequests, read_requests
+from features.pack import Column, ManyInputs, Packer, RankInputs
 from features.tables import TableSet, generations_of, open_generation
 from features.tensors import tensor_table
+from inference.history import DatasetError, History, Sequences, SequenceSource, ragged, starts_of
+from inference.packed import PackedWriter, fingerprint_of, forget_others, packed_folder, read_packed
 
 Array = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
 
-
-class DatasetError(ValueError):
-    """A log that cannot be trained on; says what is missing."""
+BLOCK, POOL = 256, 65_536
+"""Requests that lie together on disk and are read together, and those of several blocks that are shuffled together."""
+NORMALISATION_REQUESTS_MAX = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -73,48 +76,88 @@ class Dataset:
 
     def candidate_rows(self, requests: I64) -> I64:
         """Candidate rows of these requests, one request after the other: int64 [N]."""
-        return _ragged(self.starts, requests)
+        return ragged(self.starts, requests)
 
     def batches(self, requests: I64, rows_max: int, random: np.random.Generator | None) -> list[I64]:
         """Cuts requests into batches of at most `rows_max` candidates (one request at least); shuffled if `random` is given.
 
-        Requests of like sequence length share a batch, since a batch costs as much as its longest sequence.
+        Shuffled are the blocks, and then the requests of POOL in a row: no more of the arrays is touched for a while, however long they
+        are, and up to POOL requests any order is as likely. Requests of like sequence length share a batch, since a batch costs as much as
+        its longest sequence.
         """
+        found: list[I64] = []
+        blocks = np.arange(-(-len(requests) // BLOCK))
         if random is not None:
-            requests = random.permutation(requests)
-        lengths, sizes = np.diff(self.sequence_starts), np.diff(self.starts)
-        cut: list[I64] = []
-        pool = max(1, len(requests) // 8)
-        for start in range(0, len(requests), pool):
-            chosen = requests[start : start + pool]
-            chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
-            first = 0
-            ends = np.cumsum(sizes[chosen])
-            while first < len(chosen):
-                before = ends[first - 1] if first else 0
-                last = max(first + 1, int(ends.searchsorted(before + rows_max, "right")))
-                cut.append(chosen[first:last])
-                first = last
-        if random is not None:
-            random.shuffle(cut)
+            blocks = random.permutation(blocks)
+        for first in range(0, len(blocks), POOL // BLOCK):
+            pool = np.concatenate(
+                [requests[block * BLOCK : (block + 1) * BLOCK] for block in blocks[first : first + POOL // BLOCK].tolist()]
+            )
+            if random is not None:
+                pool = random.permutation(pool)
+            cut: list[I64] = []
+            window = max(1, len(pool) // 8)
+            for start in range(0, len(pool), window):
+                chosen = self.by_length(pool[start : start + window])
+                ends = np.cumsum(self._sizes(chosen))
+                first_of = 0
+                while first_of < len(chosen):
+                    before = ends[first_of - 1] if first_of else 0
+                    last = max(first_of + 1, int(ends.searchsorted(before + rows_max, "right")))
+                    cut.append(chosen[first_of:last])
+                    first_of = last
+            if random is not None:
+                random.shuffle(cut)
+            found += cut
+        return found
+
+    def by_length(self, requests: I64) -> I64:
+        """The requests in the order of their sequences' lengths."""
+        return requests[np.argsort(self._lengths(requests), kind="stable")]
+
+    def lengths_behind(self, requests: I64, window_ms: npt.NDArray[np.float64]) -> I64:
+        """How many actions of each request's sequence are `window_ms` [R] old or older: int64 [R]."""
+        counts = self._lengths(requests)
+        ages_ms = self.of_sequence["sequence_age_ms"].take(ragged(self.sequence_starts, requests))
+        old = starts_of(ages_ms >= np.repeat(window_ms, counts))
+        ends = np.cumsum(counts)
+        return old[ends] - old[ends - counts]
+
+    def pieces(self, requests: I64, lengths: I64, tokens_max: int) -> list[slice]:
+        """Cuts a batch into pieces of at most `tokens_max` tokens (candidates times the longest of `lengths`; one request at least).
+
+        `lengths` int64 [R] ascend: the actions of each request that the model looks at.
+        """
+        lengths, ends = np.maximum(lengths, 1), np.cumsum(self._sizes(requests))
+        cut, first = [], 0
+        while first < len(requests):
+            tokens = (ends[first:] - (ends[first - 1] if first else 0)) * lengths[first:]
+            last = first + max(1, int(tokens.searchsorted(tokens_max, "right")))
+            cut.append(slice(first, last))
+            first = last
         return cut
+
+    def _lengths(self, requests: I64) -> I64:
+        return self.sequence_starts[requests + 1] - self.sequence_starts[requests]
+
+    def _sizes(self, requests: I64) -> I64:
+        return self.starts[requests + 1] - self.starts[requests]
 
     def batch(self, requests: I64) -> Batch:
         """The tensors of some requests; sequences are padded to the longest of them (one place at least)."""
         rows = self.candidate_rows(requests)
-        tensors = {name: torch.from_numpy(values[requests]) for name, values in self.of_request.items()}
-        tensors |= {name: torch.from_numpy(values[rows]) for name, values in self.of_candidate.items()}
-        counts = np.diff(self.sequence_starts)[requests]
-        S = max(1, int(counts.max(initial=0)))
-        filled = np.arange(S) < counts[:, None]  # [R, S]
-        places = _ragged(self.sequence_starts, requests)
+        tensors = {name: torch.from_numpy(values.take(requests, axis=0)) for name, values in self.of_request.items()}
+        tensors |= {name: torch.from_numpy(values.take(rows, axis=0)) for name, values in self.of_candidate.items()}
+        counts, places = self._lengths(requests), ragged(self.sequence_starts, requests)
+        R, S = len(requests), max(1, int(counts.max(initial=0)))
+        to = np.flatnonzero(np.arange(S) < counts[:, None])
         for name, values in self.of_sequence.items():
-            padded = np.zeros((len(requests), S, *values.shape[1:]), values.dtype)
-            padded[filled] = values[places]
-            tensors[name] = torch.from_numpy(padded)
-        request_row = np.repeat(np.arange(len(requests)), np.diff(self.starts)[requests])
-        labels = torch.from_numpy(self.labels[rows].astype(np.float32))
-        return Batch(tensors, torch.from_numpy(request_row), labels, torch.from_numpy(self.weights[rows]))
+            padded = np.zeros((R * S, *values.shape[1:]), values.dtype)
+            padded[to] = values.take(places, axis=0)
+            tensors[name] = torch.from_numpy(padded.reshape(R, S, *values.shape[1:]))
+        request_row = np.repeat(np.arange(R), self._sizes(requests))
+        labels = torch.from_numpy(self.labels.take(rows, axis=0).astype(np.float32))
+        return Batch(tensors, torch.from_numpy(request_row), labels, torch.from_numpy(self.weights.take(rows, axis=0)))
 
     def request(self, i: int) -> dict[str, Array]:
         """The tensors of request i as the table shapes them, its sequence without padding. Views."""
@@ -124,7 +167,8 @@ class Dataset:
         return tensors | {name: values[places] for name, values in self.of_sequence.items()}
 
     def rows_for_normalisation(self, requests: I64) -> dict[str, Tensor]:
-        """Number features of these requests and their candidates, for `fit_normalisation`."""
+        """Number features of these requests (of very many, of as many spread over them) and their candidates, for `fit_normalisation`."""
+        requests = requests[:: max(1, len(requests) // NORMALISATION_REQUESTS_MAX)]
         rows = self.candidate_rows(requests)
         numbers = {name: values[requests] for name, values in self.of_request.items() if name.endswith("_number")}
         numbers |= {name: values[rows] for name, values in self.of_candidate.items() if name.endswith("_number")}
@@ -155,11 +199,14 @@ def build_dataset(
     generations: Mapping[str, str] | None = None,
     packed: Callable[[int], None] = lambda _: None,
     erased: Erased = NOBODY,
+    cache: Path | None = None,
+    source: SequenceSource | None = None,
 ) -> tuple[Dataset, TableSet]:
     """Packs every request of a log that trains the ranker; also returns the tables of the latest ones (`generations`, else the newest).
 
     `packed` is told how many more requests are done. Requests and actions of users in `erased` up to their erasure are left out, whatever
-    the log still holds of them.
+    the log still holds of them. The arrays are mapped files: below `cache`, where they are found again as long as nothing that they depend
+    on has changed (`default_cache(log)`), else in a file without a name. `source`: where the sequences come from; None: the log.
 
     Raises:
         DatasetError: the log has no such request.
@@ -167,95 +214,79 @@ def build_dataset(
     """
     tables = TableSet.open(tables_root, domain, ranker_name, generations)
     packers = _Packers(domain, ranker_name, tables_root, tables)
-    history = History(domain, ranker_name, log, erased)
-    table = tensor_table(domain, ranker_name)
-    collected: dict[str, list[Array]] = {row.name: [] for row in table}
-    requests: list[LoggedRequests] = []
-    for batch in _ranker_requests(domain, ranker_name, log, erased):
-        requests.append(batch)
-        for i, inputs in enumerate(_inputs(domain, ranker_name, batch, history)):
-            tensors = packers.at(inputs.request_time_ms).pack(inputs).tensors
-            count = int(tensors["sequence_count"][0])
-            for name, values in tensors.items():
-                # Padding is cut off here and put back by `Dataset.batch`: histories are mostly much shorter than the maximum.
-                collected[name].append(values[:count].copy() if _is_ragged(name) else values)
-            if i % 256 == 255:
-                packed(256)
-        packed(len(batch) % 256)
-    if not requests:
-        raise DatasetError(f"{log}: no request in it{_where(domain, ranker_name)}")
-    joined = {
-        row.name: (np.concatenate if row.per_candidate else np.stack)(collected.pop(row.name)) for row in table if not _is_ragged(row.name)
-    }
-    sequences = {name: np.concatenate(parts) for name, parts in collected.items()}
-    labels, weights = (np.concatenate(parts) for parts in zip(*(_labels(domain, ranker_name, batch) for batch in requests), strict=True))
-    sizes = np.concatenate([np.diff(batch.starts) for batch in requests])
-    per_candidate = {row.name for row in table if row.per_candidate}
-    dataset = Dataset(
-        user_id=np.concatenate([batch.user_id for batch in requests]),
-        request_time_ms=np.concatenate([batch.request_time_ms for batch in requests]),
-        starts=_starts(sizes),
-        labels=labels,
-        weights=weights,
-        of_request={name: values for name, values in joined.items() if name not in per_candidate},
-        of_candidate={name: values for name, values in joined.items() if name in per_candidate},
-        of_sequence=sequences,
-        sequence_starts=_starts(joined["sequence_count"][:, 0]),
-    )
+
+    def pack_into(folder: Path) -> None:
+        sequences = History(domain, ranker_name, log, erased) if source is None else source
+        with PackedWriter(folder, {"ledger": ledger_fingerprint(erased)}) as writer:
+            if not _pack(domain, ranker_name, _ranker_requests(domain, ranker_name, log, erased), sequences, packers, writer, packed):
+                raise DatasetError(f"{log}: no request in it{_where(domain, ranker_name)}")
+
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="freshrank-packed-") as scratch:
+            pack_into(Path(scratch, "packed"))
+            return _opened(Path(scratch, "packed")), tables
+    looked_into = {space: [name] for space, name in tables.generations.items()} | packers.names
+    identity = "" if source is None else source.identity
+    folder = packed_folder(cache, ranker_name, fingerprint_of(domain, ranker_name, Path(log), looked_into, erased, identity))
+    try:
+        dataset = _opened(folder)
+    except (OSError, ValueError, KeyError):  # not there, or damaged
+        shutil.rmtree(folder, ignore_errors=True)
+        pack_into(folder)
+        dataset = _opened(folder)
+    forget_others(folder, ranker_name, ledger_fingerprint(erased))
     return dataset, tables
 
 
-class History:
-    """Every user's sequence as it stood at a moment. Moments of one user must not go back.
+def _pack(
+    domain: Domain,
+    ranker_name: str,
+    batches: Iterator[LoggedRequests],
+    source: SequenceSource,
+    packers: "_Packers",
+    writer: PackedWriter,
+    packed: Callable[[int], None],
+) -> int:
+    """Writes the arrays of `Dataset`, a bounded number of requests at a time; returns how many candidates there were."""
+    kind_of = {
+        row.name: "candidate" if row.per_candidate else "sequence" if _is_ragged(row.name) else "request"
+        for row in tensor_table(domain, ranker_name)
+    }
+    rows = places = 0
+    for batch in batches:
+        first = 0
+        for sequences in source.sequences(batch):
+            count = len(sequences.erased_before_ms)
+            part = batch if count == len(batch) else _chosen(batch, np.arange(first, first + count))
+            first += count
+            for low, high, packer in packers.spans(part.request_time_ms):
+                some = part if high - low == len(part) else _chosen(part, np.arange(low, high))
+                tensors = packer.pack_many(_many_inputs(domain, ranker_name, some, sequences, low))
+                for name, values in tensors.items():
+                    writer.append(f"{kind_of[name]}.{name}", values)
+                labels, weights = _labels(domain, ranker_name, some)
+                for name, values in (("labels", labels), ("weights", weights), ("user_id", some.user_id)):
+                    writer.append(name, values)
+                writer.append("request_time_ms", some.request_time_ms)
+                ends, sequence_ends = some.starts[1:], np.cumsum(tensors["sequence_count"][:, 0], dtype=np.int64)
+                if not rows:
+                    writer.append("starts", np.zeros(1, np.int64))
+                    writer.append("sequence_starts", np.zeros(1, np.int64))
+                writer.append("starts", rows + ends)
+                writer.append("sequence_starts", places + sequence_ends)
+                rows, places = rows + int(ends[-1]), places + int(sequence_ends[-1])
+                packed(len(some))
+    return rows
 
-    Records of a user are taken in the order of their append time. A request sees those appended before it, not at the same millisecond:
-    which of the two came first is not known.
-    """
 
-    def __init__(self, domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> None:
-        self._what: Definition = definition(domain, domain.ranker[ranker_name].sequence)
-        self._erased = erased
-        batches = list(read_actions(log, domain))
-        if not batches:
-            raise DatasetError(f"{log}: no action in it")
-        users = np.concatenate([batch.users for batch in batches])
-        times = np.concatenate([batch.append_time_ms for batch in batches])
-        order = np.lexsort((times, users))  # stable: equal times keep the order of the log
-        self._times, users = times[order], users[order]
-        self._events: Events = np.concatenate([batch.events for batch in batches])[order]
-        self._erase = np.concatenate([batch.erase for batch in batches])[order]
-        known = self._erase | (np.minimum(self._times, self._events["event_time_ms"]) > erased_before_ms(erased, users))
-        self._times, users, self._events, self._erase = self._times[known], users[known], self._events[known], self._erase[known]
-        distinct, starts = np.unique(users, return_index=True)
-        ends = np.append(starts[1:], len(users))
-        self._span = {user: (start, end) for user, start, end in zip(distinct.tolist(), starts.tolist(), ends.tolist(), strict=True)}
-        self._state: dict[int, tuple[int, Events, int]] = {}
+def _opened(folder: Path) -> Dataset:
+    arrays: dict[str, Any] = read_packed(folder)
 
-    def before(self, user_id: int, time_ms: int) -> tuple[Events, int]:
-        """The user's sequence from all records appended before `time_ms`, ascending, and erased_before_ms as the user's row has it then.
+    def of(kind: str) -> dict[str, Array]:
+        return {name.removeprefix(kind): values for name, values in arrays.items() if name.startswith(kind)}
 
-        Raises:
-            ValueError: an earlier moment than one asked for before.
-        """
-        erased_ms = self._erased.get(user_id, NEVER_ERASED)
-        if user_id not in self._span:
-            return np.zeros(0, EVENT_DTYPE), erased_ms
-        start, end = self._span[user_id]
-        nothing: tuple[int, Events, int] = (start, np.zeros(0, EVENT_DTYPE), erased_ms)
-        at, events, erased_before_ms = self._state.get(user_id, nothing)
-        if at > start and self._times[at - 1] >= time_ms:
-            raise ValueError(f"user {user_id}: asked for {time_ms} ms after a later moment")
-        until = start + int(self._times[start:end].searchsorted(time_ms, "left"))
-        if until > at:
-            erases = at + np.flatnonzero(self._erase[at:until])
-            if len(erases):
-                events, at = events[:0], int(erases[-1]) + 1
-                erased_before_ms = max(erased_before_ms, int(self._times[erases].max()))
-            new = self._events[at:until]
-            new = new[(new["event_time_ms"] > erased_before_ms) & (new["event_time_ms"] > 0)]
-            events = law(self._what, np.concatenate((events, new)))
-            self._state[user_id] = until, events, erased_before_ms
-        return events, erased_before_ms
+    own = {name: values for name, values in arrays.items() if "." not in name}
+    return Dataset(**own, of_request=of("request."), of_candidate=of("candidate."), of_sequence=of("sequence."))
 
 
 class _Packers:
@@ -267,6 +298,8 @@ class _Packers:
         self._names = [] if users is None else sorted(n for n in generations_of(root, users.space, users.lineage) if n <= users.name)
         self._created_ms = [_created_ms(name) for name in self._names]
         self._packers: dict[int, Packer] = {}
+        self.names = {} if users is None else {users.space: self._names}
+        """Generations that may be looked into, by space."""
 
     def at(self, time_ms: int) -> Packer:
         place = max(0, bisect_right(self._created_ms, time_ms) - 1)
@@ -276,6 +309,14 @@ class _Packers:
                 tables = replace(tables, users=open_generation(self._root, tables.users.space, self._names[place]))
             self._packers[place] = Packer(self._domain, self._ranker_name, tables)
         return self._packers[place]
+
+    def spans(self, times_ms: I64) -> Iterator[tuple[int, int, Packer]]:
+        """Requests low to high of ascending times that have a packer in common."""
+        moments = np.array(sorted({_created_ms(name) for names in self.names.values() for name in names}), np.int64)
+        place = moments.searchsorted(times_ms, "right")
+        for low, high in pairwise([0, *(np.flatnonzero(np.diff(place)) + 1).tolist(), len(times_ms)]):
+            if low < high:
+                yield low, high, self.at(int(times_ms[low]))
 
 
 def _created_ms(generation: str) -> int:
@@ -304,15 +345,9 @@ def _where(domain: Domain, ranker_name: str) -> str:
 
 def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
     """Some requests of a batch, with their rows."""
-    rows = _ragged(batch.starts, requests)
-
-    def column(of: FeatureColumn) -> FeatureColumn:
-        if of.lengths is None:
-            return FeatureColumn(of.values[rows], None)
-        return FeatureColumn(of.values[_ragged(_starts(of.lengths), rows)], of.lengths[rows])
-
+    rows = ragged(batch.starts, requests)
     return LoggedRequests(
-        starts=_starts(np.diff(batch.starts)[requests]),
+        starts=starts_of(np.diff(batch.starts)[requests]),
         request_id=batch.request_id[requests],
         user_id=batch.user_id[requests],
         request_time_ms=batch.request_time_ms[requests],
@@ -320,15 +355,22 @@ def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
         entity_kind=batch.entity_kind[rows],
         entity_id=batch.entity_id[rows],
         position=batch.position[rows],
-        labels=batch.labels[_ragged(batch.label_starts, rows)],
-        label_starts=_starts(np.diff(batch.label_starts)[rows]),
-        features={name: column(of) for name, of in batch.features.items()},
+        labels=batch.labels[ragged(batch.label_starts, rows)],
+        label_starts=starts_of(np.diff(batch.label_starts)[rows]),
+        features={name: _rows_of(column, rows) for name, column in batch.features.items()},
     )
 
 
+def _rows_of(column: FeatureColumn, rows: I64) -> FeatureColumn:
+    if column.lengths is None:
+        return FeatureColumn(column.values[rows], None)
+    return FeatureColumn(column.values[ragged(starts_of(column.lengths), rows)], column.lengths[rows])
+
+
 def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History) -> Iterator[RankInputs]:
+    """What `_many_inputs` gives at once, one request after the other: the plain form, which tests compare with."""
     wanted = {name: domain.features[name].side for name in domain.ranker[ranker_name].features if name in batch.features}
-    list_starts = {name: _starts(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
+    list_starts = {name: starts_of(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
 
     def columns(side: str, low: int, high: int) -> dict[str, Column]:
         return {
@@ -351,6 +393,34 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
             request_features=columns("request", low, low + 1),
             erased_before_ms=erased_before_ms,
         )
+
+
+def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequences: Sequences, first: int) -> ManyInputs:
+    """A batch's requests, whose sequences are those from `first` on."""
+    wanted = {name: domain.features[name] for name in domain.ranker[ranker_name].features if name in batch.features}
+
+    def columns(side: str, rows: I64 | None) -> dict[str, Column]:
+        found = {}
+        for name, feature in wanted.items():
+            if feature.side == side:
+                column = batch.features[name] if rows is None else _rows_of(batch.features[name], rows)
+                starts = None if column.lengths is None else starts_of(column.lengths)
+                found[name] = _column(column, starts, feature.kind == "number", 0, len(batch.entity_id if rows is None else rows))
+        return found
+
+    bounds = sequences.starts[first : first + len(batch) + 1]
+    return ManyInputs(
+        user_id=batch.user_id,
+        request_time_ms=batch.request_time_ms,
+        erased_before_ms=sequences.erased_before_ms[first : first + len(batch)],
+        events=sequences.events[bounds[0] : bounds[-1]],
+        event_starts=bounds - bounds[0],
+        candidate_ids=batch.entity_id,
+        candidate_kinds=batch.entity_kind,
+        starts=batch.starts,
+        candidate_features=columns("candidate", None),
+        request_features=columns("request", batch.starts[:-1]),
+    )
 
 
 def _column(column: FeatureColumn, list_starts: I64 | None, is_number: bool, low: int, high: int) -> Column:
@@ -376,18 +446,6 @@ def _head_columns(head: Head, happened: Mapping[str, npt.NDArray[np.bool_]]) -> 
     named = np.any([happened[name] for name in row], axis=0)
     weight = np.sum([value * happened[name] for name, value in row.items()], axis=0)
     return label, np.where(named, weight, head.base_weight).astype(np.float32)
-
-
-def _starts(sizes: Array) -> I64:
-    """Where parts of these sizes begin, and where the last one ends: int64 [n + 1]."""
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-
-def _ragged(starts: I64, chosen: I64) -> I64:
-    """Rows starts[i]:starts[i + 1] of each chosen i, one after the other."""
-    counts = starts[chosen + 1] - starts[chosen]
-    first = np.repeat(starts[chosen] - (np.cumsum(counts) - counts), counts)
-    return first + np.arange(len(first))
 
 
 def _is_ragged(name: str) -> bool:

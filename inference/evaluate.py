@@ -17,6 +17,7 @@ from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from inference import metrics
 from inference.dataset import Dataset, build_dataset
+from inference.packed import default_cache
 from inference.plots import FIGURES, plot_comparison
 from inference.train import TIME_MS_MAX, TrainError, TrainOptions, load_trained, predict, train
 
@@ -58,12 +59,12 @@ def evaluate(
     if not model.use_sequence:
         raise TrainError(f"{trained}: was trained without the sequence; evaluate compares one trained with it")
     options = options or TrainOptions()
-    same = {name: about["options"][name] for name in options.what_decides() if name not in ("use_sequence", "fractions")}
-    options = replace(options, **same, fractions=tuple(about["options"]["fractions"]), use_sequence=False)
+    same = {name: about["options"][name] for name in options.what_decides() if name in about["options"]}
+    options = replace(options, **{**same, "fractions": tuple(same["fractions"]), "use_sequence": False})
+    out, generations = Path(out), about["generations"]
     if dataset is None:
-        dataset, _ = build_dataset(domain, ranker_name, log, tables_root, generations=about["generations"], erased=erased)
-    out = Path(out)
-    generations = about["generations"]
+        cache = default_cache(log)
+        dataset, _ = build_dataset(domain, ranker_name, log, tables_root, generations=generations, erased=erased, cache=cache)
     without = train(domain, ranker_name, log, tables_root, out / "without_sequence", options, dataset=dataset, generations=generations)
     test = dataset.part(about["parts"]["test"]["from_ms"], TIME_MS_MAX)
     probabilities, labels, request_row, users = predict(model, dataset, test)

@@ -1,7 +1,8 @@
-"""Trains a ranker from a canonical log: temporal parts, warm-up and cosine, early stop on validation, a checkpoint an epoch, resume.
+"""Trains a ranker from a canonical log: temporal parts, warm-up and cosine, early stop on validation, checkpoints, resume.
 
-`train` writes `model.safetensors`, `metrics.json`, `curves.png` and `checkpoints/` into its folder. The same seed, log and machine give the
-same weights as long as no time budget ends the run.
+`train` writes `model.safetensors`, `metrics.json`, `curves.png`, `report.html`, `tensorboard/` and `checkpoints/` into its folder. The same
+seed, log and machine give the same weights as long as no time budget ends the run, and a run that was killed ends where it would have
+without that. `torchrun` starts several processes: each batch is shared out among them, and the first one does everything else.
 """
 
 import json
@@ -9,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
+from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State, TrainError
 from inference.dataset import Dataset, build_dataset, split_times
 from inference.metrics import head_metrics
+from inference.packed import default_cache
+from inference.parallel import Ranks, joined, threads_each
 from inference.plots import plot_curves
+from inference.report import REPORT, reliability_bins, write_report
 from inference.small import SMALL_FILE
 from inference.train_small import EPOCHS, train_small
+from inference.train_step import Stepper
+from inference.training_log import EVENTS, TrainingLog
 from inference.transact import TransActRanker
 
 I64 = npt.NDArray[np.int64]
 EVALUATION_ROWS = 4096
 TIME_MS_MAX = 2**62
-
-
-class TrainError(RuntimeError):
-    """A training that cannot start or go on; says what differs and what to do."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class TrainOptions:
     threads: int = 2
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     use_sequence: bool = True
+    piece_tokens: int = 12_800
+    """Tokens (candidates times actions) that go through the model at once: gradients of a batch are accumulated. Bounds memory too."""
+    bf16: bool = False
+    """Products of matrices in bfloat16, weights and sums in float32."""
+    checkpoint_s: float = 300.0
+    """Seconds from one checkpoint within an epoch to the next."""
     progress: bool = True
 
     def what_decides(self) -> dict[str, Any]:
         """Options that a resumed run must share with the interrupted one."""
-        return {name: value for name, value in asdict(self).items() if name not in ("threads", "progress", "seconds_max")}
+        return {name: value for name, value in asdict(self).items() if name not in ("threads", "progress", "seconds_max", "checkpoint_s")}
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,6 @@ class TrainResult:
     metrics: dict[str, Any]
     generations: dict[str, str]
     folder: Path
-
-
-@dataclass
-class _State:
-    """Where a run stands behind an epoch."""
-
-    epoch: int = 0
-    step: int = 0
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -101,6 +96,7 @@ def train(
     generations: Mapping[str, str] | None = None,
     erased: Erased = NOBODY,
     after_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
+    after_step: Callable[[int, float], None] = lambda _, __: None,
 ) -> TrainResult:
     """Trains one ranker.
 
@@ -111,12 +107,13 @@ def train(
         tables_root: folder of the embedding and feature spaces (`publish_embeddings` of the training part comes before).
         out: folder to write to.
         options: see TrainOptions.
-        resume: go on behind the newest checkpoint in `out`; without one, start.
+        resume: go on behind the newest checkpoint in `out`, also within an epoch; without one, start.
         dataset: what `build_dataset` made of the same arguments, to save packing it again.
         generations: tables to train with, by space (`newest_generations` of what `publish_embeddings` returned); of a space that is not
             named, the newest.
         erased: users whose past is left out (`features.erasures`).
         after_epoch: gets each epoch's figures, behind its checkpoint.
+        after_step: gets each step's number and loss a row, behind its checkpoint if there is one.
 
     Raises:
         TrainError: a checkpoint of another run, or an empty part.
@@ -125,21 +122,23 @@ def train(
     options = options or TrainOptions()
     started = time.monotonic()
     out = Path(out)
-    torch.set_num_threads(options.threads)
-    with _progress(options.progress) as bar:
+    torch.set_num_threads(threads_each(options.threads))
+    with joined() as ranks, TrainingLog(out if ranks.is_first else None, shown=options.progress and ranks.is_first) as log_of_run:
+        report = partial(log_of_run.advance, log_of_run.task("pack requests")) if dataset is None else lambda _: None
+        of_log = partial(build_dataset, domain, ranker_name, log, tables_root, erased=erased, cache=default_cache(log), packed=report)
         if dataset is None:
-            task = bar.add_task("pack requests", total=None)
-            report = partial(bar.advance, task)
-            dataset, tables = build_dataset(domain, ranker_name, log, tables_root, generations=generations, packed=report, erased=erased)
+            # The first process packs; the others find what it left.
+            chosen = ranks.from_first(lambda: of_log(generations=generations)[1].generations)
+            dataset, tables = of_log(generations=chosen)
         else:
             tables = TableSet.open(tables_root, domain, ranker_name, generations)
-        validation_ms, test_ms = split_times(domain, ranker_name, log, options.fractions)
-        run = _Run(domain, ranker_name, dataset, (validation_ms, test_ms), options, out, bar, tables.generations)
+        part_times = split_times(domain, ranker_name, log, options.fractions)
+        run = _Run(domain, ranker_name, dataset, part_times, options, out, log_of_run, tables.generations, ranks)
         state = run.resume() if resume else run.start()
-        while not run.finished(state, time.monotonic() - started):
-            figures = run.epoch(state, started)
+        while not ranks.from_first(lambda: run.finished(state, time.monotonic() - started)):
+            figures = run.epoch(state, started, after_step)
             after_epoch(figures)
-    metrics = run.finish(state)
+        metrics = run.finish(state)
     return TrainResult(run.model, metrics, tables.generations, out)
 
 
@@ -152,7 +151,7 @@ def load_trained(domain: Domain, ranker_name: str, folder: str | Path) -> tuple[
     folder = Path(folder)
     try:
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text("utf-8"))
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise TrainError(f"{error.filename}: no such file; train into {folder} first") from error
     fingerprint = tensor_fingerprint(domain, ranker_name)
@@ -191,10 +190,11 @@ class _Run:
         part_times: tuple[int, int],
         options: TrainOptions,
         out: Path,
-        bar: Progress,
+        log: TrainingLog,
         generations: dict[str, str],
+        ranks: Ranks,
     ) -> None:
-        self.dataset, self.options, self.out, self.bar = dataset, options, out, bar
+        self.dataset, self.options, self.out, self.log, self.ranks = dataset, options, out, log, ranks
         self._of = domain, ranker_name
         limits = (0, *part_times, TIME_MS_MAX)
         self.parts = {name: dataset.part(*limits[i : i + 2]) for i, name in enumerate(("train", "validation", "test"))}
@@ -204,7 +204,7 @@ class _Run:
         torch.manual_seed(options.seed)
         self.model = TransActRanker(domain, ranker_name, use_sequence=options.use_sequence)
         self.model.fit_normalisation(dataset.rows_for_normalisation(self.parts["train"]))
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=options.learning_rate)
+        self.stepper = Stepper(self.model, seed=options.seed, piece_tokens=options.piece_tokens, bf16=options.bf16, ranks=ranks)
         self.about = {
             "ranker": ranker_name,
             "tensors": tensor_fingerprint(domain, ranker_name),
@@ -212,95 +212,107 @@ class _Run:
             "generations": generations,
             "parts": {name: self._describe(part) for name, part in self.parts.items()},
         }
-        self.steps = options.epochs * len(dataset.batches(self.parts["train"], options.batch_rows, np.random.default_rng(options.seed)))
+        self.checkpoints = Checkpoints(out / "checkpoints", self.about)
+        self.batches = len(dataset.batches(self.parts["train"], options.batch_rows, np.random.default_rng(options.seed)))
+        """Of an epoch, about: another order may give one more or less."""
+        self.steps = options.epochs * self.batches
 
-    def start(self) -> _State:
+    def start(self) -> State:
         """A fresh run: earlier checkpoints in the folder go."""
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        return _State()
+        if self.ranks.is_first:
+            self.checkpoints.clear()
+            shutil.rmtree(self.out / EVENTS, ignore_errors=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+        return State()
 
-    def resume(self) -> _State:
+    def resume(self) -> State:
         """Behind the newest checkpoint, or a fresh run."""
-        found = sorted((self.out / "checkpoints").glob("epoch-*"))
-        if not found:
-            return self.start()
-        kept = json.loads((found[-1] / "state.json").read_text("utf-8"))
-        for key, value in self.about.items():
-            if kept["about"][key] != value:
-                theirs = f"{found[-1]}: {key} of the interrupted run is {kept['about'][key]}"
-                raise TrainError(f"{theirs}, of this one {value}; give the same, or start without resume")
-        self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
-        self.optimiser.load_state_dict(torch.load(found[-1] / "optimiser.pt", weights_only=True))
-        return _State(**kept["state"])
+        return self.checkpoints.restore(self.model, self.stepper.optimiser) or self.start()
 
-    def finished(self, state: _State, seconds: float) -> bool:
+    def finished(self, state: State, seconds: float) -> bool:
         """Whether no epoch is left, none got better, or the budget is spent."""
         late = self.options.seconds_max is not None and seconds >= self.options.seconds_max and state.epoch > 0
         return late or state.epoch >= self.options.epochs or state.epoch - state.best_epoch >= self.options.patience
 
-    def epoch(self, state: _State, started: float) -> dict[str, Any]:
-        """One pass over the training part, then the figures of the validation part and a checkpoint."""
-        state.epoch += 1
-        began = time.monotonic()
-        # Each epoch has seeds of its own, so that a resumed run draws what an uninterrupted one would have.
-        seed = self.options.seed * 1_000_003 + state.epoch
-        torch.manual_seed(seed)
-        window = torch.Generator().manual_seed(seed)
-        batches = self.dataset.batches(self.parts["train"], self.options.batch_rows, np.random.default_rng(seed))
-        task = self.bar.add_task(f"epoch {state.epoch}", total=len(batches))
+    def epoch(self, state: State, started: float, after_step: Callable[[int, float], None]) -> dict[str, Any]:
+        """The rest of a pass over the training part, then the figures of the validation part and a checkpoint."""
+        # Each epoch has an order of its own and each step its draws, so that a resumed run goes the way of an uninterrupted one.
+        order = np.random.default_rng(self.options.seed * 1_000_003 + state.epoch + 1)
+        batches = self.dataset.batches(self.parts["train"], self.options.batch_rows, order)
+        self.log.begin(state, state.epoch + 1, len(batches))
         self.model.train()
-        total = rows = 0.0
-        for chosen in batches:
-            share = self._share_done(state.step, time.monotonic() - started)
-            if share >= 1 and rows:
+        saved = time.monotonic()
+        for chosen in batches[state.batch :]:
+            began = time.perf_counter()
+            share = self._share_done(state.step, started)
+            if share >= 1 and state.passed.rows:
                 break  # the budget is spent
-            batch = self.dataset.batch(chosen)
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate(share, self.options)
-            logits = self.model(batch.tensors, batch.request_row, generator=window)
-            loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, batch.weights, reduction="sum")
-            self.optimiser.zero_grad()
-            (loss / len(batch.labels)).backward()  # type: ignore[no-untyped-call]
-            self.optimiser.step()
-            state.step += 1
-            total, rows = total + float(loss.detach()), rows + len(batch.labels)
-            self.bar.advance(task)
-        self.bar.update(task, completed=len(batches))
-        seconds = time.monotonic() - began
-        figures = {"epoch": state.epoch, "train_loss": total / rows, "rows_per_second": rows / seconds, **self._figures("validation")}
+            rate = learning_rate(share, self.options)
+            done = self.stepper.step(self.dataset, chosen, state.step, rate)
+            state.step, state.batch = state.step + 1, state.batch + 1
+            for passed in (state.passed, state.of_curve):
+                passed.add(done.loss, done.rows, time.perf_counter() - began, done.wait_s)
+            self.log.step(state, done, rate, self.steps)
+            if self.ranks.is_first and time.monotonic() - saved >= self.options.checkpoint_s:
+                self.checkpoints.save(state, self.model, self.stepper.optimiser)
+                saved = time.monotonic()
+            after_step(state.step, done.loss / done.rows)
+        return self._end_epoch(state)
+
+    def _end_epoch(self, state: State) -> dict[str, Any]:
+        began, passed = time.monotonic(), state.passed
+        figures = {
+            "epoch": state.epoch + 1,
+            "train_loss": passed.loss / passed.rows,
+            "rows_per_second": passed.rows / passed.seconds,
+            "data_wait_share": passed.wait_s / passed.seconds,
+            **self.ranks.from_first(lambda: self._figures("validation")[0]),
+        }
+        state.epoch, state.batch, state.passed = state.epoch + 1, 0, Passed()
         if not math.isfinite(figures["loss"]):
             raise TrainError(
                 f"epoch {state.epoch}: the loss is {figures['loss']}; lower the learning rate (now {self.options.learning_rate})"
             )
-        if figures["loss"] < state.best_loss:
+        better = figures["loss"] < state.best_loss
+        if better:
             state.best_epoch, state.best_loss = state.epoch, figures["loss"]
         state.history.append(figures)
-        state.seconds += time.monotonic() - began
-        self._checkpoint(state)
+        state.seconds += passed.seconds + time.monotonic() - began
+        self.log.end(state, figures)
+        if self.ranks.is_first:
+            self.checkpoints.save(state, self.model, self.stepper.optimiser, best=better)
         return figures
 
-    def finish(self, state: _State) -> dict[str, Any]:
-        """Loads the best epoch, measures the test part, writes the results."""
-        self.model.load_state_dict(load_file(self._folder(state.best_epoch) / "model.safetensors"))
+    def finish(self, state: State) -> dict[str, Any]:
+        """Loads the best epoch, measures the test part, writes the results: all of it in the first process."""
+        metrics = self.ranks.from_first(lambda: self._finish(state))
+        self.model.load_state_dict(load_file(self.out / WEIGHTS))
+        self.model.eval()
+        return metrics
+
+    def _finish(self, state: State) -> dict[str, Any]:
+        self.checkpoints.restore_best(state, self.model)
+        test, bins = self._figures("test")
         metrics = {
             **self.about,
             "best_epoch": state.best_epoch,
             "training_seconds": state.seconds,
             "epochs": state.history,
-            "test": self._figures("test"),
+            "curve": state.curve,
+            "test": test,
+            "reliability": bins,
         }
         if self.options.use_sequence:
             metrics["test_small"] = self._train_small()
-        save_file(self.model.eval().state_dict(), self.out / "model.safetensors")
+        save_file(self.model.eval().state_dict(), self.out / WEIGHTS)
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
         plot_curves(metrics, self.out / "curves.png")
+        write_report(metrics, self.out / REPORT)
         return metrics
 
     def _train_small(self) -> dict[str, Any]:
         """Trains the small model on the same part, writes it, and measures the test part."""
-        task = self.bar.add_task("small model", total=EPOCHS)
-        report = partial(self.bar.advance, task)
+        report = partial(self.log.advance, self.log.task("small model", EPOCHS))
         small = train_small(*self._of, self.dataset, self.parts["train"], seed=self.options.seed, report=report)
         save_numpy(small.weights, self.out / SMALL_FILE)
         part = self.parts["test"]
@@ -310,41 +322,29 @@ class _Run:
         heads = head_metrics(probabilities, labels, request_row, self.dataset.user_id[part], self.model.head_names)
         return {"heads": {name: figures.as_dict() for name, figures in heads.items()}}
 
-    def _share_done(self, step: int, seconds: float) -> float:
-        of_time = 0.0 if self.options.seconds_max is None else seconds / self.options.seconds_max
-        return max(step / self.steps, of_time)
+    def _share_done(self, step: int, started: float) -> float:
+        """Share of the run that is done, of steps or of time: whichever ends first."""
+        of_steps, seconds_max = step / self.steps, self.options.seconds_max
+        if seconds_max is None:
+            return of_steps
+        return max(of_steps, self.ranks.from_first(lambda: (time.monotonic() - started) / seconds_max))
 
-    def _figures(self, part: str) -> dict[str, Any]:
-        """Weighted loss a row, as in training, and every head's metrics."""
+    def _figures(self, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weighted loss a row, as in training, and every head's metrics; and its calibration."""
         probabilities, labels, request_row, users = predict(self.model, self.dataset, self.parts[part])
         visited = np.concatenate(self.dataset.batches(self.parts[part], EVALUATION_ROWS, None))
         weights = self.dataset.weights[self.dataset.candidate_rows(visited)]
         p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
         loss = float(-(weights * np.where(labels, np.log(p), np.log1p(-p))).sum() / len(labels))
-        heads = head_metrics(probabilities, labels, request_row, users, self.model.head_names)
-        return {"loss": loss, "heads": {name: figures.as_dict() for name, figures in heads.items()}}
+        names = self.model.head_names
+        heads = head_metrics(probabilities, labels, request_row, users, names)
+        bins = {name: reliability_bins(probabilities[:, i], labels[:, i]) for i, name in enumerate(names)}
+        return {"loss": loss, "heads": {name: figures.as_dict() for name, figures in heads.items()}}, bins
 
     def _describe(self, part: I64) -> dict[str, int]:
         times = self.dataset.request_time_ms[part]
         rows = int(np.diff(self.dataset.starts)[part].sum())
         return {"requests": len(part), "rows": rows, "from_ms": int(times[0]), "until_ms": int(times[-1])}
-
-    def _folder(self, epoch: int) -> Path:
-        return self.out / "checkpoints" / f"epoch-{epoch:04d}"
-
-    def _checkpoint(self, state: _State) -> None:
-        """Writes the epoch's checkpoint whole or not at all, and keeps only this one and the best."""
-        target = self._folder(state.epoch)
-        partial = target.with_name(f".{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(self.model.state_dict(), partial / "model.safetensors")
-        torch.save(self.optimiser.state_dict(), partial / "optimiser.pt")
-        (partial / "state.json").write_text(json.dumps({"about": self.about, "state": asdict(state)}), "utf-8")
-        partial.rename(target)
-        for folder in target.parent.glob("epoch-*"):
-            if folder not in (target, self._folder(state.best_epoch)):
-                shutil.rmtree(folder)
 
 
 def learning_rate(share: float, options: TrainOptions) -> float:
@@ -353,8 +353,3 @@ def learning_rate(share: float, options: TrainOptions) -> float:
         return options.learning_rate * max(share / options.warm_up, 0.01)
     rest = min(1.0, (share - options.warm_up) / max(1e-9, 1 - options.warm_up))
     return options.learning_rate * max(0.01, 0.5 * (1 + math.cos(math.pi * rest)))
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from features.domain import Domain, Feature
 from features.tensors import SIDES, feature_names, tensor_table
 from inference.transact_fast import FastEncoder
+from inference.transact_train import TrainEncoder
 
 HOUR_MS = 3_600_000
 SURFACE_DIMENSION = 8
@@ -51,7 +52,7 @@ class TransActRanker(nn.Module):
         width = D + (D if ranker.user_space is not None else 0)
         if use_sequence:
             self.sequence = SequenceEncoder(domain, ranker_name)
-            self.fast_sequence = FastEncoder(self.sequence)
+            self.fast_sequence, self.train_sequence = FastEncoder(self.sequence), TrainEncoder(self.sequence)
             width += self.sequence.width
         if len(domain.entities) > 1:
             self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
@@ -64,7 +65,12 @@ class TransActRanker(nn.Module):
         self.heads = nn.Linear(sizes[-1], len(self.head_names))
 
     def forward(
-        self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        request_row: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        window_ms: Tensor | None = None,
     ) -> Tensor:
         """Logits, float32 [N, H].
 
@@ -73,14 +79,17 @@ class TransActRanker(nn.Module):
                 [N, ...]; without, they are one request's, exactly as the table shapes them.
             request_row: int64 [N], the request of each candidate.
             generator: source of the random time windows, one a request. They are drawn in training mode only; None: no window.
+            window_ms: windows that have been drawn, float64 [R, 1], in place of `generator`.
         """
         if request_row is None:
             tensors, request_row = self._stacked(tensors)
         candidate = self._candidate(tensors)
         compressed = None
         if self.use_sequence:
-            window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator) if self.training else None
-            compressed = self.sequence(tensors, candidate, request_row, window_ms)
+            if self.training and window_ms is None:
+                window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator)
+            encode = self.train_sequence if self.training and self.train_sequence.applies else self.sequence
+            compressed = encode(tensors, candidate, request_row, window_ms)
         return self.behind_sequence(tensors, candidate, request_row, compressed)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

@@ -24,7 +24,7 @@ from features.domain import DAY_MS, Domain
 from features.encodings import read_action
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
-from features.logs import ACTIONS, drop_past
+from features.logs import ACTIONS, PACKED, drop_past
 from features.samples import WARM, drop_samples
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.ranking_pb2 import RankingRecord
@@ -244,7 +244,12 @@ class _Run:
     def _sweep(self) -> None:
         """Removes what killed processes left half written, and old states that were set aside."""
         home, before_s = self.job.home, (self.now_ms - LEFT_OVER_MS) / 1000
-        left_over = [*home.glob("logs/*/.*.part"), *home.glob("tables/*/.writing-*"), *_set_aside(home)]
+        left_over = [
+            *home.glob("logs/*/.*.part"),
+            *home.glob(f"logs/*/{PACKED}/.*.part"),
+            *home.glob("tables/*/.writing-*"),
+            *_set_aside(home),
+        ]
         left_over += [path for folder in self.archives for path in folder.glob(".*.part")]
         for path in left_over:
             if path.stat().st_mtime < before_s:

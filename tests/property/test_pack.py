@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from features.actions import EVENT_DTYPE
 from features.domain import parse_domain
 from features.ids import string_id
-from features.pack import Column, Packer, RankInputs
+from features.pack import Column, ManyInputs, Packer, RankInputs
 from features.pack_oracle import NaiveTables, naive_pack
 from features.sequence import Definition, law
 from features.tables import Member, TableSet, write_generation
@@ -255,6 +255,61 @@ def test_pack_equals_the_oracle(data):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), row.name
     assert replace(fast, tensors={}) == replace(slow, tensors={})
     assert packer.digest(fast.tensors) == packer.digest(slow.tensors)
+
+
+def joined(columns_of, names):
+    """Columns of several requests as one; a feature that one of them lacks is left out."""
+    found = {}
+    for name in names:
+        columns = [each[name] for each in columns_of if name in each]
+        if len(columns) == len(columns_of):
+            parts = {part: [getattr(column, part) for column in columns] for part in ("number", "category", "lengths")}
+            found[name] = Column(**{part: None if values[0] is None else np.concatenate(values) for part, values in parts.items()})
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_many_requests_are_packed_as_each_of_them(data):
+    packer, _ = PACKERS[data.draw(st.integers(0, len(PACKERS) - 1))]
+    events = data.draw(st.sampled_from([EVENTS, FEW_ITEMS]))
+    several = data.draw(st.lists(requests(packer.domain, events), min_size=1, max_size=5))
+    several = [replace(one, request_time_ms=TIME_MS + data.draw(st.integers(-20, 20))) for one in several]
+    of_candidate = joined([one.candidate_features for one in several], packer.domain.features)
+    of_request = joined([one.request_features for one in several], packer.domain.features)
+    several = [
+        replace(
+            one,
+            candidate_features={name: value for name, value in one.candidate_features.items() if name in of_candidate},
+            request_features={name: value for name, value in one.request_features.items() if name in of_request},
+        )
+        for one in several
+    ]
+    many = packer.pack_many(
+        ManyInputs(
+            user_id=np.array([one.user_id for one in several], U64),
+            request_time_ms=np.array([one.request_time_ms for one in several]),
+            erased_before_ms=np.array([one.erased_before_ms for one in several]),
+            events=np.concatenate([one.events for one in several]),
+            event_starts=np.cumsum([0, *(len(one.events) for one in several)]),
+            candidate_ids=np.concatenate([one.candidate_ids for one in several]),
+            candidate_kinds=np.concatenate([one.candidate_kinds for one in several]),
+            starts=np.cumsum([0, *(len(one.candidate_ids) for one in several)]),
+            candidate_features=of_candidate,
+            request_features=of_request,
+        )
+    )
+    assert list(many) == [row.name for row in packer.table]
+    one_by_one = [packer.pack(one).tensors for one in several]
+    counts = [int(tensors["sequence_count"][0]) for tensors in one_by_one]
+    for row in packer.table:
+        values = [tensors[row.name] for tensors in one_by_one]
+        if row.name.startswith("sequence_") and row.name != "sequence_count":
+            expected = np.concatenate([value[:count] for value, count in zip(values, counts, strict=True)])
+        else:
+            expected = np.concatenate(values) if row.per_candidate else np.stack(values)
+        got = many[row.name]
+        assert (got.dtype, got.shape, got.tobytes()) == (expected.dtype, expected.shape, expected.tobytes()), row.name
 
 
 @settings(max_examples=200, deadline=None)

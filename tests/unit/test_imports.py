@@ -28,7 +28,7 @@ HOMES = {
     "tritonclient": {"inference/triton.py"},
 }
 HOME_FOLDERS = {
-    "torch": ("inference/", "deploy/triton_shim.py", "deploy/bench_model.py"),
+    "torch": ("inference/", "deploy/triton_shim.py", "deploy/bench_model.py", "deploy/bench_train.py"),
     "grpc": ("streams/", "inference/", "deploy/", "protos/"),
 }
 
