@@ -21,6 +21,7 @@ from deploy import (
     commands_explain,
     commands_http,
     commands_inspect,
+    commands_label,
     commands_move,
     commands_releases,
     commands_snapshots,
@@ -61,6 +62,7 @@ for _commands in (
     commands_explain,
     commands_http,
     commands_inspect,
+    commands_label,
     commands_move,
     commands_releases,
     commands_snapshots,
@@ -246,10 +248,11 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
+    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
 ) -> None:
-    """Train a ranker on the imported log: temporal parts, early stop, checkpoints, curves.
+    """Train a ranker on the imported log, or on what was served: temporal parts, early stop, checkpoints, curves.
 
     Example: `freshrank train --domain domains/kuairand.toml --ranker home --epochs 5`
     """
@@ -257,7 +260,7 @@ def train(
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
-    work = workspace(settings)
+    work = workspace(settings, served=served)
     name = work.domain.ranker_name(ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, learning_rate=learning_rate, seed=seed, threads=os.cpu_count() or 1)
     result = train_ranker(work, name, options, resume=resume)
@@ -299,6 +302,7 @@ def evaluate(
     epochs: Annotated[int, typer.Option(help="Most passes of each training.")] = 10,
     seconds: Annotated[float | None, typer.Option(help="Time budget of each training, seconds.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
@@ -312,7 +316,7 @@ def evaluate(
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
-    work = workspace(settings)
+    work = workspace(settings, served=served)
     name = work.domain.ranker_name(ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
     result = evaluate_ranker(work, name, options)

@@ -2,7 +2,7 @@
 
 A request sees the actions that the log held strictly before its time (append time, not event time: a late event was not there yet), folded
 by the law of the sequence, and the user vectors of the generation that was the newest then. A ranker with `surfaces` has the requests of
-these surfaces only.
+these surfaces only. Of a served log a request sees what it saw when it was served (`inference.served_examples`).
 """
 
 from bisect import bisect_right
@@ -20,11 +20,12 @@ from torch import Tensor
 from features.actions import EVENT_DTYPE
 from features.domain import Domain, Head
 from features.erasures import NOBODY, Erased, erased_before_ms
-from features.logs import FeatureColumn, LoggedRequests, read_actions, read_requests
+from features.logs import FeatureColumn, LoggedRequests, is_served_log, read_actions, read_requests
 from features.pack import Column, Packer, RankInputs
 from features.sequence import NEVER_ERASED, Definition, Events, definition, law
 from features.tables import TableSet, generations_of, open_generation
 from features.tensors import tensor_table
+from inference.served_examples import served_requests
 
 Array = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
@@ -167,7 +168,7 @@ def build_dataset(
     """
     tables = TableSet.open(tables_root, domain, ranker_name, generations)
     packers = _Packers(domain, ranker_name, tables_root, tables)
-    history = History(domain, ranker_name, log, erased)
+    history = None if is_served_log(log) else History(domain, ranker_name, log, erased)
     table = tensor_table(domain, ranker_name)
     collected: dict[str, list[Array]] = {row.name: [] for row in table}
     requests: list[LoggedRequests] = []
@@ -286,6 +287,9 @@ def _created_ms(generation: str) -> int:
 
 def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:
     """The log's requests on the surfaces whose impressions train the ranker, without those of users erased since."""
+    if is_served_log(log):
+        yield from served_requests(domain, ranker_name, log, erased)
+        return
     surfaces = domain.ranker[ranker_name].surfaces
     for batch in read_requests(log, domain):
         if surfaces is not None:
@@ -326,7 +330,7 @@ def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
     )
 
 
-def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History) -> Iterator[RankInputs]:
+def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History | None) -> Iterator[RankInputs]:
     wanted = {name: domain.features[name].side for name in domain.ranker[ranker_name].features if name in batch.features}
     list_starts = {name: _starts(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
 
@@ -340,7 +344,10 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
     for i in range(len(batch)):
         low, high = int(batch.starts[i]), int(batch.starts[i + 1])
         user_id, time_ms = int(batch.user_id[i]), int(batch.request_time_ms[i])
-        events, erased_before_ms = history.before(user_id, time_ms)
+        if batch.served is not None:
+            events, erased_before_ms = batch.served.sequence(i)
+        elif history is not None:
+            events, erased_before_ms = history.before(user_id, time_ms)
         yield RankInputs(
             user_id=user_id,
             request_time_ms=time_ms,
