@@ -361,9 +361,12 @@ def demo(
     domain: Annotated[Path | None, typer.Option(help="Domain file of a real log; the simulator where absent.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the published files that the domain file reads.")] = None,
     seconds: Annotated[float, typer.Option(help="Time budget of the training; half of it for the one without the sequence.")] = 80.0,
+    loop: Annotated[bool, typer.Option("--loop", help="Instead: serve, label, train on what was served, serve that, compare.")] = False,
     home: Home = None,
 ) -> None:
     """Train, start the stack, act live, and show what matters. Needs nothing but this checkout.
+
+    With --loop on the simulator: a second model, trained only from what the first one served, beside it on later traffic.
 
     Example: `freshrank demo` or `freshrank demo --domain domains/kuairand.toml --data ../shared/data/kuairand-pure`
     """
@@ -374,6 +377,12 @@ def demo(
         home = Path(f".freshrank-{load_domain(domain).name}")
     quiet()
     settings = settings_for(home, domain)
+    if loop:
+        from deploy.demo_loop import run_loop
+
+        if domain is not None:
+            raise typer.BadParameter("runs on the simulator, whose users can act", param_hint="--loop")
+        raise typer.Exit(run_loop(settings, seconds / 2, Console()))
     raise typer.Exit(run_demo(settings, domain, data, seconds, Console()))
 
 

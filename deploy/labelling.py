@@ -252,15 +252,16 @@ class _Pass:
                 if 0 < span.start < span.end:
                     records = next(log.read(partition))
                     cut_ms = max(cut_ms, int(records.append_time_ms[0]))
-        until_ms = int(made.get("until_ms", 0))
         if made and closed_ms < cut_ms:
-            reached_ms = min(-(-cut_ms // DAY_MS) * DAY_MS, -(-until_ms // DAY_MS) * DAY_MS)
+            rules = self.options.rules
+            complete_ms = int(made["until_ms"]) - rules.window_ms - rules.grace_ms  # what waited then is written yet
+            reached_ms = min(-(-cut_ms // DAY_MS), complete_ms // DAY_MS) * DAY_MS
             if reached_ms > closed_ms:
                 self.report.warnings.append(
                     f"retention has reached {_day(cut_ms)}, whose lists were not final: they are closed as they are; keep both topics "
                     "longer than window, late time and a day together"
                 )
-            return max(closed_ms, reached_ms)
+                return reached_ms
         return closed_ms
 
     def _continues(self, kept: _Plan, plan: _Plan) -> bool:
