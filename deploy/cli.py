@@ -373,6 +373,8 @@ def demo(
     from deploy.demo import run_demo
     from features.domain import load_domain
 
+    if home is None and loop:
+        home = Path(".freshrank-loop")
     if home is None and domain is not None:  # a folder of its own: one home holds one product's state
         home = Path(f".freshrank-{load_domain(domain).name}")
     quiet()

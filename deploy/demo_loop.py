@@ -54,8 +54,14 @@ _DRAWS = 2_000
 
 
 def run_loop(settings: Settings, seconds: float, console: Console) -> int:
-    """Runs the loop; returns 0 if every list's inputs were proved and a replay found no difference."""
+    """Runs the loop; returns 0 if every list's inputs were proved and a replay found no difference.
+
+    Raises:
+        ValueError: a loop ran in this home folder: its traffic would be served a second time.
+    """
     started_s = time.monotonic()
+    if (settings.home / "logs").exists():
+        raise ValueError(f"{settings.home}: a loop or a demo ran here; remove the folder, or name another one with --home")
     simulator, data = Simulator(SEED), settings.home / "demo" / "published"
     simulator.write(data, requests=IMPORTED)
     domain_path = keep_domain(Settings.model_fields["domain"].default, settings.home)

@@ -456,19 +456,18 @@ class _Pass:
             closed_before_ms=max(plan.closed_before_ms, closed_ms),
             actions={partition: end for partition, (_, end) in plan.spans["actions"].items()},
         )
-        for path in (path for paths in mine.values() for path in paths):
-            _sync(path)
-        for name in ("actions", "impressions", "served"):
-            if (self.out / name).is_dir():
-                _sync(self.out / name)
         self.options.step("replace")
         with locked(self.out):  # an erasure that is in the ledger by now is done here, a later one by its job, which waits
             ledger = read_ledger(self.options.ledger)
             self.report.erased_rows = drop_served(mine[ACTIONS], mine[IMPRESSIONS], mine[SERVED], ledger) if ledger else 0
             self.report.parts = {name: len(found) for name, found in parts.items()}
+            folders = [self.out / name for name in ("actions", "impressions", "served") if (self.out / name).is_dir()]
+            for path in (*(path for paths in mine.values() for path in paths), *folders):
+                _sync(path)
             summary = {"domain": self.domain.name, "domain_version": self.domain.version, "parts": parts}
             has_seen = self.summary["label"].get("has_seen", False) or self.options.all_seen or self.report.only_seen > 0
             write_summary(self.out, summary | {"label": asdict(made) | {"has_seen": has_seen}, "report": self.report.as_json()})
+            _sync(self.out)  # before the parts that the old one names go
 
     # 6. Sweep
 
