@@ -65,10 +65,9 @@ class Making:
             self.pending = [one for one in self.pending if one[0] > now_ms]
             for _, user, value in due:
                 self.append(now_ms, user, value)
-            for user in self.rng.permutation(USERS)[:3].tolist():
-                self.append(
-                    now_ms, user, self.action(user, int(self.rng.choice(ITEMS)), int(self.rng.choice([CLICK, LIKE, UNLIKE, 9])), now_ms)
-                )
+            for user in self.users(3):
+                what = int(self.rng.choice([CLICK, LIKE, UNLIKE, 9]))
+                self.append(now_ms, user, self.action(user, int(self.rng.choice(ITEMS)), what, now_ms))
             if self.rng.random() < 0.2:
                 self.append(now_ms, USERS[0], b"garbage")
             if self.erase and step == steps // 2:
@@ -76,25 +75,21 @@ class Making:
             for partition in range(PARTITIONS):
                 if self.rng.random() < 0.8:  # else the worker lags behind
                     self.fold(partition)
-            for user in self.rng.permutation(USERS)[:2].tolist():
+            for user in self.users(2):
                 self.serve(user, now_ms + int(self.rng.integers(0, 5_000)))
         for append_ms, user, value in sorted(self.pending):
             self.append(max(now_ms, append_ms), user, value)
+
+    def users(self, count):
+        return [USERS[i] for i in self.rng.permutation(len(USERS))[:count]]
 
     def append(self, append_ms, user, value):
         self.world.actions.records[partition_of(user_key(user), PARTITIONS)].append((append_ms, user_key(user), value))
 
     def action(self, user, item, action, time_ms, **more):
         self.event_id += 1
-        fields = {
-            "user_id": user,
-            "entity_kind": 1,
-            "entity_id": item,
-            "action": action,
-            "event_time_ms": time_ms,
-            "event_id": self.event_id,
-        }
-        return encode_action(**fields | more)
+        fields = {"entity_kind": 1, "entity_id": item, "action": action, "event_time_ms": time_ms, "event_id": self.event_id}
+        return encode_action(user_id=user, **fields | more)
 
     def fold(self, partition):
         records = self.world.actions.records[partition]
@@ -170,11 +165,12 @@ class Making:
             self.act(request, 55, CLICK)  # on what was not shown, as a rule
 
     def act(self, request, item, action):
-        user = int(self.rng.choice([request.user_id, *request.identities]))
+        people = [request.user_id, *request.identities]
+        user = people[self.rng.integers(len(people))]
         time_ms = request.request_time_ms + int(self.rng.integers(1, WINDOW_MS + WINDOW_MS // 5))
         delay_ms = int(self.rng.choice([0, 0, 0, 2 * HOUR_MS, 11 * HOUR_MS, 30 * HOUR_MS]))
-        request_id = int(self.rng.choice([1, 1, 1, 0, 2], p=[0.3, 0.3, 0.2, 0.15, 0.05]))
-        value = self.action(user, item, action, time_ms, request_id=request.request_id if request_id == 1 else 0 if request_id == 0 else 99)
+        request_id = [request.request_id, 0, 99][self.rng.choice(3, p=[0.8, 0.15, 0.05])]
+        value = self.action(user, item, action, time_ms, request_id=request_id)
         for again in range(2 if self.rng.random() < 0.1 else 1):
             self.pending.append((time_ms + delay_ms + again * MINUTE_MS, user, value))
 
