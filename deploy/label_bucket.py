@@ -22,6 +22,7 @@ from features.logs import LoggedActions, impressions_schema, logged_features, se
 from features.person import events_of_rows, rows_digest
 from features.ports import SequenceCorruptError
 from features.runs import write_run
+from features.sequence import NEVER_ERASED
 from inference.experiments import Choice
 from inference.release import Release, ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import FeatureColumn, RankingRecord
@@ -311,9 +312,11 @@ def _from_known(known: pa.Table) -> Iterator[tuple[Key, _Proved]]:
 
 
 def _from_inline(record: RankingRecord, folder: Path, releases: dict[str, Release | None]) -> _Proved | None:
-    """Of the sampled users: the rows as read, which the record's digest proves."""
+    """Of the sampled users: the rows as read, which the record's digest proves. Where no state answered there were none."""
+    if not record.watermark:
+        return _Proved(b"", NEVER_ERASED) if record.row_digest == rows_digest([b""]) else None
     rows = [record.inline_row, *record.inline_identity_rows]
-    if not record.inline or not record.watermark or record.row_digest != rows_digest(rows):
+    if not record.inline or record.row_digest != rows_digest(rows):
         return None
     if record.release_id not in releases:
         try:

@@ -249,9 +249,9 @@ class _Pass:
         cut_ms = 0
         for log in self.logs.values():
             for partition, span in log.partitions.items():
-                if 0 < span.start < span.end:
-                    records = next(log.read(partition))
+                for records in log.read(partition) if 0 < span.start < span.end else ():
                     cut_ms = max(cut_ms, int(records.append_time_ms[0]))
+                    break
         if made and closed_ms < cut_ms:
             rules = self.options.rules
             complete_ms = int(made["until_ms"]) - rules.window_ms - rules.grace_ms  # what waited then is written yet
