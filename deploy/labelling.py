@@ -299,7 +299,7 @@ class _Pass:
                 return False
             is_closed = record.request.request_time_ms < self.plan.closed_before_ms
             skipped["backdated"] += is_closed and self.plan.before_ms <= record.served_time_ms
-            return record.request.request_time_ms >= self.plan.closed_before_ms - context_ms
+            return bool(record.request.request_time_ms >= self.plan.closed_before_ms - context_ms)
 
         reading = spill_rankings(rankings, [folder / RANKINGS_ARCHIVE for folder in folders], wanted, read, self.options.memory_bytes)
         self.options.step("spill actions")

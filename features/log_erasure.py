@@ -31,7 +31,8 @@ def drop_past(folder: str | Path, erasures: Iterable[Erasure]) -> int:
         past = {ACTIONS: _past_actions(erased), IMPRESSIONS: _past_requests(erased)}
         return sum(_rewrite(path, past[name]) for name, path in there.items() if path.exists())
     with locked(folder):
-        return drop_served(*(log_files(folder, name) for name in (ACTIONS, IMPRESSIONS, SERVED)), erasures)
+        actions, impressions, served = (log_files(folder, name) for name in (ACTIONS, IMPRESSIONS, SERVED))
+        return drop_served(actions, impressions, served, erasures)
 
 
 def drop_served(actions: Iterable[Path], impressions: Iterable[Path], served: Iterable[Path], erasures: list[Erasure]) -> int:
@@ -78,7 +79,8 @@ def _named(keys: npt.NDArray[np.void]) -> Past:
         there = np.zeros(batch.num_rows, keys.dtype)
         for name in _REQUEST:
             there[name] = _array(batch, name)
-        return np.isin(there, keys)
+        found: npt.NDArray[np.bool_] = np.isin(there, keys)
+        return found
 
     return past
 

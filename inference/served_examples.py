@@ -79,5 +79,7 @@ def _starts(sizes: npt.NDArray[np.integer]) -> I64:
 
 
 def _ragged(starts: I64, chosen: I64) -> I64:
+    """Rows starts[i]:starts[i + 1] of each chosen i, one after the other."""
     counts = starts[chosen + 1] - starts[chosen]
-    return np.arange(counts.sum()) + np.repeat(starts[chosen] - (np.cumsum(counts) - counts), counts)
+    rows: I64 = np.arange(counts.sum()) + np.repeat(starts[chosen] - (np.cumsum(counts) - counts), counts)
+    return rows

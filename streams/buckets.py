@@ -248,8 +248,8 @@ def _joined(parts: list[Records]) -> Iterator[Records]:
     if parts:
         keys, values = [key for part in parts for key in part.keys], [value for part in parts for value in part.values]
         forgotten = [np.zeros(len(part), bool) if part.forgotten is None else part.forgotten for part in parts]
-        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "append_time_ms"))
-        yield Records(*columns, keys, values, np.concatenate(forgotten))
+        offsets, append_time_ms = (np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "append_time_ms"))
+        yield Records(offsets, append_time_ms, keys, values, np.concatenate(forgotten))
 
 
 def logged_actions(batch: Batch) -> LoggedActions:

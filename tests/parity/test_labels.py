@@ -154,7 +154,7 @@ def test_every_list_is_packed_again_to_the_logged_digest(world, labelled):
             record = _record(world, batch, i)
             ids = np.frombuffer(record.request.candidate_ids, "<u8")
             back = order[np.argsort(np.argsort(ids))]
-            features = {name: column._replace(number=column.number[back]) for name, column in inputs.candidate_features.items()}
+            features = {name: replace(column, number=column.number[back]) for name, column in inputs.candidate_features.items()}
             asked = replace(
                 inputs, candidate_ids=inputs.candidate_ids[back], candidate_kinds=inputs.candidate_kinds[back], candidate_features=features
             )

@@ -69,7 +69,7 @@ def logs(draw):
         user, time_ms = draw(st.sampled_from(USERS)), 100_000 + draw(st.integers(0, 60)) * 1_000
         kind = draw(st.integers(0, 9))
         fields = {"entity_kind": 1, "entity_id": event, "action": 1, "event_time_ms": time_ms, "event_id": event}
-        value = encode_erase(user_id=user, event_id=event) if kind == 0 else encode_action(user_id=user, **fields)
+        value = encode_erase(user_id=user, event_id=event, reason="asked") if kind == 0 else encode_action(user_id=user, **fields)
         # Some are too far ahead for one of the two rules, some for both, some are no actions.
         append_ms = time_ms - 5_000 if kind == 1 else time_ms - 50_000 if kind == 2 else time_ms
         value = b"garbage" if kind == 3 else value
