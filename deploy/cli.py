@@ -21,6 +21,7 @@ from deploy import (
     commands_explain,
     commands_http,
     commands_inspect,
+    commands_label,
     commands_move,
     commands_releases,
     commands_snapshots,
@@ -61,6 +62,7 @@ for _commands in (
     commands_explain,
     commands_http,
     commands_inspect,
+    commands_label,
     commands_move,
     commands_releases,
     commands_snapshots,
@@ -248,10 +250,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
     checkpoint_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints within an epoch.")] = 300.0,
+    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
 ) -> None:
-    """Train a ranker on the imported log: temporal parts, early stop, checkpoints, curves, a report.
+    """Train a ranker on the imported log, or on what was served: temporal parts, early stop, checkpoints, curves, a report.
 
     Several processes: `torchrun --nproc-per-node 2 -m deploy.cli train ...`; each takes its part of every batch.
 
@@ -261,7 +264,7 @@ def train(
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
-    work = workspace(settings)
+    work = workspace(settings, served=served)
     name = work.domain.ranker_name(ranker)
     options = TrainOptions(
         epochs=epochs,
@@ -284,6 +287,7 @@ def evaluate(
     epochs: Annotated[int, typer.Option(help="Most passes of each training.")] = 10,
     seconds: Annotated[float | None, typer.Option(help="Time budget of each training, seconds.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
     home: Home = None,
     domain: DomainFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
@@ -297,7 +301,7 @@ def evaluate(
     from inference.train import TrainOptions
 
     settings = settings_for(home, domain)
-    work = workspace(settings)
+    work = workspace(settings, served=served)
     name = work.domain.ranker_name(ranker)
     options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
     result = evaluate_ranker(work, name, options)
@@ -342,19 +346,30 @@ def demo(
     domain: Annotated[Path | None, typer.Option(help="Domain file of a real log; the simulator where absent.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the published files that the domain file reads.")] = None,
     seconds: Annotated[float, typer.Option(help="Time budget of the training; half of it for the one without the sequence.")] = 80.0,
+    loop: Annotated[bool, typer.Option("--loop", help="Instead: serve, label, train on what was served, serve that, compare.")] = False,
     home: Home = None,
 ) -> None:
     """Train, start the stack, act live, and show what matters. Needs nothing but this checkout.
+
+    With --loop on the simulator: a second model, trained only from what the first one served, beside it on later traffic.
 
     Example: `freshrank demo` or `freshrank demo --domain domains/kuairand.toml --data ../shared/data/kuairand-pure`
     """
     from deploy.demo import run_demo
     from features.domain import load_domain
 
+    if home is None and loop:
+        home = Path(".freshrank-loop")
     if home is None and domain is not None:  # a folder of its own: one home holds one product's state
         home = Path(f".freshrank-{load_domain(domain).name}")
     quiet()
     settings = settings_for(home, domain)
+    if loop:
+        from deploy.demo_loop import run_loop
+
+        if domain is not None:
+            raise typer.BadParameter("runs on the simulator, whose users can act", param_hint="--loop")
+        raise typer.Exit(run_loop(settings, seconds / 2, Console()))
     raise typer.Exit(run_demo(settings, domain, data, seconds, Console()))
 
 

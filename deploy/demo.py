@@ -81,7 +81,7 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
 
     with Stack(settings) as stack:
         console.print(f"[bold]4[/bold]  started Kafka, Triton, worker, reader, server in {settings.home}")
-        live = _connect(stack, work.domain, ranker)
+        live = connect(stack, work.domain, ranker)
         try:
             if simulator is not None:
                 hit = _live_sessions(live, simulator, without)
@@ -94,13 +94,14 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
         finally:
             live.producer.close()
             live.client.close()
-        parity = _replay(stack.settings)
+        parity = replay_report(stack.settings)
     _show(console, before_after, visible_ms, hit, parity)
     console.print(f"demo done in {time.monotonic() - started:.0f} s; `freshrank up --home {settings.home}` serves the same release again")
     return 0 if parity["ok"] else 1
 
 
-def _connect(stack: Stack, domain: Domain, ranker: str) -> Live:
+def connect(stack: Stack, domain: Domain, ranker: str) -> Live:
+    """Clients of a running stack."""
     settings = stack.settings
     producer = ActionProducer(kafka_config(settings), domain, settings.topic_actions, base=settings.log_base)
     client = ranking_client(settings, timeout_s=5.0)
@@ -244,7 +245,7 @@ def _produce_to_changed(live: Live, moments: list[Moment]) -> np.ndarray:
     return np.array(found_ms)
 
 
-def _replay(settings: Settings) -> dict[str, Any]:
+def replay_report(settings: Settings) -> dict[str, Any]:
     """`freshrank replay` in a process of its own: it shares no state with the server."""
     out = settings.home / "demo" / "parity.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """From a published log to a release: import, embeddings, training, publishing. What `freshrank import|train|publish` and the demo run.
 
-Folders below home: logs/<domain>/ (canonical log), tables/ (spaces), training/<ranker>/ (weights, curves, checkpoints), releases/,
-evaluation/<ranker>/ (what `evaluate` trains and shows, never released).
+Folders below home: logs/<domain>/ (canonical log), logs/<domain>.served/ (what was served, made by `freshrank label`), tables/ (spaces),
+training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker>/ (what `evaluate` trains and shows, never released).
 """
 
 import time
@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deploy.labelling import served_folder
 from features.domain import Domain, load_domain
 from features.erasures import LEDGER, erased_users, read_ledger
 from inference.dataset import split_times
@@ -28,10 +29,11 @@ from streams.importer import import_log
 
 @dataclass(frozen=True)
 class Workspace:
-    """A domain file and the folders that its data is kept in."""
+    """A domain file and the folders that its data is kept in. served: works on what was served, not on what was imported."""
 
     domain_path: Path
     home: Path
+    served: bool = False
 
     @property
     def domain(self) -> Domain:
@@ -40,8 +42,8 @@ class Workspace:
 
     @property
     def log(self) -> Path:
-        """The canonical log."""
-        return self.home / "logs" / self.domain.name
+        """The canonical log: the imported one, or the one that `freshrank label` makes."""
+        return served_folder(self.home, self.domain) if self.served else self.home / "logs" / self.domain.name
 
     @property
     def erased(self) -> dict[int, int]:

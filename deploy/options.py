@@ -29,11 +29,11 @@ def settings_for(home: Path | None, domain: Path | None = None) -> Settings:
     return settings
 
 
-def workspace(settings: Settings) -> Any:
-    """The folders of a domain's data."""
+def workspace(settings: Settings, *, served: bool = False) -> Any:
+    """The folders of a domain's data; `served`: with the log of what was served."""
     from deploy.learn import Workspace
 
-    return Workspace(settings.domain, settings.home)
+    return Workspace(settings.domain, settings.home, served=served)
 
 
 def quiet() -> None:

@@ -3,12 +3,17 @@
 A log folder has `actions.parquet` (every action and erasure, in the order of the log), `impressions.parquet` (every candidate of every
 request with its labels and request and candidate features) and `summary.json` (where it came from and what was rejected).
 Files are written under another name and renamed when whole, so a reader never sees half of one.
+
+A served log, which `freshrank label` makes of what was served, has a third table, `served` (how each request was served, one row a
+request), and each table in parts: files of their own, in the order of their names, that summary.json lists. So a new summary.json is a
+new log, at once.
 """
 
+import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +26,10 @@ import pyarrow.parquet as pq
 
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
-from features.erasures import Erased, erased_before_ms, ledger_fingerprint
+from features.sequence import Events
 
 LOG_VERSION = "1"
-ACTIONS, IMPRESSIONS, SUMMARY = "actions.parquet", "impressions.parquet", "summary.json"
+ACTIONS, IMPRESSIONS, SERVED, SUMMARY = "actions.parquet", "impressions.parquet", "served.parquet", "summary.json"
 PACKED = "packed"
 """Below a log folder: training arrays of its requests, a folder each, whose meta.json names the ledger that they were packed under."""
 ORDERS = ("append_time", "offset")
@@ -85,6 +90,33 @@ class LoggedActions:
 
 
 @dataclass(frozen=True)
+class Served:
+    """How r requests were served: a table of r rows with the columns of `served_schema`, in the order of the requests."""
+
+    table: pa.Table
+
+    def take(self, requests: npt.NDArray[np.int64]) -> Self:
+        """Those of some requests."""
+        return type(self)(self.table.take(pa.array(requests)))
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column that is no list: [r]."""
+        column: npt.NDArray[Any] = self.table[name].to_numpy()
+        return column
+
+    def lists(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """A column of lists: (values [sum], the request of each int64 [sum])."""
+        column = self.table[name].combine_chunks()
+        offsets = column.offsets.to_numpy()
+        return column.values.to_numpy()[offsets[0] : offsets[-1]], np.repeat(np.arange(len(column)), np.diff(offsets))
+
+    def sequence(self, i: int) -> tuple[Events, int]:
+        """The person's sequence and erased_before_ms as `pack()` got them for request i."""
+        events: Events = np.frombuffer(self.table["events"][i].as_py(), EVENT_DTYPE)
+        return events, int(self.table["erased_before_ms"][i].as_py())
+
+
+@dataclass(frozen=True)
 class LoggedRequests:
     """Whole requests, in the order of request_time_ms. r requests hold n rows (candidates).
 
@@ -92,6 +124,7 @@ class LoggedRequests:
     surface uint16 [r]. entity_kind uint8 [n], entity_id uint64 [n], position int32 [n] (-1 unknown).
     labels uint8 [sum], label_starts int64 [n + 1]: ids of the actions that answered each row, ascending.
     features: the request and candidate features of each row by name (a request feature repeats over its request's rows).
+    Of a served log also: seen bool [n], whether the user saw the row, and how each request was served; None otherwise.
     """
 
     starts: npt.NDArray[np.int64]
@@ -105,6 +138,8 @@ class LoggedRequests:
     labels: npt.NDArray[np.uint8]
     label_starts: npt.NDArray[np.int64]
     features: dict[str, FeatureColumn]
+    seen: npt.NDArray[np.bool_] | None = None
+    served: Served | None = None
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -133,8 +168,8 @@ def actions_schema(domain: Domain, *, order: str = "append_time") -> pa.Schema:
     return _schema(fields, domain, order)
 
 
-def impressions_schema(domain: Domain) -> pa.Schema:
-    """Columns of impressions.parquet; request and candidate features follow the fixed ones under their own names."""
+def impressions_schema(domain: Domain, *, served: bool = False) -> pa.Schema:
+    """Columns of impressions.parquet; request and candidate features follow the fixed ones under their own names. `served`: with `seen`."""
     fields = [
         ("request_id", pa.uint64()),
         ("user_id", pa.uint64()),
@@ -144,11 +179,44 @@ def impressions_schema(domain: Domain) -> pa.Schema:
         ("entity_kind", pa.uint8()),
         ("entity_id", pa.uint64()),
         ("labels", pa.list_(pa.uint8())),
+        ("seen", pa.bool_()),
     ]
     for name in logged_features(domain):
         if name in {field for field, _ in fields}:
             raise LogError(f"features.{name}: the name of a fixed column of impressions.parquet; call the feature otherwise")
         fields.append((name, _FEATURE_TYPES[domain.features[name].kind]))
+    return _schema([field for field in fields if served or field[0] != "seen"], domain, "request_time")
+
+
+def served_schema(domain: Domain) -> pa.Schema:
+    """Columns of the table `served`: one row a request, of which its impressions are in the same order.
+
+    generations: JSON, by space. tier, sequence_source: numbers of the proto. who: user_id and the further identities; log_epoch and
+    offset_read: each one's watermark, 0 and -1 for none. row_digest, digest: as logged. events: EVENT_DTYPE bytes and erased_before_ms, as
+    `pack()` got them. labels: how many the request's candidates have together.
+    """
+    fields = [
+        ("request_id", pa.uint64()),
+        ("user_id", pa.uint64()),
+        ("request_time_ms", pa.int64()),
+        ("served_time_ms", pa.int64()),
+        ("ranker", pa.string()),
+        ("release_id", pa.string()),
+        ("generations", pa.string()),
+        ("tier", pa.uint8()),
+        ("sequence_source", pa.uint8()),
+        ("experiment", pa.string()),
+        ("arm", pa.string()),
+        ("shuffle_bound", pa.uint32()),
+        ("who", pa.list_(pa.uint64())),
+        ("log_epoch", pa.list_(pa.uint64())),
+        ("offset_read", pa.list_(pa.int64())),
+        ("row_digest", pa.uint64()),
+        ("digest", pa.binary()),
+        ("events", pa.binary()),
+        ("erased_before_ms", pa.int64()),
+        ("labels", pa.uint32()),
+    ]
     return _schema(fields, domain, "request_time")
 
 
@@ -166,7 +234,7 @@ class LogWriter:
     """Writes one file of a log folder in row groups; a context manager that leaves no file when its block raises."""
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema, *, row_group_rows: int = 1 << 17) -> None:
-        """`name` is ACTIONS or IMPRESSIONS."""
+        """`name` is ACTIONS or IMPRESSIONS, or a part's."""
         folder.mkdir(parents=True, exist_ok=True)
         self._final, self._partial = folder / name, folder / f".{name}.part"
         self._schema, self._row_group_rows = schema, row_group_rows
@@ -242,15 +310,17 @@ def read_actions(folder: str | Path, domain: Domain, *, batch_rows: int = 1 << 1
     Raises:
         LogError: no such log, another version, or another domain.
     """
-    for batch in _batches(Path(folder) / ACTIONS, domain, batch_rows):
-        n = batch.num_rows
-        events = np.zeros(n, EVENT_DTYPE)
-        for name in _EVENT_TYPES:
-            events[name] = _array(batch, name)
-        value = events["value"]
-        value[np.isnan(value)] = np.float32(np.nan)
-        rest = (_array(batch, name) for name in ("append_time_ms", "log_epoch", "partition", "offset", "erase"))
-        yield LoggedActions(_array(batch, "user_id"), events, *rest)
+    schema = actions_schema(domain)
+    with _opened(folder, domain, {ACTIONS: schema}) as (files,):
+        for batch in _batches(files, schema.names, batch_rows):
+            n = batch.num_rows
+            events = np.zeros(n, EVENT_DTYPE)
+            for name in _EVENT_TYPES:
+                events[name] = _array(batch, name)
+            value = events["value"]
+            value[np.isnan(value)] = np.float32(np.nan)
+            rest = (_array(batch, name) for name in ("append_time_ms", "log_epoch", "partition", "offset", "erase"))
+            yield LoggedActions(_array(batch, "user_id"), events, *rest)
 
 
 def read_requests(folder: str | Path, domain: Domain, *, batch_rows: int = 1 << 16) -> Iterator[LoggedRequests]:
@@ -259,26 +329,71 @@ def read_requests(folder: str | Path, domain: Domain, *, batch_rows: int = 1 << 
     Raises:
         LogError: no such log, another version, another domain, or one written before a feature was added to the domain file.
     """
+    is_served = is_served_log(folder)
+    tables = {IMPRESSIONS: impressions_schema(domain, served=is_served)}
+    if is_served:
+        tables[SERVED] = served_schema(domain)
     held: pa.Table | None = None
-    for batch in _batches(Path(folder) / IMPRESSIONS, domain, batch_rows):
-        table = pa.Table.from_batches([batch])
-        if held is None or not held.num_rows:
-            held = table
-            continue
-        others = np.flatnonzero(_array(batch, "request_id") != held["request_id"][-1].as_py())
-        cut = int(others[0]) if len(others) else table.num_rows  # rows of the request that the batch before has begun
-        held = pa.concat_tables([held, table.slice(0, cut)])
-        if cut < table.num_rows:
-            yield _requests(held, domain)
-            held = table.slice(cut)
-    if held is not None and held.num_rows:
-        yield _requests(held, domain)
+    with _opened(folder, domain, tables) as (files, *of_served):
+        # A row of `served` is as large as a hundred of a candidate's.
+        served = _ServedRows(_batches(of_served[0], tables[SERVED].names, 1 + batch_rows // 100)) if is_served else None
+        for batch in _batches(files, tables[IMPRESSIONS].names, batch_rows):
+            table = pa.Table.from_batches([batch])
+            if held is None or not held.num_rows:
+                held = table
+                continue
+            last = [held[name][-1].as_py() for name in _REQUEST_KEY]
+            others = np.flatnonzero(np.any([_array(batch, name) != key for name, key in zip(_REQUEST_KEY, last, strict=True)], axis=0))
+            cut = int(others[0]) if len(others) else table.num_rows  # rows of the request that the batch before has begun
+            held = pa.concat_tables([held, table.slice(0, cut)])
+            if cut < table.num_rows:
+                yield _requests(held, domain, served)
+                held = table.slice(cut)
+        if held is not None and held.num_rows:
+            yield _requests(held, domain, served)
 
 
-def _requests(table: pa.Table, domain: Domain) -> LoggedRequests:
+_REQUEST_KEY = ("request_time_ms", "request_id", "user_id")
+"""What requests are sorted by. A request id alone is the caller's, and may come again."""
+
+
+class _ServedRows:
+    """The rows of `served` beside requests that are read in their order. An erasure that was cut off may leave some without a request."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._held: list[pa.Table] = []
+
+    def of(self, keys: list[tuple[int, ...]]) -> Served:
+        """Those of the next requests, which have these keys. Raises LogError: one is not there."""
+        while not self._held or _key_of_row(self._held[-1], -1) < keys[-1]:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            if batch.num_rows:
+                self._held.append(pa.Table.from_batches([batch]))
+        if not self._held:
+            raise LogError(f"request {keys[0]}: has no row in `served`; label again with --rebuild")
+        table = pa.concat_tables(self._held)
+        place = {key: row for row, key in enumerate(zip(*(table[name].to_pylist() for name in _REQUEST_KEY), strict=True))}
+        try:
+            rows = [place[key] for key in keys]
+        except KeyError as error:
+            raise LogError(f"request {error}: has no row in `served`; label again with --rebuild") from error
+        self._held = [table.slice(rows[-1] + 1)] if rows[-1] + 1 < table.num_rows else []
+        return Served(table.take(pa.array(rows)).combine_chunks())
+
+
+def _key_of_row(table: pa.Table, row: int) -> tuple[int, ...]:
+    return tuple(table[name][row].as_py() for name in _REQUEST_KEY)
+
+
+def _requests(table: pa.Table, domain: Domain, served: _ServedRows | None) -> LoggedRequests:
     batch = table.combine_chunks().to_batches()[0]
-    ids = _array(batch, "request_id")
-    first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    time_ms, ids, users = (_array(batch, name) for name in _REQUEST_KEY)
+    begins = np.ones(len(ids), bool)
+    begins[1:] = (ids[1:] != ids[:-1]) | (users[1:] != users[:-1]) | (time_ms[1:] != time_ms[:-1])
+    first = np.flatnonzero(begins)
     labels, label_lengths = _lists(batch, "labels")
     features: dict[str, FeatureColumn] = {}
     for name in logged_features(domain):
@@ -286,11 +401,12 @@ def _requests(table: pa.Table, domain: Domain) -> LoggedRequests:
             features[name] = FeatureColumn(*_lists(batch, name))
         else:
             features[name] = FeatureColumn(_array(batch, name), None)
+    keys = list(zip(*(key[first].tolist() for key in (time_ms, ids, users)), strict=True))
     return LoggedRequests(
         starts=np.append(first, len(ids)).astype(np.int64),
         request_id=ids[first],
-        user_id=_array(batch, "user_id")[first],
-        request_time_ms=_array(batch, "request_time_ms")[first],
+        user_id=users[first],
+        request_time_ms=time_ms[first],
         surface=_array(batch, "surface")[first],
         entity_kind=_array(batch, "entity_kind"),
         entity_id=_array(batch, "entity_id"),
@@ -298,29 +414,89 @@ def _requests(table: pa.Table, domain: Domain) -> LoggedRequests:
         labels=labels,
         label_starts=np.concatenate([[0], np.cumsum(label_lengths, dtype=np.int64)]).astype(np.int64),
         features=features,
+        seen=None if served is None else _array(batch, "seen"),
+        served=None if served is None else served.of(keys),
     )
 
 
-def _batches(path: Path, domain: Domain, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    expected = impressions_schema(domain) if path.name == IMPRESSIONS else actions_schema(domain)
+def _parts(folder: str | Path) -> dict[str, list[str]]:
+    """Files of each table of a served log; nothing of another one."""
+    try:
+        parts: dict[str, list[str]] = json.loads(Path(folder, SUMMARY).read_text("utf-8")).get("parts", {})
+    except FileNotFoundError:
+        return {}
+    return parts
+
+
+def is_served_log(folder: str | Path) -> bool:
+    """Whether the log was made by `freshrank label`: its requests say how they were served."""
+    return SERVED in _parts(folder)
+
+
+def log_files(folder: str | Path, name: str) -> list[Path]:
+    """The files of a table (ACTIONS, IMPRESSIONS, SERVED) in their order: its parts, or the one file of a log without parts."""
+    return _paths(folder, _parts(folder), name)
+
+
+def _paths(folder: str | Path, parts: Mapping[str, list[str]], name: str) -> list[Path]:
+    return [Path(folder, part) for part in (parts.get(name, []) if parts else [name])]
+
+
+@contextmanager
+def _opened(folder: str | Path, domain: Domain, tables: Mapping[str, pa.Schema]) -> Iterator[list[list[pq.ParquetFile]]]:
+    """The files of tables, all of one log, whatever is put in its place meanwhile. Raises LogError."""
+    with ExitStack() as stack:
+        for attempt in range(_OPENINGS_MAX):
+            try:
+                parts = _parts(folder)  # once: a new summary is a new log
+                found = [
+                    [stack.enter_context(_open(path, schema, domain)) for path in _paths(folder, parts, name)]
+                    for name, schema in tables.items()
+                ]
+                break
+            except FileNotFoundError as error:  # between reading the summary and opening: another log is there now
+                if not parts or attempt + 1 == _OPENINGS_MAX:
+                    raise LogError(f"{error.filename}: no such file; make the log with `freshrank import` or `freshrank label`") from error
+                stack.close()
+        yield found
+
+
+_OPENINGS_MAX = 5
+
+
+def _open(path: Path, expected: pa.Schema, domain: Domain) -> pq.ParquetFile:
+    """Opened and checked. Raises LogError, FileNotFoundError."""
     try:
         file = pq.ParquetFile(path)
     except FileNotFoundError as error:
-        raise LogError(f"{path}: no such file; make the log with `freshrank import`") from error
+        raise FileNotFoundError(error.errno, "no such file", str(path)) from error
     except pa.ArrowInvalid as error:
         raise LogError(f"{path}: not a Parquet file: {error}") from error
-    with file:
-        metadata = file.schema_arrow.metadata or {}
-        for key, wanted in (("freshrank.log_version", LOG_VERSION), ("freshrank.domain", domain.name)):
-            found = metadata.get(key.encode(), b"none").decode()
-            if found != wanted:
-                raise LogError(f"{path}: {key} is {found}, expected {wanted}; import the log again with this domain file")
-        for field in expected:
-            at = file.schema_arrow.get_field_index(field.name)
-            found_type = file.schema_arrow.field(at).type if at >= 0 else "missing"
-            if found_type != field.type:
-                raise LogError(f"{path}: column {field.name} is {found_type}, expected {field.type}; import the log again")
-        yield from file.iter_batches(batch_size=batch_rows, columns=expected.names)
+    wrong = _disagreement(file.schema_arrow, expected, domain)
+    if wrong:
+        file.close()
+        raise LogError(f"{path}: {wrong}; make the log again with this domain file")
+    return file
+
+
+def _disagreement(found: pa.Schema, expected: pa.Schema, domain: Domain) -> str:
+    """What is wrong with a file's columns; "": nothing. More columns than expected are no harm."""
+    metadata = found.metadata or {}
+    for key, wanted in (("freshrank.log_version", LOG_VERSION), ("freshrank.domain", domain.name)):
+        value = metadata.get(key.encode(), b"none").decode()
+        if value != wanted:
+            return f"{key} is {value}, expected {wanted}"
+    for field in expected:
+        at = found.get_field_index(field.name)
+        found_type = found.field(at).type if at >= 0 else "missing"
+        if found_type != field.type:
+            return f"column {field.name} is {found_type}, expected {field.type}"
+    return ""
+
+
+def _batches(files: list[pq.ParquetFile], columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    for file in files:
+        yield from file.iter_batches(batch_size=batch_rows, columns=columns)
 
 
 def _array(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
@@ -334,50 +510,22 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[npt.NDArray[Any], npt.NDAr
     return column.values.to_numpy()[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32)
 
 
-def drop_past(folder: str | Path, erased: Erased) -> int:
-    """Takes the past of erased users out of a log folder's files: rows up to their erasure; returns how many. Erasures stay.
-
-    A file without such rows is left as it is; another is replaced when the new one is whole. Arrays packed under another ledger go: they
-    are packed again when they are needed.
-    """
-    gone = 0
-    for meta in Path(folder, PACKED).glob("[!.]*/meta.json"):
-        if json.loads(meta.read_text("utf-8"))["ledger"] != ledger_fingerprint(erased):
-            shutil.rmtree(meta.parent)
-    for name in (ACTIONS, IMPRESSIONS):
-        path = Path(folder) / name
-        if path.exists():
-            gone += _drop_past(path, erased)
-    return gone
-
-
-def _drop_past(path: Path, erased: Erased) -> int:
-    times = ["append_time_ms", "event_time_ms", "erase"] if path.name == ACTIONS else ["request_time_ms"]
-
-    def past(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
-        first_ms = np.minimum.reduce([_array(batch, time) for time in times if time != "erase"])
-        found: npt.NDArray[np.bool_] = first_ms <= erased_before_ms(erased, _array(batch, "user_id"))
-        return found & ~_array(batch, "erase") if "erase" in times else found
-
-    with pq.ParquetFile(path) as file:
-        gone = sum(int(past(batch).sum()) for batch in file.iter_batches(columns=["user_id", *times]))
-        if not gone:
-            return 0
-        partial = path.with_name(f".{path.name}.part")
-        with partial.open("wb") as out:
-            with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
-                for group in range(file.num_row_groups):
-                    kept = [batch.filter(pa.array(~past(batch))) for batch in file.iter_batches(row_groups=[group])]
-                    writer.write_table(pa.Table.from_batches(kept, file.schema_arrow))
-            out.flush()
-            os.fsync(out.fileno())
-    partial.replace(path)
-    return gone
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Held by who replaces files of a served log. Waits for another one to be done."""
+    with Path(folder, ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json."""
-    Path(folder, SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    """Writes summary.json, which is the old or the new one at every moment."""
+    partial = Path(folder, f".{SUMMARY}.part")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(summary, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(Path(folder, SUMMARY))
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A request sees the actions that the log held strictly before its time (append time, not event time: a late event was not there yet), folded
 by the law of the sequence, and the user vectors of the generation that was the newest then. A ranker with `surfaces` has the requests of
-these surfaces only.
+these surfaces only. Of a served log a request sees what it saw when it was served (`inference.served_examples`).
 """
 
 import shutil
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from features.domain import Domain, Head
 from features.erasures import NOBODY, Erased, erased_before_ms, ledger_fingerprint
-from features.logs import FeatureColumn, LoggedRequests, read_requests
+from features.logs import FeatureColumn, LoggedRequests, is_served_log, read_requests
 from features.pack import Column, ManyInputs, Packer, RankInputs
 from features.tables import TableSet, generations_of, open_generation
 from features.tensors import tensor_table
-from inference.history import DatasetError, History, Sequences, SequenceSource, ragged, starts_of
+from inference.history import DatasetError, History, LoggedSequences, Sequences, ragged, rows_of, starts_of
 from inference.packed import PackedWriter, fingerprint_of, forget_others, packed_folder, read_packed
+from inference.served_examples import ServedSequences, served_requests
 
 Array = npt.NDArray[Any]
 I64 = npt.NDArray[np.int64]
@@ -200,13 +201,12 @@ def build_dataset(
     packed: Callable[[int], None] = lambda _: None,
     erased: Erased = NOBODY,
     cache: Path | None = None,
-    source: SequenceSource | None = None,
 ) -> tuple[Dataset, TableSet]:
     """Packs every request of a log that trains the ranker; also returns the tables of the latest ones (`generations`, else the newest).
 
     `packed` is told how many more requests are done. Requests and actions of users in `erased` up to their erasure are left out, whatever
     the log still holds of them. The arrays are mapped files: below `cache`, where they are found again as long as nothing that they depend
-    on has changed (`default_cache(log)`), else in a file without a name. `source`: where the sequences come from; None: the log.
+    on has changed (`default_cache(log)`), else in a file without a name.
 
     Raises:
         DatasetError: the log has no such request.
@@ -216,7 +216,7 @@ def build_dataset(
     packers = _Packers(domain, ranker_name, tables_root, tables)
 
     def pack_into(folder: Path) -> None:
-        sequences = History(domain, ranker_name, log, erased) if source is None else source
+        sequences: LoggedSequences = ServedSequences() if is_served_log(log) else History(domain, ranker_name, log, erased)
         with PackedWriter(folder, {"ledger": ledger_fingerprint(erased)}) as writer:
             if not _pack(domain, ranker_name, _ranker_requests(domain, ranker_name, log, erased), sequences, packers, writer, packed):
                 raise DatasetError(f"{log}: no request in it{_where(domain, ranker_name)}")
@@ -226,8 +226,7 @@ def build_dataset(
             pack_into(Path(scratch, "packed"))
             return _opened(Path(scratch, "packed")), tables
     looked_into = {space: [name] for space, name in tables.generations.items()} | packers.names
-    identity = "" if source is None else source.identity
-    folder = packed_folder(cache, ranker_name, fingerprint_of(domain, ranker_name, Path(log), looked_into, erased, identity))
+    folder = packed_folder(cache, ranker_name, fingerprint_of(domain, ranker_name, Path(log), looked_into, erased))
     try:
         dataset = _opened(folder)
     except (OSError, ValueError, KeyError):  # not there, or damaged
@@ -242,7 +241,7 @@ def _pack(
     domain: Domain,
     ranker_name: str,
     batches: Iterator[LoggedRequests],
-    source: SequenceSource,
+    source: LoggedSequences,
     packers: "_Packers",
     writer: PackedWriter,
     packed: Callable[[int], None],
@@ -327,6 +326,9 @@ def _created_ms(generation: str) -> int:
 
 def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:
     """The log's requests on the surfaces whose impressions train the ranker, without those of users erased since."""
+    if is_served_log(log):
+        yield from served_requests(domain, ranker_name, log, erased)
+        return
     surfaces = domain.ranker[ranker_name].surfaces
     for batch in read_requests(log, domain):
         if surfaces is not None:
@@ -357,17 +359,11 @@ def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
         position=batch.position[rows],
         labels=batch.labels[ragged(batch.label_starts, rows)],
         label_starts=starts_of(np.diff(batch.label_starts)[rows]),
-        features={name: _rows_of(column, rows) for name, column in batch.features.items()},
+        features={name: rows_of(column, rows) for name, column in batch.features.items()},
     )
 
 
-def _rows_of(column: FeatureColumn, rows: I64) -> FeatureColumn:
-    if column.lengths is None:
-        return FeatureColumn(column.values[rows], None)
-    return FeatureColumn(column.values[ragged(starts_of(column.lengths), rows)], column.lengths[rows])
-
-
-def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History) -> Iterator[RankInputs]:
+def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History | None) -> Iterator[RankInputs]:
     """What `_many_inputs` gives at once, one request after the other: the plain form, which tests compare with."""
     wanted = {name: domain.features[name].side for name in domain.ranker[ranker_name].features if name in batch.features}
     list_starts = {name: starts_of(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
@@ -382,7 +378,10 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
     for i in range(len(batch)):
         low, high = int(batch.starts[i]), int(batch.starts[i + 1])
         user_id, time_ms = int(batch.user_id[i]), int(batch.request_time_ms[i])
-        events, erased_before_ms = history.before(user_id, time_ms)
+        if batch.served is not None:
+            events, erased_before_ms = batch.served.sequence(i)
+        elif history is not None:
+            events, erased_before_ms = history.before(user_id, time_ms)
         yield RankInputs(
             user_id=user_id,
             request_time_ms=time_ms,
@@ -403,7 +402,7 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
         found = {}
         for name, feature in wanted.items():
             if feature.side == side:
-                column = batch.features[name] if rows is None else _rows_of(batch.features[name], rows)
+                column = batch.features[name] if rows is None else rows_of(batch.features[name], rows)
                 starts = None if column.lengths is None else starts_of(column.lengths)
                 found[name] = _column(column, starts, feature.kind == "number", 0, len(batch.entity_id if rows is None else rows))
         return found

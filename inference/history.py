@@ -11,7 +11,7 @@ import numpy.typing as npt
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
-from features.logs import LoggedRequests, read_actions
+from features.logs import FeatureColumn, LoggedRequests, read_actions
 from features.sequence import NEVER_ERASED, Definition, Events, definition, law, law_of_groups
 
 I64 = npt.NDArray[np.int64]
@@ -36,11 +36,8 @@ class Sequences:
     erased_before_ms: I64
 
 
-class SequenceSource(Protocol):
-    """Where the sequences of logged requests come from: the log itself (`History`), or what was served."""
-
-    identity: str
-    """Tells sources apart whose packed requests may differ; "": the log itself."""
+class LoggedSequences(Protocol):
+    """Where the sequences of logged requests come from: the log's actions (`History`), or what was served (`served_examples`)."""
 
     def sequences(self, batch: LoggedRequests) -> Iterator[Sequences]:
         """Of the batch's requests in their order, in as many parts as memory asks for."""
@@ -53,8 +50,6 @@ class History:
     Records of a user are taken in the order of their append time. A request sees those appended before it, not at the same millisecond:
     which of the two came first is not known.
     """
-
-    identity = ""
 
     def __init__(self, domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> None:
         self._what: Definition = definition(domain, domain.ranker[ranker_name].sequence)
@@ -203,3 +198,10 @@ def taken(events: Events, where: I64) -> Events:
     """events[where], moved as opaque bytes: a structure is copied field by field."""
     found: Events = events.view(f"V{EVENT_DTYPE.itemsize}").take(where).view(EVENT_DTYPE)
     return found
+
+
+def rows_of(column: FeatureColumn, rows: I64) -> FeatureColumn:
+    """Some rows of a feature column."""
+    if column.lengths is None:
+        return FeatureColumn(column.values[rows], None)
+    return FeatureColumn(column.values[ragged(starts_of(column.lengths), rows)], column.lengths[rows])

@@ -18,7 +18,7 @@ import xxhash
 
 from features.domain import Domain
 from features.erasures import Erased, ledger_fingerprint
-from features.logs import ACTIONS, IMPRESSIONS, PACKED
+from features.logs import ACTIONS, IMPRESSIONS, PACKED, SERVED, log_files
 
 Array = npt.NDArray[Any]
 
@@ -119,15 +119,15 @@ def forget_others(folder: Path, ranker_name: str, ledger: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fingerprint_of(domain: Domain, ranker_name: str, log: Path, generations: Mapping[str, list[str]], erased: Erased, source: str) -> str:
+def fingerprint_of(domain: Domain, ranker_name: str, log: Path, generations: Mapping[str, list[str]], erased: Erased) -> str:
     """Identity of the packed arrays, 16 hexadecimal digits: of the log's bytes, the domain file, the generations of each space that may be
-    looked into, the ledger, and the source of the sequences. How the model is built says nothing of them."""
+    looked into, and the ledger. How the model is built says nothing of them."""
     shape = domain.model_dump_json(exclude={"ranker", "log"})
     ranker = domain.ranker[ranker_name].model_dump_json(exclude={"model", "score", "candidates_max"})
-    said = [FORMAT, ranker_name, shape, ranker, sorted(generations.items()), ledger_fingerprint(erased), source]
+    said = [FORMAT, ranker_name, shape, ranker, sorted(generations.items()), ledger_fingerprint(erased)]
     hasher = xxhash.xxh3_64(repr(said).encode())
-    for name in (ACTIONS, IMPRESSIONS):
-        with (log / name).open("rb") as file:
+    for path in (path for name in (ACTIONS, IMPRESSIONS, SERVED) for path in log_files(log, name) if path.exists()):
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 hasher.update(block)
     return hasher.hexdigest()

@@ -27,7 +27,7 @@ ARCHIVE_VERSION = 2
 MANIFEST = "archive.json"
 _CHUNK_RECORDS = 20_000
 _SILENCE_S_MAX = 30.0
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("append_time_ms", pa.int64(), nullable=False),
@@ -64,6 +64,13 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Records":
+        """Some of them, ascending."""
+        chosen = rows.tolist()
+        forgotten = None if self.forgotten is None else self.forgotten[rows]
+        keys, values = [self.keys[i] for i in chosen], [self.values[i] for i in chosen]
+        return Records(self.offsets[rows], self.append_time_ms[rows], keys, values, forgotten)
 
 
 class RecordLog(Protocol):
@@ -194,7 +201,7 @@ class ParquetLog:
 
     def read(self, partition: int) -> Iterator[Records]:
         """See `RecordLog.read`. Raises ArchiveError where the file is missing, or its offsets are not ascending inside the span."""
-        path = self.folder / _file_name(partition)
+        path = self.folder / file_name(partition)
         after, end = self.partitions[partition]
         try:
             with pq.ParquetFile(path) as file:
@@ -226,10 +233,10 @@ def write_archive(log: RecordLog, folder: Path, *, base: str = "") -> Path:
         raise ArchiveError(f"{folder}: holds an archive already; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for partition in sorted(log.partitions):
-        with pq.ParquetWriter(folder / _file_name(partition), _SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(folder / file_name(partition), SCHEMA, compression="zstd") as writer:
             for records in log.read(partition):
-                writer.write_table(_table(records))
-    _write_manifest(folder, log, base, [])
+                writer.write_table(table_of(records))
+    write_manifest(folder, log, base, [])
     return folder
 
 
@@ -242,18 +249,18 @@ def rewrite_archive(log: ParquetLog, change: Callable[[int, Records], Records | 
     Raises:
         ArchiveError: a file cannot be read.
     """
-    _write_manifest(log.folder, log, log.base, sorted(log.erasures))  # of the newest version, before a file has what older programs misread
+    write_manifest(log.folder, log, log.base, sorted(log.erasures))  # of the newest version, before a file has what older programs misread
     replaced = 0
     for partition in sorted(log.partitions):
-        path = log.folder / _file_name(partition)
+        path = log.folder / file_name(partition)
         partial = path.with_name(f".{path.name}.part")
         with partial.open("wb") as file:
             changed = False
-            with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+            with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
                 for records in log.read(partition):
                     found = change(partition, records)
                     changed |= found is not None
-                    writer.write_table(_table(records if found is None else found))
+                    writer.write_table(table_of(records if found is None else found))
             file.flush()
             os.fsync(file.fileno())
         if changed:
@@ -261,17 +268,19 @@ def rewrite_archive(log: ParquetLog, change: Callable[[int, Records], Records | 
             replaced += 1
         else:
             partial.unlink()
-    _write_manifest(log.folder, log, log.base, sorted(log.erasures.union(erasures)))
+    write_manifest(log.folder, log, log.base, sorted(log.erasures.union(erasures)))
     return replaced
 
 
-def _table(records: Records) -> pa.Table:
+def table_of(records: Records) -> pa.Table:
+    """Records as an archive's files have them, with the columns of SCHEMA."""
     forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten
     columns: list[Any] = [records.offsets, records.append_time_ms, records.keys, records.values, forgotten]
-    return pa.table(columns, schema=_SCHEMA)
+    return pa.table(columns, schema=SCHEMA)
 
 
-def _write_manifest(folder: Path, log: RecordLog, base: str, erasures: list[str]) -> None:
+def write_manifest(folder: Path, log: RecordLog, base: str, erasures: list[str]) -> None:
+    """Makes a folder that has a file of each partition an archive of this log. `erasures`: names of those after which it was rewritten."""
     manifest = {
         "archive_version": ARCHIVE_VERSION,
         "topic": log.topic,
@@ -285,5 +294,6 @@ def _write_manifest(folder: Path, log: RecordLog, base: str, erasures: list[str]
     temporary.replace(folder / MANIFEST)
 
 
-def _file_name(partition: int) -> str:
+def file_name(partition: int) -> str:
+    """Of a partition's file."""
     return f"partition-{partition:05d}.parquet"

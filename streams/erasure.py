@@ -24,7 +24,8 @@ from features.domain import DAY_MS, Domain
 from features.encodings import read_action
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
-from features.logs import ACTIONS, PACKED, drop_past
+from features.log_erasure import drop_past
+from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log
 from features.samples import WARM, drop_samples
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.ranking_pb2 import RankingRecord
@@ -46,6 +47,9 @@ SNAPSHOT_MARGIN_MS = DAY_MS // 12
 
 LEFT_OVER_MS = DAY_MS
 """A file that was being written when a process was killed, and a state that was set aside as damaged, go after this time."""
+
+LABEL_WORK = ".label"
+"""Below a served log: what a pass of `freshrank label` has made so far. The pass that goes on with it looks at the ledger at its end."""
 
 _ASIDE = re.compile(r"(\d+)(\.damaged|\.restoring|\.aside-\d+|-\d+)")
 
@@ -106,7 +110,8 @@ class _Run:
         self.ledger = read_ledger(job.home / LEDGER)
         self.audit = Audit(job.home / AUDIT)
         self.bases = [Base.from_json(path.read_text("utf-8"), str(path)) for path in job.home.glob(BASE_FILE)]
-        self.archives = sorted({path.parent for folder in (job.home, *job.archives) for path in folder.rglob(MANIFEST)})
+        found = {path.parent for folder in (job.home, *job.archives) for path in folder.rglob(MANIFEST)}
+        self.archives = sorted(folder for folder in found if LABEL_WORK not in folder.parts)
 
     def run(self) -> Summary:
         self._collect()
@@ -204,14 +209,16 @@ class _Run:
             self.summary.removed["archived records"] = self.summary.removed.get("archived records", 0) + forget.count
         return len(self.archives) or None
 
-    def _rewrite_logs(self, erased: Erased) -> int | None:
+    def _rewrite_logs(self, _: Erased) -> int | None:
         """A log that is a base's history stays: the base names its files by their content, and nothing could be rebuilt without."""
         held = [Path(source).absolute() for _, source in self.bases]
-        folders = sorted(path.parent.absolute() for path in (self.job.home / "logs").glob(f"*/{ACTIONS}"))
+        logs = self.job.home / "logs"
+        imported = {path.parent.absolute() for path in logs.glob(f"*/{ACTIONS}")}
+        folders = sorted(imported | {path.parent.absolute() for path in logs.glob(f"*/{SUMMARY}") if is_served_log(path.parent)})
         folders = [folder for folder in folders if not any(source in (folder, folder / ACTIONS, *folder.parents) for source in held)]
         for folder in folders:
             self.progress(f"searching {folder}")
-        return sum(drop_past(folder, erased) for folder in folders) if folders else None
+        return sum(drop_past(folder, self.ledger) for folder in folders) if folders else None
 
     def _past_in_history(self) -> set[int]:
         """Erased users whose past stands in the history of a base."""
@@ -246,6 +253,7 @@ class _Run:
         home, before_s = self.job.home, (self.now_ms - LEFT_OVER_MS) / 1000
         left_over = [
             *home.glob("logs/*/.*.part"),
+            *home.glob(f"logs/*/{LABEL_WORK}"),
             *home.glob(f"logs/*/{PACKED}/.*.part"),
             *home.glob("tables/*/.writing-*"),
             *_set_aside(home),

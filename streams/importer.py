@@ -28,6 +28,7 @@ from rich.text import Text
 
 from features.domain import Domain, Log
 from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, logged_features, write_summary
+from features.runs import merge_runs, write_run
 from features.tables import Member, item_member, write_generation
 from streams.columns import U64, Bools
 from streams.published import Findings, PublishedError, Reading, log_files, read_rows, read_source, row_schema
@@ -225,8 +226,8 @@ def _fold_bucket(domain: Domain, bucket: Path, found: _Found, buckets: int, memo
     found.append_time_ms_max = int(rows["append_time_ms"].max(initial=found.append_time_ms_max))
     batch_rows = max(1 << 12, memory_bytes // (4 * _ROW_BYTES * buckets))
     runs = _Runs(bucket.with_suffix(".actions"), bucket.with_suffix(".impressions"), actions.num_rows + impressions.num_rows)
-    _write_run(runs.actions, actions, "append_time_ms", batch_rows)
-    _write_run(runs.impressions, impressions, "request_time_ms", batch_rows)
+    write_run(runs.actions, actions, "append_time_ms", batch_rows)
+    write_run(runs.impressions, impressions, "request_time_ms", batch_rows)
     return runs
 
 
@@ -468,18 +469,6 @@ def _impressions(
     return pa.table(columns, schema=impressions_schema(domain))
 
 
-def _write_run(path: Path, table: pa.Table, time: str, batch_rows: int) -> None:
-    """A run of batches of about `batch_rows`, none of which ends between rows of one time."""
-    times_ms = table[time].to_numpy()
-    changes = np.append(np.flatnonzero(times_ms[1:] != times_ms[:-1]) + 1, len(times_ms))
-    with pa.ipc.new_stream(str(path), table.schema) as stream:
-        start = 0
-        while start < len(times_ms):
-            end = int(changes[min(int(np.searchsorted(changes, start + batch_rows)), len(changes) - 1)])
-            stream.write_table(table.slice(start, end - start), max_chunksize=end - start)
-            start = end
-
-
 # 3. Merge
 
 
@@ -495,35 +484,8 @@ def _merge_all(domain: Domain, runs: list[_Runs], out: Path, bars: _Bars) -> dic
 
 
 def _merge(runs: list[Path], keys: tuple[str, ...], writer: LogWriter, advance: Callable[[int], None]) -> None:
-    """Merges sorted runs; keys[0] is the time. One batch of each run is in memory.
-
-    In each round everything up to the earliest of the batches' last times can go: no later batch has anything at or before it.
-    """
-    streams = [pa.ipc.open_stream(str(path)) for path in runs]
-    heads: dict[int, pa.Table] = {}
-
-    def refill(n: int) -> None:
-        try:
-            heads[n] = pa.Table.from_batches([streams[n].read_next_batch()])
-        except StopIteration:
-            heads.pop(n, None)
-            streams[n].close()
-
-    for n in range(len(streams)):
-        refill(n)
-    while heads:
-        bound = min(int(head[keys[0]][-1].as_py()) for head in heads.values())
-        parts: list[pa.Table] = []
-        for n, head in list(heads.items()):
-            cut = int(np.searchsorted(head[keys[0]].to_numpy(), bound, side="right"))
-            parts.append(head.slice(0, cut))
-            if cut == head.num_rows:
-                refill(n)
-            else:
-                heads[n] = head.slice(cut)
-        table = pa.concat_tables(parts)
-        order = np.lexsort(tuple(table[name].to_numpy() for name in reversed(keys)))
-        writer.write(table.take(pa.array(order)))
+    for table in merge_runs(runs, keys):
+        writer.write(table)
         advance(table.num_rows)
 
 

@@ -320,6 +320,72 @@ def test_an_experiment_its_shadow_a_comparison_and_an_explanation(up, producer, 
     assert parity["bytes_different"] == 0
 
 
+def test_what_was_served_becomes_what_is_trained_on(up, producer, client, home, tmp_path):
+    """Seen, clicked, left, acted on by another identity, without a request id, twice; a run killed; a late action; an erasure."""
+    folder, report = home / "logs" / "kuairand.served", tmp_path / "label.json"
+    person, device, idle, reader = (2 * 10**17 + n for n in range(4))
+
+    def act(user_id, item, action, answer=None, **more):
+        request_id = 0 if answer is None else answer.request_id
+        return producer.produce(user_id=user_id, entity_kind="video", entity_id=int(item), action=action, request_id=request_id, **more)
+
+    def labels(answer):
+        """{item: (seen, labels)} of a list; None: not there."""
+        for batch in read_requests(folder, up.domain):
+            for i in np.flatnonzero(batch.request_id == answer.request_id).tolist():
+                rows = range(batch.starts[i], batch.starts[i + 1])
+                found = {row: batch.labels[batch.label_starts[row] : batch.label_starts[row + 1]].tolist() for row in rows}
+                assert batch.served.table["release_id"][i].as_py() == answer.release_id
+                return {int(batch.entity_id[row]): (bool(batch.seen[row]), found[row]) for row in rows}
+        return None
+
+    clicked = client.rank("feed", person, list(range(1, 11)), kinds=1, identities=[device])
+    left, untouched = (client.rank("feed", user_id, list(range(1, 11)), kinds=1) for user_id in (reader, idle))
+    first, second, third, fourth = clicked.ids[:4].tolist()
+    for item in clicked.ids[:4]:
+        act(person, item, "impression", clicked)
+    for item in left.ids[:3]:
+        act(reader, item, "impression", left)
+    act(person, first, "click", clicked, event_id=77)
+    act(person, first, "click", clicked, event_id=77)
+    act(device, second, "like", clicked)
+    act(person, third, "click")
+    producer.flush()
+
+    until_ms = time.time_ns() // 1_000_000 + 2 * 3_600_000
+    arguments = ("label", "--window", "1h", "--until-ms", str(until_ms), "--json", str(report))
+    killed = subprocess.Popen([sys.executable, "-m", "deploy.cli", *arguments, "--home", str(home)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / ".label" / "plan.json").exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+    killed.kill()
+    assert killed.wait(30) == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+
+    command(*arguments, home=home)
+    while any(labels(answer) is None for answer in (clicked, left, untouched)):  # the ranking log's producer is asynchronous
+        assert time.monotonic() < deadline
+        command(*arguments, home=home)
+    rows = labels(clicked)
+    assert {item: found for item, (_, found) in rows.items() if found} == {first: [2], second: [4], third: [2]}
+    assert {item for item, (seen, _) in rows.items() if seen} == {first, second, third, fourth}
+    assert {item for item, (seen, _) in labels(left).items() if seen} == set(left.ids[:3].tolist())
+    assert set(labels(untouched).values()) == {(False, [])}
+
+    act(reader, left.ids[0], "click", left)
+    producer.flush()
+    command(*arguments, home=home)
+    assert json.loads(report.read_text())["added"] == 1
+    assert labels(left)[int(left.ids[0])] == (True, [2])
+
+    freshrank("erase", "--user", str(device), home=home)
+    removed = json.loads(freshrank("erase-job", "run", "--json", home=home, check=False).stdout)["removed"]
+    assert removed["canonical logs"] >= 11, "the list, its ten candidates, the device's action"
+    assert labels(clicked) is None
+    assert labels(left) is not None
+
+
 def test_second_start_keeps_the_data(up, home, producer, client):
     """Last in this file: it stops the stack of the module and starts it again on the same folder."""
     position = producer.produce(user_id=31, entity_kind="video", entity_id=3, action="click").result()

@@ -1,0 +1,97 @@
+"""`freshrank label`: what was served becomes what is trained on."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deploy.options import DomainFile, Home, console, settings_for
+
+_UNITS_MS = {"s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(label)
+
+
+def label(
+    window: Annotated[str, typer.Option(help="How long after its request an action may answer a list: 90s, 15min, 1h, 2d.")] = "1h",
+    grace: Annotated[str, typer.Option(help="How long after its window a list is waited for; what comes later is late.")] = "10min",
+    late: Annotated[str, typer.Option(help="How long after its window a list takes late actions, in a later pass.")] = "7d",
+    unseen: Annotated[int, typer.Option(min=1, help="Most candidates of a list that are kept although nobody saw them.")] = 50,
+    strict: Annotated[bool, typer.Option("--strict", help="Actions without a request id answer nothing; they are counted.")] = False,
+    all_seen: Annotated[
+        bool, typer.Option("--all-seen", help="The product logs no impressions: take every candidate that was served as seen.")
+    ] = False,
+    until_ms: Annotated[int | None, typer.Option(help="Judge lists as of this time, milliseconds; now where absent.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="Archive folder of both logs; Kafka where absent.")] = None,
+    history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
+    memory: Annotated[int, typer.Option(min=16, help="Megabytes that it may take, about.")] = 512,
+    keep_days: Annotated[int | None, typer.Option(min=1, help="Leave out days of requests older than this.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Start the log over; what the topics have no longer is lost.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    home: Home = None,
+    domain: DomainFile = None,
+) -> None:
+    """Label what was served: join the ranking log with impressions and actions, and prove each list's inputs by replay.
+
+    Writes the served log (logs/DOMAIN.served in the home folder), which `freshrank train --served` reads. Run it again and again: a list is
+    written when its window has passed, and gets late actions in later passes. A pass that was cut off is continued; readers see the log
+    as it was before, or as it is after. The rules: docs/semantics.md, "Labels".
+
+    Exits with 1 where inputs differ from those that were served, cannot be rebuilt, or something else must be looked at.
+
+    Example: `freshrank label --window 30min`, then `freshrank train --served`
+    """
+    from deploy.labelling import LabelOptions, served_folder
+    from deploy.labelling import label as label_logs
+    from deploy.replay import replay_options
+    from features.domain import load_domain
+    from features.erasures import LEDGER
+    from features.labels import Rules
+
+    settings = settings_for(home, domain)
+    product = load_domain(settings.domain)
+    times_ms = {"window_ms": parse_duration(window), "grace_ms": parse_duration(grace), "late_ms": parse_duration(late)}
+    with Progress(
+        TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bars:
+        tasks = {name: bars.add_task(name, total=None, start=False) for name in ("rankings", "actions", "fold")}
+
+        def progress(name: str, done: int, total: int) -> None:
+            bars.start_task(tasks[name])
+            bars.update(tasks[name], completed=done, total=total)
+
+        options = LabelOptions(
+            replay=replay_options(settings, archive, history),
+            domain=product,
+            rules=Rules.of(product, **times_ms, unseen_max=2**31 if all_seen else unseen, without_id=not strict),
+            out=served_folder(settings.home, product),
+            until_ms=time.time_ns() // 1_000_000 if until_ms is None else until_ms,
+            ledger=settings.home / LEDGER,
+            memory_bytes=memory << 20,
+            keep_days=keep_days,
+            all_seen=all_seen,
+            rebuild=rebuild,
+            progress=progress,
+        )
+        report = label_logs(options)
+    print(report.to_text())
+    print(f"served log: {options.out}")
+    if json_file is not None:
+        everything = report.as_json() | {"ok": report.ok, "faults": report.faults, "seconds": report.seconds, "memory_mb": report.memory_mb}
+        json_file.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds of a number with its unit, as a person types it."""
+    found = re.fullmatch(r"(\d+) ?(s|min|h|d)", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a number with a unit: s, min, h or d, such as 30min")
+    return int(found[1]) * _UNITS_MS[found[2]]
