@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from deploy import (
     commands_snapshots,
     commands_top,
     commands_topics,
+    commands_train,
     commands_watch,
 )
 from deploy.options import (
@@ -68,6 +69,7 @@ for _commands in (
     commands_snapshots,
     commands_top,
     commands_topics,
+    commands_train,
     commands_watch,
 ):
     _commands.register(app)
@@ -241,77 +243,6 @@ def check(
 
 
 @app.command()
-def train(
-    ranker: RankerName = None,
-    epochs: Annotated[int, typer.Option(help="Most passes over the training part.")] = 10,
-    seconds: Annotated[float | None, typer.Option(help="Time budget in seconds.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
-    checkpoint_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints within an epoch.")] = 300.0,
-    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
-    home: Home = None,
-    domain: DomainFile = None,
-) -> None:
-    """Train a ranker on the imported log, or on what was served: temporal parts, early stop, checkpoints, curves, a report.
-
-    Several processes: `torchrun --nproc-per-node 2 -m deploy.cli train ...`; each takes its part of every batch.
-
-    Example: `freshrank train --domain domains/kuairand.toml --ranker home --epochs 5`
-    """
-    from deploy.learn import train_ranker
-    from inference.train import TrainOptions
-
-    settings = settings_for(home, domain)
-    work = workspace(settings, served=served)
-    name = work.domain.ranker_name(ranker)
-    options = TrainOptions(
-        epochs=epochs,
-        seconds_max=seconds,
-        learning_rate=learning_rate,
-        seed=seed,
-        bf16=bf16,
-        checkpoint_s=checkpoint_s,
-        threads=os.cpu_count() or 1,
-    )
-    result = train_ranker(work, name, options, resume=resume)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-        Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
-        print(f"weights, metrics, curves and report: {result.folder}")
-
-
-@app.command()
-def evaluate(
-    ranker: RankerName = None,
-    epochs: Annotated[int, typer.Option(help="Most passes of each training.")] = 10,
-    seconds: Annotated[float | None, typer.Option(help="Time budget of each training, seconds.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    served: Annotated[bool, typer.Option("--served", help="On what this stack served, as `freshrank label` wrote it.")] = False,
-    home: Home = None,
-    domain: DomainFile = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
-) -> None:
-    """Train the ranker with and without its realtime sequence and compare both on the temporal test part.
-
-    Example: `freshrank evaluate --domain domains/kuairand.toml --seconds 300`
-    """
-    from deploy.learn import evaluate_ranker
-    from inference.evaluate import comparison_table
-    from inference.train import TrainOptions
-
-    settings = settings_for(home, domain)
-    work = workspace(settings, served=served)
-    name = work.domain.ranker_name(ranker)
-    options = TrainOptions(epochs=epochs, seconds_max=seconds, seed=seed, threads=os.cpu_count() or 1)
-    result = evaluate_ranker(work, name, options)
-    Console().print(comparison_table(result))
-    print(f"table and plot: {work.home / 'evaluation' / name}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-
-
-@app.command()
 def replay(
     archive: Annotated[Path | None, typer.Option(help="Archive folder; Kafka where absent.")] = None,
     write_archive: Annotated[Path | None, typer.Option(help="First copy both topics into this folder.")] = None,
@@ -439,16 +370,6 @@ def server(home: Home = None, domain: DomainFile = None) -> None:
     raise typer.Exit(serving.server(settings_for(home, domain)))
 
 
-def metrics_table(metrics: dict[str, Any], title: str) -> Table:
-    """Metrics of each head."""
-    heads = metrics["heads"]
-    names = list(next(iter(heads.values())))
-    table = Table("head", *names, title=title)
-    for head, figures in heads.items():
-        table.add_row(head, *("-" if figures[name] is None else f"{figures[name]:.4f}" for name in names))
-    return table
-
-
 def expected_errors() -> list[type[Exception]]:
     """Errors that a person can mend: shown as one message. Anything else is a bug and shows where it is."""
     from deploy.kafka_jars import JarsMissingError
@@ -472,7 +393,7 @@ def expected_errors() -> list[type[Exception]]:
         TritonMissingError,
     ]
     if "inference.train" in sys.modules:  # only commands that train import torch
-        from inference.train import TrainError
+        from inference.checkpoints import TrainError
 
         found.append(TrainError)
     return found

@@ -5,25 +5,30 @@ training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from deploy.labelling import served_folder
-from features.domain import Domain, load_domain
+from features.domain import DAY_MS, Domain, load_domain
 from features.erasures import LEDGER, erased_users, read_ledger
+from features.logs import read_requests
+from features.tensors import tensor_fingerprint
+from inference.checkpoints import TrainError
 from inference.dataset import split_times
+from inference.decay import decay, half_time_ms
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
 from inference.gate import Contender, Limits, Verdict, judge
 from inference.parallel import joined
 from inference.popularity import publish_popularity
-from inference.release import Release, write_release
+from inference.release import Release, load_model, write_release
 from inference.small import SMALL_FILE
-from inference.train import TrainOptions, TrainResult, load_trained, train
+from inference.train import TIME_MS_MAX, TrainOptions, TrainResult, load_trained, train
 from streams.importer import import_log
 
 
@@ -91,6 +96,38 @@ def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume:
         return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=erased)
 
 
+def continue_ranker(
+    work: Workspace, ranker: str, start: Release, options: TrainOptions, *, days: int = 14, resume: bool = False
+) -> TrainResult:
+    """Trains a release's weights on with what has come since: the newest requests are validation and test; the rest, and those of `days`
+    days before, so that little is forgotten, are the training part. Items, users and normalisation stay as the release has them.
+
+    Raises:
+        TrainError: the release does not say what it was trained on, or is of another model than the domain file's.
+        DatasetError, LogError, ReleaseError: see there.
+    """
+    domain = work.domain
+    before_ms = start.manifest.get("trained", {}).get("before_ms")
+    if before_ms is None:
+        raise TrainError(f"{start.release_id} does not say which requests it was trained on; train anew")
+    if start.manifest["tensor_fingerprint"] != (now := tensor_fingerprint(domain, ranker)):
+        raise TrainError(f"{start.release_id}: tensors {start.manifest['tensor_fingerprint']}; the domain file gives {now}: train anew")
+    validation_ms, test_ms = split_times(domain, ranker, work.log, options.fractions, since_ms=before_ms)
+    return train(
+        domain,
+        ranker,
+        work.log,
+        work.tables,
+        work.training(ranker),
+        replace(options, use_sequence=start.manifest["model"]["use_sequence"]),
+        resume=resume,
+        generations=start.generations,
+        erased=work.erased,
+        start=load_model(start).state_dict(),
+        parts=(max(0, before_ms - days * DAY_MS), validation_ms, test_ms, TIME_MS_MAX),
+    )
+
+
 def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) -> TrainResult:
     """The same model without the realtime sequence, with the embeddings of the one with it. Raises TrainError: that is not trained yet."""
     _, about = load_trained(work.domain, ranker, work.training(ranker))
@@ -106,6 +143,19 @@ def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict
     return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options, erased=work.erased)
 
 
+def decay_of(work: Workspace, ranker: str, options: TrainOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    """How the ranker ages on the second half of the log's days, with embeddings of the first half (`inference.decay`)."""
+    domain, erased = work.domain, work.erased
+    times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in read_requests(work.log, domain))])
+    until_ms = half_time_ms(times)
+    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=until_ms, seed=options.seed, erased=erased)
+    out = work.home / "evaluation" / ranker / "decay"
+    generations = newest_generations(folders)
+    return decay(
+        domain, ranker, work.log, work.tables, out, options, generations=generations, until_ms=until_ms, erased=erased, report=report
+    )
+
+
 def judge_trained(work: Workspace, ranker: str, incumbent: Release | None, limits: Limits | None = None) -> Verdict:
     """Whether the trained ranker is worse than `incumbent` (None: nothing is served) on requests that neither was trained on.
 
@@ -114,6 +164,7 @@ def judge_trained(work: Workspace, ranker: str, incumbent: Release | None, limit
     model, about = load_trained(work.domain, ranker, work.training(ranker))
     candidate = Contender("candidate", model, work.domain, about["generations"], about["parts"]["test"]["from_ms"])
     served = None if incumbent is None else Contender.of(incumbent)
+    work = replace(work, served=about["served"])  # the log that it was trained on
     return judge(ranker, candidate, served, work.log, work.tables, limits=limits, erased=work.erased)
 
 

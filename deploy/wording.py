@@ -213,3 +213,13 @@ def manifest_table(manifest: Manifest) -> Table:
 
 def _time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def metrics_table(metrics: dict[str, Any], title: str) -> Table:
+    """Metrics of each head."""
+    heads = metrics["heads"]
+    names = list(next(iter(heads.values())))
+    table = Table("head", *names, title=title)
+    for head, figures in heads.items():
+        table.add_row(head, *("-" if figures[name] is None else f"{figures[name]:.4f}" for name in names))
+    return table

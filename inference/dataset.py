@@ -176,16 +176,21 @@ class Dataset:
         return {name: torch.from_numpy(values) for name, values in numbers.items()}
 
 
-def split_times(domain: Domain, ranker_name: str, log: str | Path, fractions: tuple[float, float, float]) -> tuple[int, int]:
-    """Times (milliseconds) at which the validation and the test part begin, so that the parts hold these shares of the ranker's requests.
+def split_times(
+    domain: Domain, ranker_name: str, log: str | Path, fractions: tuple[float, float, float], *, since_ms: int = 0
+) -> tuple[int, int]:
+    """Times (milliseconds) at which the validation and the test part begin, so that the parts hold these shares of the ranker's requests
+    from `since_ms` on.
 
     Raises:
         DatasetError: fewer than three distinct request times.
     """
     times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in _ranker_requests(domain, ranker_name, log))])
+    times = times[times >= since_ms]
     if (distinct := len(np.unique(times))) < 3:
         where = _where(domain, ranker_name)
-        raise DatasetError(f"{log}: {distinct} distinct request times{where}; a temporal split needs three or more")
+        since = f" from {since_ms} ms on" if since_ms else ""
+        raise DatasetError(f"{log}: {distinct} distinct request times{where}{since}; a temporal split needs three or more")
     shares = np.cumsum(fractions) / np.sum(fractions)
     validation, test = (int(times[min(len(times) - 1, int(share * len(times)))]) for share in shares[:2])
     return validation, test

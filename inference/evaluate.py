@@ -16,10 +16,11 @@ from rich.table import Table
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from inference import metrics
+from inference.checkpoints import TrainError
 from inference.dataset import Dataset, build_dataset
 from inference.packed import default_cache
 from inference.plots import FIGURES, plot_comparison
-from inference.train import TIME_MS_MAX, TrainError, TrainOptions, load_trained, predict, train
+from inference.train import TIME_MS_MAX, TrainOptions, load_trained, predict, train
 
 Comparison = dict[str, dict[str, dict[str, Any]]]
 AUC_DRAWS = 200

@@ -49,6 +49,23 @@ def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str 
     _save(figure, path)
 
 
+def plot_decay(result: dict[str, Any], path: str | Path) -> None:
+    """AUC by days since the training, a panel a head, a line a variant; `result` as `inference.decay.decay` gives it."""
+    days = result["days"]
+    heads = list(days[0]["heads"])
+    figure = Figure(figsize=(4.2 * len(heads), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(heads), squeeze=False)[0]
+    for axis, head in zip(axes, heads, strict=True):
+        for variant in days[0]["heads"][head]:
+            values = [day["heads"][head][variant]["auc"] for day in days]
+            known = [float("nan") if value is None else value for value in values]
+            axis.plot([day["days_since"] for day in days], known, marker="o", label=variant)
+        axis.set_title(f"{head}: AUC")
+        axis.set_xlabel("days since the training")
+        axis.legend(fontsize="small")
+    _save(figure, path)
+
+
 def plot_releases(comparison: dict[str, Any], path: str | Path) -> None:
     """Two releases side by side; `comparison` as `inference.comparison.Comparison.result` gives it: agreement by head, and latency."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -5,6 +5,7 @@ seed, log and machine give the same weights as long as no time budget ends the r
 without that. `torchrun` starts several processes: each batch is shared out among them, and the first one does everything else.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
 
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
+from features.logs import is_served_log
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
 from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State, TrainError
@@ -95,6 +98,8 @@ def train(
     dataset: Dataset | None = None,
     generations: Mapping[str, str] | None = None,
     erased: Erased = NOBODY,
+    start: Mapping[str, Tensor] | None = None,
+    parts: tuple[int, int, int, int] | None = None,
     after_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
     after_step: Callable[[int, float], None] = lambda _, __: None,
 ) -> TrainResult:
@@ -112,6 +117,10 @@ def train(
         generations: tables to train with, by space (`newest_generations` of what `publish_embeddings` returned); of a space that is not
             named, the newest.
         erased: users whose past is left out (`features.erasures`).
+        start: weights to go on from, with the normalisation in them; None: new ones. Where no epoch makes the validation loss better, the
+            result is what it started from.
+        parts: times (milliseconds) at which the training, validation and test part begin, and the last one ends; None: by
+            `options.fractions` of all requests.
         after_epoch: gets each epoch's figures, behind its checkpoint.
         after_step: gets each step's number and loss a row, behind its checkpoint if there is one.
 
@@ -132,8 +141,9 @@ def train(
             dataset, tables = of_log(generations=chosen)
         else:
             tables = TableSet.open(tables_root, domain, ranker_name, generations)
-        part_times = split_times(domain, ranker_name, log, options.fractions)
-        run = _Run(domain, ranker_name, dataset, part_times, options, out, log_of_run, tables.generations, ranks)
+        if parts is None:
+            parts = (0, *split_times(domain, ranker_name, log, options.fractions), TIME_MS_MAX)
+        run = _Run(domain, ranker_name, dataset, parts, options, out, log_of_run, tables.generations, ranks, start, log)
         state = run.resume() if resume else run.start()
         while not ranks.from_first(lambda: run.finished(state, time.monotonic() - started)):
             figures = run.epoch(state, started, after_step)
@@ -187,29 +197,36 @@ class _Run:
         domain: Domain,
         ranker_name: str,
         dataset: Dataset,
-        part_times: tuple[int, int],
+        limits: tuple[int, int, int, int],
         options: TrainOptions,
         out: Path,
         log: TrainingLog,
         generations: dict[str, str],
         ranks: Ranks,
+        start: Mapping[str, Tensor] | None,
+        log_folder: str | Path,
     ) -> None:
         self.dataset, self.options, self.out, self.log, self.ranks = dataset, options, out, log, ranks
         self._of = domain, ranker_name
-        limits = (0, *part_times, TIME_MS_MAX)
         self.parts = {name: dataset.part(*limits[i : i + 2]) for i, name in enumerate(("train", "validation", "test"))}
         for name, part in self.parts.items():
             if not len(part):
-                raise TrainError(f"the {name} part is empty: fractions {options.fractions} of {len(dataset)} requests; give it more")
+                raise TrainError(f"the {name} part is empty: {limits} ms of {len(dataset)} requests; give it more")
         torch.manual_seed(options.seed)
         self.model = TransActRanker(domain, ranker_name, use_sequence=options.use_sequence)
-        self.model.fit_normalisation(dataset.rows_for_normalisation(self.parts["train"]))
+        self._continues = start is not None
+        if start is None:
+            self.model.fit_normalisation(dataset.rows_for_normalisation(self.parts["train"]))
+        else:
+            self._load(start)
         self.stepper = Stepper(self.model, seed=options.seed, piece_tokens=options.piece_tokens, bf16=options.bf16, ranks=ranks)
         self.about = {
             "ranker": ranker_name,
             "tensors": tensor_fingerprint(domain, ranker_name),
             "options": json.loads(json.dumps(options.what_decides())),
             "generations": generations,
+            "served": is_served_log(log_folder),
+            "start": "" if start is None else _identity(start),
             "parts": {name: self._describe(part) for name, part in self.parts.items()},
         }
         self.checkpoints = Checkpoints(out / "checkpoints", self.about)
@@ -217,13 +234,24 @@ class _Run:
         """Of an epoch, about: another order may give one more or less."""
         self.steps = options.epochs * self.batches
 
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise TrainError(f"the weights to go on from are of another model: {error}") from error
+
     def start(self) -> State:
         """A fresh run: earlier checkpoints in the folder go."""
         if self.ranks.is_first:
             self.checkpoints.clear()
             shutil.rmtree(self.out / EVENTS, ignore_errors=True)
             self.out.mkdir(parents=True, exist_ok=True)
-        return State()
+        state = State()
+        if self._continues:
+            state.best_loss = self.ranks.from_first(lambda: self._figures("validation")[0]["loss"])
+            if self.ranks.is_first:
+                self.checkpoints.save(state, self.model, self.stepper.optimiser, best=True)
+        return state
 
     def resume(self) -> State:
         """Behind the newest checkpoint, or a fresh run."""
@@ -345,6 +373,11 @@ class _Run:
         times = self.dataset.request_time_ms[part]
         rows = int(np.diff(self.dataset.starts)[part].sum())
         return {"requests": len(part), "rows": rows, "from_ms": int(times[0]), "until_ms": int(times[-1])}
+
+
+def _identity(weights: Mapping[str, Tensor]) -> str:
+    """Of weights, 16 hexadecimal digits: a resumed run must have started from the same."""
+    return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in sorted(weights.items())})).hexdigest()[:16]
 
 
 def learning_rate(share: float, options: TrainOptions) -> float:
