@@ -4,12 +4,16 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.options import DomainFile, Home, console, settings_for
+
+if TYPE_CHECKING:
+    from deploy.label_report import LabelReport
+    from deploy.settings import Settings
 
 _UNITS_MS = {"s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -48,45 +52,50 @@ def label(
 
     Example: `freshrank label --window 30min`, then `freshrank train --served`
     """
-    from deploy.labelling import LabelOptions, served_folder
-    from deploy.labelling import label as label_logs
+    from deploy.labelling import served_folder
     from deploy.replay import replay_options
+    from features.domain import load_domain
+
+    settings = settings_for(home, domain)
+    out = served_folder(settings.home, load_domain(settings.domain))
+    report = label_logs(
+        settings,
+        {"window_ms": parse_duration(window), "grace_ms": parse_duration(grace), "late_ms": parse_duration(late)},
+        {"unseen_max": 2**31 if all_seen else unseen, "without_id": not strict},
+        replay=replay_options(settings, archive, history),
+        until_ms=time.time_ns() // 1_000_000 if until_ms is None else until_ms,
+        memory_bytes=memory << 20,
+        keep_days=keep_days,
+        all_seen=all_seen,
+        rebuild=rebuild,
+    )
+    print(report.to_text())
+    print(f"served log: {out}")
+    if json_file is not None:
+        everything = report.as_json() | {"ok": report.ok, "faults": report.faults, "seconds": report.seconds, "memory_mb": report.memory_mb}
+        json_file.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def label_logs(settings: "Settings", times_ms: dict[str, Any], rules: dict[str, Any], **options: Any) -> "LabelReport":
+    """Makes a pass over a home folder's logs, with a progress bar. times_ms: window_ms, grace_ms, late_ms; options: of `LabelOptions`."""
+    from deploy.labelling import LabelOptions, label, served_folder
     from features.domain import load_domain
     from features.erasures import LEDGER
     from features.labels import Rules
 
-    settings = settings_for(home, domain)
     product = load_domain(settings.domain)
-    times_ms = {"window_ms": parse_duration(window), "grace_ms": parse_duration(grace), "late_ms": parse_duration(late)}
-    with Progress(
-        TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as bars:
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks = {name: bars.add_task(name, total=None, start=False) for name in ("rankings", "actions", "fold")}
 
         def progress(name: str, done: int, total: int) -> None:
             bars.start_task(tasks[name])
             bars.update(tasks[name], completed=done, total=total)
 
-        options = LabelOptions(
-            replay=replay_options(settings, archive, history),
-            domain=product,
-            rules=Rules.of(product, **times_ms, unseen_max=2**31 if all_seen else unseen, without_id=not strict),
-            out=served_folder(settings.home, product),
-            until_ms=time.time_ns() // 1_000_000 if until_ms is None else until_ms,
-            ledger=settings.home / LEDGER,
-            memory_bytes=memory << 20,
-            keep_days=keep_days,
-            all_seen=all_seen,
-            rebuild=rebuild,
-            progress=progress,
-        )
-        report = label_logs(options)
-    print(report.to_text())
-    print(f"served log: {options.out}")
-    if json_file is not None:
-        everything = report.as_json() | {"ok": report.ok, "faults": report.faults, "seconds": report.seconds, "memory_mb": report.memory_mb}
-        json_file.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-    raise typer.Exit(0 if report.ok else 1)
+        found = Rules.of(product, **times_ms, **rules)
+        where: dict[str, Any] = {"domain": product, "out": served_folder(settings.home, product), "ledger": settings.home / LEDGER}
+        return label(LabelOptions(rules=found, progress=progress, **where, **options))
 
 
 def parse_duration(text: str) -> int:

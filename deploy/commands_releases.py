@@ -78,8 +78,7 @@ def publish(
     if not verdict.passed and not force:
         console.print("nothing was published; --force publishes it all the same", markup=False)
         raise typer.Exit(GATE_REFUSED)
-    gate = {"decision": verdict.decision, "reasons": list(verdict.reasons), "incumbent": verdict.incumbent, "forced": not verdict.passed}
-    written = release(work, name, gate, only=only)
+    written = release(work, name, verdict.for_manifest(), only=only)
     print(written.release_id)
     if only:
         return

@@ -268,7 +268,7 @@ def _pack(
                 tensors = packer.pack_many(_many_inputs(domain, ranker_name, some, sequences, low))
                 for name, values in tensors.items():
                     writer.append(f"{kind_of[name]}.{name}", values)
-                labels, weights = _labels(domain, ranker_name, some)
+                labels, weights = labels_of(domain, ranker_name, some)
                 for name, values in (("labels", labels), ("weights", weights), ("user_id", some.user_id)):
                     writer.append(name, values)
                 writer.append("request_time_ms", some.request_time_ms)
@@ -433,7 +433,7 @@ def _column(column: FeatureColumn, list_starts: I64 | None, is_number: bool, low
     return Column(number=column.values[low:high]) if is_number else Column(category=column.values[low:high])
 
 
-def _labels(domain: Domain, ranker_name: str, batch: LoggedRequests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
+def labels_of(domain: Domain, ranker_name: str, batch: LoggedRequests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
     """Labels bool [n, H] and weights float32 [n, H] of a batch.
 
     Paper: TransAct, section 3.4: the weight of head h is the sum over the example's actions a of M[h, a].

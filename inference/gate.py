@@ -8,7 +8,7 @@ would not give it. A canary (docs/experiments.md) decides between two that pass.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ class Verdict:
         """Whether the candidate may be published."""
         return self.decision == PASSED
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def for_manifest(self) -> dict[str, Any]:
+        """What a release's manifest says that let it be published."""
+        said = {"decision": self.decision, "reasons": list(self.reasons), "incumbent": self.incumbent}
+        return {**said, "forced": not self.passed}
 
 
 def judge(
