@@ -72,11 +72,7 @@ class World:
         parts = {}
         for table, rows, schema in (
             (ACTIONS, actions, actions_schema(DOMAIN, order="offset")),
-            (
-                IMPRESSIONS,
-                sorted(impressions, key=lambda row: (row["request_time_ms"], row["request_id"])),
-                impressions_schema(DOMAIN, served=True),
-            ),
+            (IMPRESSIONS, ordered, impressions_schema(DOMAIN, served=True)),
             (SERVED, served, served_schema(DOMAIN)),
         ):
             parts[table] = [f"{table.removesuffix('.parquet')}-{name}"]
