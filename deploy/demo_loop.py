@@ -243,7 +243,8 @@ def _by_user(values: list[tuple[int, Any]]) -> tuple[npt.NDArray[np.float64], np
     if not values:
         return np.zeros(0), np.zeros(0)
     _, place = np.unique([user for user, _ in values], return_inverse=True)
-    return np.bincount(place, np.array([value for _, value in values], np.float64)), np.bincount(place).astype(np.float64)
+    sums = np.bincount(place, np.array([value for _, value in values], np.float64)).astype(np.float64)
+    return sums, np.bincount(place).astype(np.float64)
 
 
 def show_arms(console: Console, figures: dict[str, Any], names: tuple[str, str]) -> None:

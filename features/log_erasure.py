@@ -68,7 +68,8 @@ def _past_actions(erased: Erased) -> Past:
     def past(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
         first_ms = np.minimum(_array(batch, "append_time_ms"), _array(batch, "event_time_ms"))
         found: npt.NDArray[np.bool_] = first_ms <= erased_before_ms(erased, _array(batch, "user_id"))
-        return found & ~_array(batch, "erase")
+        found &= ~_array(batch, "erase")
+        return found
 
     return past
 

@@ -13,7 +13,7 @@ from deploy.labelling import LabelError, label
 from features.logs import LogError, log_files, read_summary
 
 FIRST_MS = START_MS + 30 * HOUR_MS
-BUCKETS = 2 << 20
+BUCKETS = 6 << 20
 
 
 class CutOffError(Exception):
@@ -129,13 +129,13 @@ def _killed(world, archive, home, at):
 
 
 def test_sigkill(world, twice, tmp_path):
-    """In processes of their own, in the midst of spilling, folding, merging, and before the new summary."""
+    """In processes of their own, in the midst of spilling and folding, and before the new summary."""
     first, second, _ = twice
     home = tmp_path / "home"
     shutil.copytree(first, home)
     archive, domain = second / "archive", domain_of(world)
     paths = replace(world, actions=None, rankings=None)
-    for at in ("spill actions", "fold 2", "merge served.parquet", "replace"):
+    for at in ("spill actions", "fold 2", "replace"):
         process = multiprocessing.get_context("spawn").Process(target=_killed, args=(paths, archive, home, at))
         process.start()
         process.join(120)
