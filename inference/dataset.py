@@ -189,8 +189,10 @@ def build_dataset(
     }
     sequences = {name: np.concatenate(parts) for name, parts in collected.items()}
     labels, weights = (np.concatenate(parts) for parts in zip(*(_labels(domain, ranker_name, batch) for batch in requests), strict=True))
+    if domain.ranker[ranker_name].model.position_max:  # training's alone: serving scores every candidate at one place
+        joined["position"] = np.concatenate([batch.position for batch in requests])
     sizes = np.concatenate([np.diff(batch.starts) for batch in requests])
-    per_candidate = {row.name for row in table if row.per_candidate}
+    per_candidate = {row.name for row in table if row.per_candidate} | {"position"}
     dataset = Dataset(
         user_id=np.concatenate([batch.user_id for batch in requests]),
         request_time_ms=np.concatenate([batch.request_time_ms for batch in requests]),

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 AGREEMENT = {"correlation": "score correlation", "kendall_tau": "Kendall tau", "top3_overlap": "top-3 overlap"}
-FIGURES = {"auc": "AUC", "ndcg": "NDCG@10", "hit": "HIT@3", "log_loss": "log loss"}
+FIGURES = {"auc": "AUC", "grouped_auc": "grouped AUC", "ndcg": "NDCG@10", "mrr": "MRR", "hit": "HIT@3", "log_loss": "log loss"}
 
 
 def plot_curves(metrics: dict[str, Any], path: str | Path) -> None:
@@ -32,7 +32,7 @@ def plot_curves(metrics: dict[str, Any], path: str | Path) -> None:
 
 def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str | Path) -> None:
     """Difference that the realtime sequence makes, with its 95 % interval, a panel a metric; `comparison` by head and metric."""
-    figure = Figure(figsize=(12, 1.2 + 0.45 * len(comparison)), layout="constrained")
+    figure = Figure(figsize=(16, 1.2 + 0.45 * len(comparison)), layout="constrained")
     axes = figure.subplots(1, len(FIGURES), sharey=True)
     for axis, (metric, title) in zip(axes, FIGURES.items(), strict=True):
         for place, rows in enumerate(comparison.values()):
@@ -42,7 +42,7 @@ def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str 
             axis.plot([row["low"], row["high"]], [place, place], color="C0", linewidth=2)
             axis.plot(row["difference"], place, "o", color="C0")
         axis.axvline(0, color="0.6", linestyle=":")
-        axis.set_title(f"{title}, with - without")
+        axis.set_title(f"{title}, with - without", fontsize="small")
         axis.tick_params(axis="x", labelsize="small", rotation=30)
         axis.set_yticks(range(len(comparison)), list(comparison))
     axes[0].invert_yaxis()
@@ -74,6 +74,22 @@ def plot_releases(comparison: dict[str, Any], path: str | Path) -> None:
     axes[3].invert_yaxis()
     axes[3].set_title("ms, p50 to p99 (orange: shadow)", fontsize="small")
     figure.suptitle(f"{comparison['base']['release_id']} against {comparison['other']['release_id']}, {comparison['pairs']} pairs")
+    _save(figure, path)
+
+
+def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
+    """What was predicted against what happened, a panel a head; `calibration` as `inference.calibration.calibrate` gives it."""
+    figure = Figure(figsize=(1 + 3.2 * len(calibration), 3.6), layout="constrained")
+    for axis, (head, sides) in zip(figure.subplots(1, len(calibration), squeeze=False)[0], calibration.items(), strict=True):
+        for side, found in sides.items():
+            predicted, happened, _ = found["curve"]
+            axis.plot(predicted, happened, marker="o", markersize=3, label=f"{side}, error {found['error']:.4f}")
+        most = max(axis.get_xlim()[1], axis.get_ylim()[1])
+        axis.plot([0, most], [0, most], color="0.6", linestyle=":")
+        axis.set_title(head)
+        axis.set_xlabel("mean probability of a bin")
+        axis.set_ylabel("share with the label")
+        axis.legend(fontsize="small")
     _save(figure, path)
 
 

@@ -26,9 +26,10 @@ from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
+from inference.calibration import calibrate
 from inference.dataset import Dataset, build_dataset, split_times
 from inference.metrics import head_metrics
-from inference.plots import plot_curves
+from inference.plots import plot_curves, plot_reliability
 from inference.small import SMALL_FILE
 from inference.train_small import EPOCHS, train_small
 from inference.transact import TransActRanker
@@ -60,10 +61,12 @@ class TrainOptions:
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     use_sequence: bool = True
     progress: bool = True
+    small: bool = True
+    """Whether the small model is trained, too: it is released beside one with the sequence."""
 
     def what_decides(self) -> dict[str, Any]:
         """Options that a resumed run must share with the interrupted one."""
-        return {name: value for name, value in asdict(self).items() if name not in ("threads", "progress", "seconds_max")}
+        return {name: value for name, value in asdict(self).items() if name not in ("threads", "progress", "seconds_max", "small")}
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ class _Run:
     def finish(self, state: _State) -> dict[str, Any]:
         """Loads the best epoch, measures the test part, writes the results."""
         self.model.load_state_dict(load_file(self._folder(state.best_epoch) / "model.safetensors"))
+        calibration = self._calibrate()
         metrics = {
             **self.about,
             "best_epoch": state.best_epoch,
@@ -290,12 +294,22 @@ class _Run:
             "epochs": state.history,
             "test": self._figures("test"),
         }
-        if self.options.use_sequence:
+        if calibration:
+            metrics["calibration"] = calibration
+            plot_reliability(calibration, self.out / "calibration.png")
+        if self.options.use_sequence and self.options.small:
             metrics["test_small"] = self._train_small()
         save_file(self.model.eval().state_dict(), self.out / "model.safetensors")
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
         plot_curves(metrics, self.out / "curves.png")
         return metrics
+
+    def _calibrate(self) -> dict[str, Any]:
+        """Fits the model's calibration on the validation part; what it changes on the test part, empty where the model has none."""
+        if self.model.calibration is None:
+            return {}
+        validation, test = (predict(self.model, self.dataset, self.parts[name])[:2] for name in ("validation", "test"))
+        return calibrate(self.model.calibration, self.model.head_names, validation, test)
 
     def _train_small(self) -> dict[str, Any]:
         """Trains the small model on the same part, writes it, and measures the test part."""
