@@ -19,6 +19,7 @@ from streams.erasure_audit import AUDIT, PLACES, Audit
 
 COMMANDS = ("up", "demo", "produce", "rank", "import", "check", "train", "publish", "evaluate", "replay", "erase", "bench", "worker")
 COMMANDS += ("reader", "server", "bootstrap", "dead", "inspect", "top", "http", "topics", "watch", "experiment", "compare", "explain")
+COMMANDS += ("ablate",)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
