@@ -25,7 +25,7 @@ class AblationError(ValueError):
 @dataclass(frozen=True)
 class Cell:
     """model: keys of [ranker.NAME.model]; ranker: other keys of [ranker.NAME]; positives: only positive actions are seen; baseline:
-    LightGBM instead of a model ("lambdamart" or "gbdt").
+    `inference.baseline` instead of a model ("lambdamart", "gbdt" or "rates").
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +66,7 @@ CELLS: dict[str, Cell] = {
     "isotonic": Cell({"calibration": "isotonic"}),
     "lambdamart": Cell(baseline="lambdamart"),
     "gbdt": Cell(baseline="gbdt"),
+    "rates": Cell(baseline="rates"),
     **{f"length_{length}": Cell(ranker={"sequence_length": length}) for length in (10, 25, 50, 100)},
 }
 
@@ -108,7 +109,7 @@ TABLES: dict[str, AblationTable] = {
     "baseline": AblationTable(
         "Models against boosted trees with counters",
         "lambdamart",
-        {"lambdamart": UNKNOWN, "gbdt": UNKNOWN, "no_sequence": UNKNOWN, "transact": UNKNOWN},
+        dict.fromkeys(("lambdamart", "gbdt", "rates", "no_sequence", "transact"), UNKNOWN),
     ),
 }
 

@@ -3,7 +3,8 @@
 LightGBM, either LambdaMART (one ranking objective a head) or plain classification (`gbdt`), over the same requests, candidates, parts and
 features as the models, plus what a careful person would count: smoothed rates of an item over 1, 7 and 30 days, its counts and age, the
 user's rates, the overlap of the candidate with the user's last 100 actions. Everything is as of the request: only records appended before
-its time, as in `inference.dataset`. Random search over the usual parameters has the time that a cell's training has.
+its time, as in `inference.dataset`. Random search over the usual parameters has the time that a cell's training has. `rates` learns
+nothing: it is the sum of the logits of the item's and the user's smoothed rate.
 
 LightGBM is optional: `pip install freshrank[baseline]`.
 
@@ -25,7 +26,7 @@ from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.logs import read_actions, read_requests
 from features.tensors import SIDES, feature_names
-from inference.calibration import fit_platt
+from inference.calibration import fit_platt, logit
 from inference.dataset import Dataset
 from inference.evaluate import item_categories
 
@@ -35,7 +36,7 @@ Array = npt.NDArray[Any]
 
 DAY_MS = 24 * 3600 * 1000
 DAYS = (1, 7, 30)
-USER_DAYS = 30
+USER_DAYS = DAYS[-1]
 PRIOR = 20.0
 """Impressions with the log's own rate that every rate begins with."""
 LATEST = 100
@@ -269,7 +270,7 @@ def boosted(
     """Trains trees for each head and scores the test part.
 
     Args:
-        kind: "lambdamart" or "gbdt".
+        kind: "lambdamart", "gbdt" or "rates".
         columns: of every candidate of the dataset.
         dataset: gives labels, requests and their order.
         parts: requests of "train", "validation" and "test".
@@ -297,8 +298,12 @@ def boosted(
             found[:, head] = (train.sum() + 0.5) / (len(train) + 1)
             about["heads"][name] = {"trials": 0}
             continue
-        search = _Search(kind, columns, labels, rows, groups, seed=seed, threads=threads)
-        scores, about["heads"][name] = search.run(time.monotonic() + seconds_max / len(heads))
+        if kind == "rates":
+            both = sum(logit(columns.values[:, columns.names.index(f"{side}_{name}_rate_{USER_DAYS}d")]) for side in ("item", "user"))
+            scores = {part: np.asarray(both)[of_part] for part, of_part in rows.items()}
+        else:
+            search = _Search(kind, columns, labels, rows, groups, seed=seed, threads=threads)
+            scores, about["heads"][name] = search.run(time.monotonic() + seconds_max / len(heads))
         slope, offset = fit_platt(scores["validation"], validation)
         found[:, head] = 1 / (1 + np.exp(-(slope * scores["test"] + offset)))
     return found, about

@@ -111,7 +111,7 @@ def test_another_log_is_refused(packed: tuple[Path, Dataset, Columns], tmp_path:
         columns_of(DOMAIN, "home", log.write(tmp_path), packed[1])
 
 
-@pytest.mark.parametrize("kind", ["gbdt", "lambdamart"])
+@pytest.mark.parametrize("kind", ["gbdt", "lambdamart", "rates"])
 def test_the_trees_find_which_items_are_liked(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     log = Log()
@@ -137,5 +137,5 @@ def test_the_trees_find_which_items_are_liked(kind: str, tmp_path: Path) -> None
     assert auc(found[:, 0], dataset.labels[rows, 0]) > 0.75
     assert abs(found[:, 0].mean() - dataset.labels[rows, 0].mean()) < 0.1
     assert np.ptp(found[:, 1]) == 0.0  # nothing was hidden: nothing to learn
-    assert about["heads"]["click"]["trials"] >= 1
+    assert kind == "rates" or about["heads"]["click"]["trials"] >= 1
     assert about.get("compares_within") == ("request" if kind == "lambdamart" else None)
