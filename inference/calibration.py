@@ -116,14 +116,14 @@ def fit_isotonic(logits: F64, labels: npt.NDArray[np.bool_]) -> tuple[F64, F64]:
     used = count > 0
     x = (np.bincount(of_bin, logits)[used] / count[used]).tolist()
     blocks: list[list[float]] = []  # each: positives, examples, sum of logits x examples
-    for place, positives, n in zip(x, np.bincount(of_bin, labels)[used].tolist(), count[used].tolist(), strict=True):
-        blocks.append([positives, n, place * n])
+    for place, labelled, n in zip(x, np.bincount(of_bin, labels)[used].tolist(), count[used].tolist(), strict=True):
+        blocks.append([labelled, n, place * n])
         while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] >= blocks[-1][0] * blocks[-2][1]:
             last = blocks.pop()
             blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
-    positives, n, total = np.array(blocks).T
-    rate = (positives + 0.5) / (n + 1)
-    places, values = total / n, np.log(rate) - np.log1p(-rate)
+    positives, examples, total = np.array(blocks).T
+    rate = (positives + 0.5) / (examples + 1)
+    places, values = total / examples, np.log(rate) - np.log1p(-rate)
     # The half example above may have turned two neighbours of different size round.
     risen = np.maximum.accumulate(values - SLOPE_MIN * places) + SLOPE_MIN * places
     more = np.arange(1, KNOTS - len(places) + 1)

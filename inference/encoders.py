@@ -10,6 +10,8 @@ Symbols: R requests, N candidates, S places of the sequence, D item dimension, T
 (T, or T + D where the candidate stands beside each action), K first tokens.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,7 +66,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """`real` bool [N, S]: the other tokens are no keys."""
         mask = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, MASKED)[:, None, None]  # [N, 1, 1, S]
-        for layer in self.layers:
+        for layer in cast("list[EncoderLayer]", list(self.layers)):
             x = layer(x, layer.qkv(x), mask)
         return x
 
@@ -95,7 +97,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, width: int, settings: ModelSettings) -> None:
         super().__init__()
-        cell = nn.LSTM if settings.encoder == "lstm" else nn.RNN
+        cell: Any = nn.LSTM if settings.encoder == "lstm" else nn.RNN
         between = settings.dropout if settings.layers > 1 else 0.0
         self.cell = cell(width, width, settings.layers, batch_first=True, dropout=between)
 
