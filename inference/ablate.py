@@ -163,10 +163,19 @@ class _World:
     @cached_property
     def _depends_on(self) -> dict[str, Any]:
         """What results depend on beside the run."""
-        files = [self.log / name for name in (SUMMARY, ACTIONS, IMPRESSIONS) if (self.log / name).exists()]
-        log = xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in files))
+        log = xxhash.xxh3_64()
+        for path in (self.log / name for name in (SUMMARY, ACTIONS, IMPRESSIONS)):
+            if path.exists():
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        log.update(chunk)
         options = {name: value for name, value in asdict(self.options).items() if name not in ("seed", "threads", "progress")}
-        return {"ranker": self.ranker_name, "log": log, "generations": self.generations, "options": json.loads(json.dumps(options))}
+        return {
+            "ranker": self.ranker_name,
+            "log": log.hexdigest(),
+            "generations": self.generations,
+            "options": json.loads(json.dumps(options)),
+        }
 
     @property
     def about(self) -> dict[str, Any]:

@@ -28,8 +28,10 @@ OF_HEAD = {
     "log_loss": "log loss",
     "calibration_error": "calibration error",
 }
-COLUMNS = ("cell", "AUC", "difference (95 %)", "p", "HIT@3", "lift % (95 %)", "p", "paper %")
-COLUMNS += ("grouped AUC", "NDCG@10", "MRR", "log loss", "calibration error", "list distance", "entropy", "epochs")
+COLUMNS = [
+    *("cell", "AUC", "difference (95 %)", "p", "HIT@3", "lift % (95 %)", "p", "paper %", "grouped AUC", "NDCG@10", "MRR", "log loss"),
+    *("calibration error", "list distance", "entropy", "epochs"),
+]
 
 
 def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[str, AblationTable]) -> dict[str, Any]:

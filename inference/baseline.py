@@ -30,7 +30,9 @@ from inference.calibration import fit_platt, logit
 from inference.dataset import Dataset
 from inference.evaluate import item_categories
 
-F32, F64, I64 = npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Array = npt.NDArray[Any]
 
@@ -149,7 +151,8 @@ def _candidates(domain: Domain, ranker_name: str, log: str | Path, erased: Erase
 
 def _codes(kinds: npt.NDArray[np.uint8], ids: U64) -> I64:
     row = np.unique(ids, return_inverse=True)[1].astype(np.int64)
-    return np.unique(row * 256 + kinds, return_inverse=True)[1].astype(np.int64)
+    codes: I64 = np.unique(row * 256 + kinds, return_inverse=True)[1].astype(np.int64)
+    return codes
 
 
 def _add_rates(found: dict[str, Array], domain: Domain, ranker_name: str, records: _Records, moment: I64) -> None:
@@ -231,7 +234,7 @@ def _add_vectors(found: dict[str, Array], dataset: Dataset) -> None:
 
 def _unit(vectors: F32) -> F32:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > 0, length, np.float32(1))
+    return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
 
 
 def _add_features(found: dict[str, Array], domain: Domain, ranker_name: str, dataset: Dataset) -> tuple[str, ...]:
@@ -299,8 +302,8 @@ def boosted(
             about["heads"][name] = {"trials": 0}
             continue
         if kind == "rates":
-            both = sum(logit(columns.values[:, columns.names.index(f"{side}_{name}_rate_{USER_DAYS}d")]) for side in ("item", "user"))
-            scores = {part: np.asarray(both)[of_part] for part, of_part in rows.items()}
+            item, user = (logit(columns.values[:, columns.names.index(f"{side}_{name}_rate_{USER_DAYS}d")]) for side in ("item", "user"))
+            scores = {part: (item + user)[of_part] for part, of_part in rows.items()}
         else:
             search = _Search(kind, columns, labels, rows, groups, seed=seed, threads=threads)
             scores, about["heads"][name] = search.run(time.monotonic() + seconds_max / len(heads))

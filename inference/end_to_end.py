@@ -32,7 +32,7 @@ class FeatureTransformer(nn.Module):
 
     def forward(self, x0: Tensor) -> Tensor:
         """Float32 [N, H]."""
-        parts = x0.split(self.widths, 1)
+        parts = torch.split(x0, list(self.widths), 1)
         x = torch.stack([self.cls.expand(len(x0), -1), *(token(part) for token, part in zip(self.tokens, parts, strict=True))], 1)
         x = self.transformer(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))  # [N, 1 + P, d]
         return torch.cat([head(x[:, 0]) for head in self.heads], 1)  # [N, H]

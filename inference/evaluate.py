@@ -25,7 +25,9 @@ from inference.train import EVALUATION_ROWS, TIME_MS_MAX, TrainError, TrainOptio
 from inference.transact import TransActRanker
 
 Comparison = dict[str, dict[str, dict[str, Any]]]
-F32, F64, I64 = npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 AUC_DRAWS = 200
 
 

@@ -187,7 +187,7 @@ def intra_list_distance(vectors: Array, request_row: Array) -> F64:
     length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     unit = vectors / np.where(length > 0, length, 1.0)
     total = np.zeros((requests, vectors.shape[1]))
-    np.add.at(total, request_row, unit)
+    np.add.at(total, request_row.astype(np.int64), unit)
     count = np.bincount(request_row, minlength=requests)
     pairs = count * (count - 1)
     alike = (total**2).sum(1) - np.bincount(request_row, (unit**2).sum(1), minlength=requests)
