@@ -25,8 +25,9 @@ from deploy.bench import CANDIDATES, SIMULATOR, paper_size, world
 from deploy.bench_service import WARM_S, Measured, answered, measured_server, requests_of
 from deploy.load import Load, closed_loop
 from features.domain import Domain, parse_domain
+from inference.encoders import EncoderLayer
 from inference.release import blank_request
-from inference.transact import EncoderLayer, SequenceEncoder, TransActRanker
+from inference.transact import SequenceEncoder, TransActRanker
 
 THREADS = 2
 ROUNDS = {128: 41, 512: 15}

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy import (
+    commands_ablate,
     commands_bootstrap,
     commands_chaos,
     commands_compare,
@@ -55,6 +56,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for _commands in (
+    commands_ablate,
     commands_bootstrap,
     commands_chaos,
     commands_compare,

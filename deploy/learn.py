@@ -1,7 +1,8 @@
 """From a published log to a release: import, embeddings, training, publishing. What `freshrank import|train|publish` and the demo run.
 
 Folders below home: logs/<domain>/ (canonical log), logs/<domain>.served/ (what was served, made by `freshrank label`), tables/ (spaces),
-training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker>/ (what `evaluate` trains and shows, never released).
+training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker>/ and ablation/<ranker>/ (what `evaluate` and `ablate`
+train and show, never released).
 """
 
 import time
@@ -18,6 +19,8 @@ from features.domain import DAY_MS, Domain, load_domain
 from features.erasures import LEDGER, erased_users, read_ledger
 from features.logs import read_requests
 from features.tensors import tensor_fingerprint
+from inference.ablate import Results, ablate
+from inference.ablations import CELLS, AblationTable, Cell
 from inference.checkpoints import TrainError
 from inference.dataset import split_times
 from inference.decay import decay, half_time_ms
@@ -141,6 +144,37 @@ def evaluate_ranker(work: Workspace, ranker: str, options: TrainOptions) -> dict
     out = work.home / "evaluation" / ranker
     trained = train_ranker(work, ranker, options, out=out / "with_sequence")
     return evaluate(work.domain, ranker, work.log, work.tables, trained.folder, out, options=options, erased=work.erased)
+
+
+def ablate_ranker(
+    work: Workspace,
+    ranker: str,
+    out: Path,
+    tables: Mapping[str, AblationTable],
+    *,
+    seeds: int,
+    options: TrainOptions,
+    cells: Mapping[str, Cell] | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> Results:
+    """Runs tables of configurations over embeddings of the training part (`inference.ablate`). Raises what `train_ranker` raises."""
+    domain = work.domain
+    validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
+    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, erased=work.erased)
+    return ablate(
+        domain,
+        ranker,
+        work.log,
+        work.tables,
+        out,
+        tables,
+        cells=CELLS if cells is None else cells,
+        seeds=seeds,
+        options=options,
+        generations=newest_generations(folders),
+        erased=work.erased,
+        report=report,
+    )
 
 
 def decay_of(work: Workspace, ranker: str, options: TrainOptions, report: Callable[[str], None]) -> dict[str, Any]:

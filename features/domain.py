@@ -129,7 +129,7 @@ class Head(_Part):
 
 
 class ModelSettings(_Part):
-    """Sizes of the TransAct hybrid ranker (KDD 2023, section 3)."""
+    """Sizes and form of a ranker's model. As it stands: the TransAct hybrid ranker (KDD 2023, section 3)."""
 
     action_dimension: Annotated[int, Field(ge=1, le=256)] = 32
     layers: Annotated[int, Field(ge=1, le=12)] = 2
@@ -142,6 +142,44 @@ class ModelSettings(_Part):
     cross_rank: Annotated[int, Field(ge=0, le=4096)] = 0
     """0: full rank."""
     hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(min_length=1)] = (256, 64)
+    encoder: Literal["transformer", "none", "average", "bst", "cnn", "rnn", "lstm"] = "transformer"
+    """What reads the sequence (`inference.encoders`); none: nothing does."""
+    fusion: Literal["concatenate", "token"] = "concatenate"
+    """How the candidate meets the sequence: beside every action, or as one more token."""
+    output: Literal["both", "first", "pool"] = "both"
+    """What is kept of the encoder's tokens: the `first_k` newest, the maximum over all, or both."""
+    action_types: bool = True
+    """Whether the model sees which action each one was."""
+    user_embedding: bool = True
+    """Whether the model uses the batch user embedding, where the ranker has a `user_space`."""
+    interaction: Literal["cross", "transformer"] = "cross"
+    """cross: DCN v2. transformer: each feature is a token of `token_dimension`, in `cross_layers` layers (`inference.end_to_end`)."""
+    token_dimension: Annotated[int, Field(ge=1, le=1024)] = 64
+    position_max: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Places of a list that training tells apart, the last one stands for all behind it; 0: the place is no feature."""
+    position_served: Annotated[int, Field(ge=0)] = 0
+    """The place, from 0, at which every candidate is scored outside of training."""
+    calibration: Literal["none", "platt", "isotonic"] = "none"
+    """How each head's probabilities are corrected, fitted on the validation part (`inference.calibration`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.encoder in ("none", "average", "bst") and (self.fusion, self.output) != ("concatenate", "both"):
+            raise ValueError(f"encoder {self.encoder!r} has neither fusion nor output: leave both out")
+        if self.position_served >= max(1, self.position_max):
+            raise ValueError(f"position_served: below position_max, {self.position_max}")
+        if self.interaction == "transformer" and (not self.cross_layers or self.token_dimension % self.attention_heads):
+            raise ValueError("interaction 'transformer' needs cross_layers of 1 or more and a token_dimension that attention_heads divides")
+        return self
+
+    @property
+    def left_out(self) -> set[str]:
+        """Keys younger than the first releases that stand at their defaults: they are no part of a fingerprint, so older ones hold."""
+        return {name for name, key in type(self).model_fields.items() if name not in _FIRST_KEYS and getattr(self, name) == key.default}
+
+
+_FIRST_KEYS = {"action_dimension", "layers", "attention_heads", "feedforward", "dropout", "first_k", "time_window_hours_max"}
+_FIRST_KEYS |= {"cross_layers", "cross_rank", "hidden"}
 
 
 class Ranker(_Part):

@@ -14,6 +14,8 @@ from features.domain import Domain
 
 DYNAMIC = -1
 SIDES = ("user", "item", "request", "candidate")
+_NO_INTERFACE = ("version", "candidates_max", "surfaces", "score")
+"""Keys of a ranker that change neither what its model takes nor what it computes."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
     parts = [f"{t.name}:{t.dtype.str}:{t.shape}" for t in (*tensor_table(domain, ranker_name), *output_table(domain, ranker_name))]
     parts += [f"{name}:{domain.features[name].model_dump_json(exclude={'column', 'separator'})}" for name in ranker.features]
     parts += [
-        f"ranker:{ranker.model_dump_json(exclude={'version', 'candidates_max', 'surfaces', 'score'})}",
+        f"ranker:{ranker.model_dump_json(exclude={**dict.fromkeys(_NO_INTERFACE, True), 'model': ranker.model.left_out})}",
         f"entities:{sorted(domain.entities.items())}",
     ]
     parts += [f"sequence:{domain.sequence[ranker.sequence].age_ms_max}:{domain.future_tolerance_ms}"]

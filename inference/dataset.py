@@ -272,6 +272,8 @@ def _pack(
                 for name, values in (("labels", labels), ("weights", weights), ("user_id", some.user_id)):
                     writer.append(name, values)
                 writer.append("request_time_ms", some.request_time_ms)
+                if domain.ranker[ranker_name].model.position_max:  # training's alone: serving scores every candidate at one place
+                    writer.append("candidate.position", some.position)
                 ends, sequence_ends = some.starts[1:], np.cumsum(tensors["sequence_count"][:, 0], dtype=np.int64)
                 if not rows:
                     writer.append("starts", np.zeros(1, np.int64))

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 AGREEMENT = {"correlation": "score correlation", "kendall_tau": "Kendall tau", "top3_overlap": "top-3 overlap"}
-FIGURES = {"auc": "AUC", "ndcg": "NDCG@10", "hit": "HIT@3", "log_loss": "log loss"}
+FIGURES = {"auc": "AUC", "grouped_auc": "grouped AUC", "ndcg": "NDCG@10", "mrr": "MRR", "hit": "HIT@3", "log_loss": "log loss"}
 
 
 def plot_curves(metrics: dict[str, Any], path: str | Path) -> None:
@@ -32,7 +32,7 @@ def plot_curves(metrics: dict[str, Any], path: str | Path) -> None:
 
 def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str | Path) -> None:
     """Difference that the realtime sequence makes, with its 95 % interval, a panel a metric; `comparison` by head and metric."""
-    figure = Figure(figsize=(12, 1.2 + 0.45 * len(comparison)), layout="constrained")
+    figure = Figure(figsize=(16, 1.2 + 0.45 * len(comparison)), layout="constrained")
     axes = figure.subplots(1, len(FIGURES), sharey=True)
     for axis, (metric, title) in zip(axes, FIGURES.items(), strict=True):
         for place, rows in enumerate(comparison.values()):
@@ -42,7 +42,7 @@ def plot_comparison(comparison: dict[str, dict[str, dict[str, Any]]], path: str 
             axis.plot([row["low"], row["high"]], [place, place], color="C0", linewidth=2)
             axis.plot(row["difference"], place, "o", color="C0")
         axis.axvline(0, color="0.6", linestyle=":")
-        axis.set_title(f"{title}, with - without")
+        axis.set_title(f"{title}, with - without", fontsize="small")
         axis.tick_params(axis="x", labelsize="small", rotation=30)
         axis.set_yticks(range(len(comparison)), list(comparison))
     axes[0].invert_yaxis()
@@ -91,6 +91,51 @@ def plot_releases(comparison: dict[str, Any], path: str | Path) -> None:
     axes[3].invert_yaxis()
     axes[3].set_title("ms, p50 to p99 (orange: shadow)", fontsize="small")
     figure.suptitle(f"{comparison['base']['release_id']} against {comparison['other']['release_id']}, {comparison['pairs']} pairs")
+    _save(figure, path)
+
+
+def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
+    """What was predicted against what happened, a panel a head; `calibration` as `inference.calibration.calibrate` gives it."""
+    figure = Figure(figsize=(1 + 3.2 * len(calibration), 3.6), layout="constrained")
+    for axis, (head, sides) in zip(figure.subplots(1, len(calibration), squeeze=False)[0], calibration.items(), strict=True):
+        for side, found in sides.items():
+            predicted, happened, _ = found["curve"]
+            axis.plot(predicted, happened, marker="o", markersize=3, label=f"{side}, error {found['error']:.4f}")
+        most = max(axis.get_xlim()[1], axis.get_ylim()[1])
+        axis.plot([0, most], [0, most], color="0.6", linestyle=":")
+        axis.set_title(head)
+        axis.set_xlabel("mean probability of a bin")
+        axis.set_ylabel("share with the label")
+        axis.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_ablation(found: dict[str, Any], key: str, path: str | Path) -> None:
+    """One table of an ablation (`inference.ablation_report.summary`): a row of panels a head, the last one with the paper's lifts."""
+    table, heads = found["tables"][key], list(next(iter(found["cells"].values()))["heads"])
+    names = list(table["rows"])
+    figure = Figure(figsize=(13, (0.9 + 0.32 * len(names)) * len(heads) + 0.4), layout="constrained")
+    panels = figure.subplots(len(heads), 3, squeeze=False, sharey=True)
+    for axes, head in zip(panels, heads, strict=True):
+        lower = head in found["lower_is_better"]
+        for place, row in enumerate(table["rows"].values()):
+            against = (row["against_reference"] or {}).get(head, {})
+            for axis, metric in zip(axes, ("auc", "hit_lift_percent"), strict=False):
+                measured = against.get(metric)
+                if measured and measured["mean"] is not None:
+                    if measured["low"] is not None:
+                        axis.plot([measured["low"], measured["high"]], [place, place], color="C0", linewidth=2)
+                    axis.plot(measured["mean"], place, "o", color="C0")
+            if row["paper"][lower] is not None:
+                axes[2].plot(row["paper"][lower], place, "D", color="C1")
+        paper = "hide" if lower else "repin"
+        for axis, title in zip(axes, (f"{head}: AUC", f"{head}: HIT@3, lift %", f"paper: {paper} HIT@3, lift %"), strict=True):
+            axis.set_title(title, fontsize="small")
+            axis.axvline(0, color="0.6", linestyle=":")
+            axis.set_yticks(range(len(names)), names)
+            axis.tick_params(labelsize="small")
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(f"{table['title']} (differences to {table['reference']}, 95 % intervals over users)", fontsize="medium")
     _save(figure, path)
 
 

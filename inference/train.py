@@ -28,12 +28,13 @@ from features.erasures import NOBODY, Erased
 from features.logs import is_served_log
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
+from inference.calibration import calibrate
 from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State, TrainError
 from inference.dataset import Dataset, build_dataset, split_times
 from inference.metrics import head_metrics
 from inference.packed import default_cache
 from inference.parallel import Ranks, joined, threads_each
-from inference.plots import plot_curves
+from inference.plots import plot_curves, plot_reliability
 from inference.report import REPORT, reliability_bins, write_report
 from inference.small import SMALL_FILE
 from inference.train_small import EPOCHS, train_small
@@ -44,6 +45,7 @@ from inference.transact import TransActRanker
 I64 = npt.NDArray[np.int64]
 EVALUATION_ROWS = 4096
 TIME_MS_MAX = 2**62
+_DECIDES_NOTHING = ("threads", "progress", "seconds_max", "checkpoint_s", "small")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,12 @@ class TrainOptions:
     checkpoint_s: float = 300.0
     """Seconds from one checkpoint within an epoch to the next."""
     progress: bool = True
+    small: bool = True
+    """Whether the small model is trained, too: it is released beside one with the sequence."""
 
     def what_decides(self) -> dict[str, Any]:
         """Options that a resumed run must share with the interrupted one."""
-        return {name: value for name, value in asdict(self).items() if name not in ("threads", "progress", "seconds_max", "checkpoint_s")}
+        return {name: value for name, value in asdict(self).items() if name not in _DECIDES_NOTHING}
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,7 @@ class _Run:
 
     def _finish(self, state: State) -> dict[str, Any]:
         self.checkpoints.restore_best(state, self.model)
+        calibration = self._calibrate()
         test, bins = self._figures("test")
         metrics = {
             **self.about,
@@ -330,13 +335,23 @@ class _Run:
             "test": test,
             "reliability": bins,
         }
-        if self.options.use_sequence:
+        if calibration:
+            metrics["calibration"] = calibration
+            plot_reliability(calibration, self.out / "calibration.png")
+        if self.options.use_sequence and self.options.small:
             metrics["test_small"] = self._train_small()
         save_file(self.model.eval().state_dict(), self.out / WEIGHTS)
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
         plot_curves(metrics, self.out / "curves.png")
         write_report(metrics, self.out / REPORT)
         return metrics
+
+    def _calibrate(self) -> dict[str, Any]:
+        """Fits the model's calibration on the validation part; what it changes on the test part, empty where the model has none."""
+        if self.model.calibration is None:
+            return {}
+        validation, test = (predict(self.model, self.dataset, self.parts[name])[:2] for name in ("validation", "test"))
+        return calibrate(self.model.calibration, self.model.head_names, validation, test)
 
     def _train_small(self) -> dict[str, Any]:
         """Trains the small model on the same part, writes it, and measures the test part."""

@@ -7,6 +7,9 @@ otherwise, which makes train, eval and no-grad outputs differ.
 
 Symbols: R requests, N candidates of all of them, L the ranker's sequence length, S <= L the longest sequence of the batch,
 D item dimension, E token width (action + attributes + D + D: the paper's 96), K first tokens, X width of the crossing, H heads.
+
+The domain file may ask for another form ([ranker.NAME.model], docs/quality.md): other encoders are in `inference.encoders`, the interaction
+by a transformer in `inference.end_to_end`, corrected probabilities in `inference.calibration`.
 """
 
 import math
@@ -20,6 +23,9 @@ from torch.nn import functional
 
 from features.domain import Domain, Feature
 from features.tensors import SIDES, feature_names, tensor_table
+from inference.calibration import Calibration
+from inference.encoders import MASKED, EncoderLayer, compress, other_form, output_widths
+from inference.end_to_end import FeatureTransformer
 from inference.transact_fast import FastEncoder
 from inference.transact_train import TrainEncoder
 
@@ -28,7 +34,7 @@ SURFACE_DIMENSION = 8
 KIND_DIMENSION = 4
 NORMALISED_MAX = 10.0
 RAW_MAX = 1000.0
-MASKED = -1e9
+POSITION_DIMENSION = 8
 CANDIDATES_AT_ONCE = 128
 
 
@@ -45,20 +51,29 @@ class TransActRanker(nn.Module):
         ranker = domain.ranker[ranker_name]
         settings = ranker.model
         self.head_names = tuple(ranker.heads)
-        self.per_candidate = {tensor.name: tensor.per_candidate for tensor in tensor_table(domain, ranker_name)}
-        self.use_sequence = use_sequence
+        self.per_candidate = {tensor.name: tensor.per_candidate for tensor in tensor_table(domain, ranker_name)} | {"position": True}
+        self.use_sequence = use_sequence and settings.encoder != "none"
+        self.use_user = settings.user_embedding and ranker.user_space is not None
         D = ranker.embedding_dimension
         self.vector_scale = vector_scale(D)
-        width = D + (D if ranker.user_space is not None else 0)
-        if use_sequence:
+        widths = [D] * (1 + self.use_user)  # in the order of `behind_sequence`
+        if self.use_sequence:
             self.sequence = SequenceEncoder(domain, ranker_name)
             self.fast_sequence, self.train_sequence = FastEncoder(self.sequence), TrainEncoder(self.sequence)
-            width += self.sequence.width
         if len(domain.entities) > 1:
             self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
-            width += KIND_DIMENSION
+            widths.append(KIND_DIMENSION)
         self.features = nn.ModuleDict({side: SideFeatures(domain, ranker_name, side) for side in SIDES})
-        width += sum(side.width for side in self._sides())
+        widths += [width for side in self._sides() for width in side.widths]
+        self.position_served = settings.position_served
+        self.position = nn.Embedding(settings.position_max + 1, POSITION_DIMENSION) if settings.position_max else None
+        widths += [POSITION_DIMENSION] * (self.position is not None)
+        widths += self.sequence.widths if self.use_sequence else ()
+        self.calibration = Calibration(settings.calibration, len(self.head_names)) if settings.calibration != "none" else None
+        self.interaction = FeatureTransformer(widths, settings, len(self.head_names)) if settings.interaction == "transformer" else None
+        if self.interaction is not None:
+            return
+        width = sum(widths)
         self.crosses = nn.ModuleList(Cross(width, settings.cross_rank) for _ in range(settings.cross_layers))
         sizes = (width, *settings.hidden)
         self.hidden = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes))
@@ -76,7 +91,8 @@ class TransActRanker(nn.Module):
 
         Args:
             tensors: the table's tensors. With `request_row`, those of the request are stacked [R, ...] and those of candidates concatenated
-                [N, ...]; without, they are one request's, exactly as the table shapes them.
+                [N, ...]; without, they are one request's, exactly as the table shapes them. Where the place in the list is a feature,
+                training needs `position` too, int32 [N] from 0, -1 unknown.
             request_row: int64 [N], the request of each candidate.
             generator: source of the random time windows, one a request. They are drawn in training mode only; None: no window.
             window_ms: windows that have been drawn, float64 [R, 1], in place of `generator`.
@@ -103,7 +119,7 @@ class TransActRanker(nn.Module):
     def behind_sequence(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
         """Everything behind the sequence encoder, whose output is `compressed` [N, (K + 1) E]; None: without the sequence."""
         parts = [candidate]
-        if "user_embedding" in tensors:
+        if self.use_user:
             parts.append((tensors["user_embedding"].float() * self.vector_scale)[request_row])  # [N, D]
         if "candidate_kind" in tensors:
             parts.append(self.kind(tensors["candidate_kind"].clamp(0, self.kind.num_embeddings - 1)))  # [N, 4]
@@ -111,15 +127,26 @@ class TransActRanker(nn.Module):
             if side.width:
                 values = side(tensors)  # [R or N, width]
                 parts.append(values if side.per_candidate else values[request_row])  # [N, width]
+        if self.position is not None:
+            parts.append(self.position(self._place(tensors)))  # [N, 8]
         if compressed is not None:
             parts.append(compressed)
         x0 = torch.cat(parts, 1)  # [N, X]
+        if self.interaction is not None:
+            return self.interaction(x0)  # type: ignore[no-any-return]  # [N, H]
         x = x0
         for cross in self.crosses:
             x = cross(x0, x)  # [N, X]
         for layer in self.hidden:
             x = functional.relu(layer(x))  # [N, 256], [N, 64]
         return self.heads(x)  # type: ignore[no-any-return]  # [N, H]
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Row of the position table, int64 [N]; 0 is unknown. What stood first was clicked more: serving puts all at one place."""
+        assert self.position is not None
+        if not self.training:
+            return torch.full_like(tensors["candidate_embedding"][:, 0], self.position_served + 1, dtype=torch.int64)
+        return (tensors["position"].long() + 1).clamp(0, self.position.num_embeddings - 1)
 
     @torch.no_grad()
     def probabilities(self, tensors: Mapping[str, Tensor], request_row: Tensor | None = None) -> Tensor:
@@ -131,7 +158,8 @@ class TransActRanker(nn.Module):
         if request_row is None:
             tensors, request_row = self._stacked(tensors)
         count = tensors["candidate_embedding"].shape[0]
-        fast = self.use_sequence and not self.training and tensors["candidate_embedding"].device.type == "cpu"
+        on_cpu = tensors["candidate_embedding"].device.type == "cpu"
+        fast = self.use_sequence and self.sequence.has_fast and not self.training and on_cpu
         pieces = []
         for start in range(0, count, CANDIDATES_AT_ONCE):
             piece = slice(start, start + CANDIDATES_AT_ONCE)
@@ -144,7 +172,7 @@ class TransActRanker(nn.Module):
                 logits = self.behind_sequence(part, candidate, rows, self.fast_sequence(part, candidate, rows))
             else:
                 logits = self(part, rows)
-            pieces.append(torch.sigmoid(logits))
+            pieces.append(torch.sigmoid(logits if self.calibration is None else self.calibration(logits)))
         return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names), device=tensors["candidate_embedding"].device)
 
     @torch.no_grad()
@@ -184,17 +212,21 @@ class NoopRanker(nn.Module):
 class SequenceEncoder(nn.Module):
     """Early fusion, two post-norm transformer layers without positions, first K and max pool: [N, (K + 1) E].
 
-    Paper: sections 3.2 and 3.3; the concatenation is its best early fusion.
+    Paper: sections 3.2 and 3.3; the concatenation is its best early fusion. Where the domain file asks for another form (`other`), the
+    tokens are made here and the rest is that form's. `widths` are those of the parts of the output.
     """
 
     def __init__(self, domain: Domain, ranker_name: str) -> None:
         super().__init__()
         ranker = domain.ranker[ranker_name]
         settings = ranker.model
-        self.first_k = settings.first_k
+        self.first_k, self.output = settings.first_k, settings.output
         self.window_ms_max = settings.time_window_hours_max * HOUR_MS
-        self.action = nn.Embedding(256, settings.action_dimension, padding_idx=0)
-        history_width = settings.action_dimension + ranker.embedding_dimension
+        history_width = ranker.embedding_dimension
+        self.has_action = settings.action_types
+        if self.has_action:
+            self.action = nn.Embedding(256, settings.action_dimension, padding_idx=0)
+            history_width += settings.action_dimension
         self.has_kind = len(domain.entities) > 1
         if self.has_kind:
             self.kind = nn.Embedding(max(domain.entities.values()) + 1, KIND_DIMENSION)
@@ -207,15 +239,23 @@ class SequenceEncoder(nn.Module):
         if self.has_value:
             history_width += 2
         self.vector_scale = vector_scale(ranker.embedding_dimension)
-        E = history_width + ranker.embedding_dimension
+        self.item_width = D = ranker.embedding_dimension
+        E = history_width + (D if settings.fusion == "concatenate" and settings.encoder != "bst" else 0)
         # Heads of equal width need a token width that they divide; the rest is a constant zero.
-        self.item_width = ranker.embedding_dimension
         self.pad = -E % settings.attention_heads
         E += self.pad
-        self.width = (self.first_k + 1) * E
+        self.other = other_form(settings, history_width + self.pad, self.pad + self.has_action * settings.action_dimension, D)
+        self.widths = output_widths(settings, E) if self.other is None else self.other.widths
+        self.width = sum(self.widths)
         self.layers = nn.ModuleList(
-            EncoderLayer(E, settings.attention_heads, settings.feedforward, settings.dropout) for _ in range(settings.layers)
+            EncoderLayer(E, settings.attention_heads, settings.feedforward, settings.dropout)
+            for _ in range(settings.layers if self.other is None else 0)
         )
+
+    @property
+    def has_fast(self) -> bool:
+        """Whether `FastEncoder` computes the same."""
+        return self.other is None and self.output == "both"
 
     def draw_window_ms(self, requests: int, generator: torch.Generator | None) -> Tensor | None:
         """One window a request, uniform from 0 to the maximum, milliseconds: float64 [R]; None: no window."""
@@ -234,7 +274,8 @@ class SequenceEncoder(nn.Module):
         """The part of each token that all candidates of a request share, float32 [R, S, E - D]; zero where `valid` [R, S] is not."""
         S = valid.shape[1]
         # Padding contents are replaced, not multiplied: NaN times zero is NaN.
-        parts = [self.action(tensors["sequence_action"][:, :S] * valid), tensors["sequence_embedding"][:, :S].float() * self.vector_scale]
+        parts = [self.action(tensors["sequence_action"][:, :S] * valid)] if self.has_action else []
+        parts.append(tensors["sequence_embedding"][:, :S].float() * self.vector_scale)
         if self.has_kind:
             parts.append(self.kind(tensors["sequence_kind"][:, :S] * valid))  # pack() leaves out kinds that the domain does not name
         if self.has_surface:
@@ -251,8 +292,9 @@ class SequenceEncoder(nn.Module):
         S = valid.shape[1]
         if window_ms is not None:
             valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
-        real = valid.unsqueeze(-1)  # [R, S, 1]
         history = self.tokens(tensors, valid)  # [R, S, E - D]
+        if self.other is not None:
+            return self.other(history, candidate, valid, tensors["sequence_age_ms"][:, :S], request_row)  # type: ignore[no-any-return]
         x = torch.cat([history[request_row], candidate[:, None].expand(-1, S, -1)], -1)  # [N, S, E]
         # Additive mask of the keys. Where nothing is valid all keys count alike; such rows are dropped below.
         mask = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, MASKED)[request_row][:, None, None]  # [N, 1, 1, S]
@@ -263,41 +305,8 @@ class SequenceEncoder(nn.Module):
         qkv = qkv + functional.linear(candidate, of_candidate)[:, None]
         for depth, layer in enumerate(layers):
             x = layer(x, qkv if depth == 0 else layer.qkv(x), mask)  # [N, S, E]
-        real = real[request_row]  # [N, S, 1]
-        first = x[:, : self.first_k].masked_fill(~real[:, : self.first_k], 0.0)  # [N, min(K, S), E]
-        first = functional.pad(first, (0, 0, 0, self.first_k - first.shape[1]))  # [N, K, E]
-        pooled = x.masked_fill(~real, MASKED).amax(1).masked_fill(~real.any(1), 0.0)  # [N, E]
-        return torch.cat([first.flatten(1), pooled], 1)  # [N, (K + 1) E]
-
-
-class EncoderLayer(nn.Module):
-    """Post-norm transformer layer, written out: [N, S, E] to the same.
-
-    `nn.TransformerEncoder` takes another path in eval without gradients, which zeroes padded rows before the max pool.
-    """
-
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_attention = nn.LayerNorm(width)
-        self.wide = nn.Linear(width, feedforward)
-        self.narrow = nn.Linear(feedforward, width)
-        self.norm_feedforward = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, qkv: Tensor, mask: Tensor) -> Tensor:
-        """Attention over the S tokens of each candidate. `qkv` is `self.qkv(x)` [N, S, 3E]; `mask` [N, 1, 1, S] is added to the scores."""
-        N, S, E = x.shape
-        p = self.dropout if self.training else 0.0
-        q, k, v = qkv.view(N, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)  # each [N, heads, S, E / heads]
-        scores = (q @ k.transpose(-1, -2)) * (E // self.heads) ** -0.5 + mask  # [N, heads, S, S]
-        attended = functional.dropout(scores.softmax(-1), p) @ v  # [N, heads, S, E / heads]
-        attended = self.out(attended.transpose(1, 2).reshape(N, S, E))  # [N, S, E]
-        x = self.norm_attention(x + functional.dropout(attended, p))
-        inner = functional.dropout(functional.relu(self.wide(x)), p)  # [N, S, F]
-        return self.norm_feedforward(x + functional.dropout(self.narrow(inner), p))  # type: ignore[no-any-return]
+        real = valid[request_row]  # [N, S]
+        return compress(x, real, x, real, self.first_k, self.output)  # [N, (K + 1) E]
 
 
 class Cross(nn.Module):
@@ -351,7 +360,8 @@ class SideFeatures(nn.Module):
         self.register_buffer("missing", torch.tensor([number.missing for number in numbers], dtype=torch.float32), persistent=False)
         self.categories = nn.ModuleList(nn.Embedding(feature.cardinality, feature.dimension) for feature in categories.values())
         self.lists = nn.ModuleDict({name: nn.Embedding(feature.cardinality, feature.dimension) for name, feature in lists.items()})
-        self.width = len(numbers) + sum(feature.dimension for feature in (*categories.values(), *lists.values()))
+        self.widths = (*(1 for _ in numbers), *(feature.dimension for feature in (*categories.values(), *lists.values())))
+        self.width = sum(self.widths)
 
     def forward(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Float32 [R or N, width]."""

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from inference.transact import EncoderLayer, SequenceEncoder
+    from inference.encoders import EncoderLayer
+    from inference.transact import SequenceEncoder
 
 TOKENS_AT_ONCE = 3_200
 """Tokens of a piece: 32 candidates with 100 actions each. An array of them takes 1.2 MB, so the arrays of a piece stay in the cache."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from inference.transact import EncoderLayer, SequenceEncoder
+    from inference.encoders import EncoderLayer
+    from inference.transact import SequenceEncoder
 
 MASKED = -1e9
 
@@ -29,8 +30,8 @@ class TrainEncoder:
 
     def __init__(self, encoder: "SequenceEncoder") -> None:
         self._encoder = encoder
-        self.applies = cast("EncoderLayer", encoder.layers[0]).heads == 1
-        """Whether the encoder has one head; what is saved here needs that."""
+        self.applies = encoder.has_fast and cast("EncoderLayer", encoder.layers[0]).heads == 1
+        """Whether the encoder has TransAct's own form, and one head; what is saved here needs that."""
 
     def __call__(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, window_ms: Tensor | None) -> Tensor:
         """Compressed sequence of each candidate, float32 [N, (K + 1) E]: `SequenceEncoder.forward`."""

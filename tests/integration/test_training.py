@@ -440,7 +440,13 @@ def test_evaluation_shows_what_the_sequence_is_worth(tmp_path: Path, world: tupl
     assert result["requests_longer_than_hit_at"] == result["test"]["requests"]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert comparison_table(result).row_count == 8
+    assert comparison_table(result).row_count == 12
+    assert result["heads"]["click"]["grouped_auc"]["low"] > 0
+    assert result["heads"]["click"]["mrr"]["difference"] > 0
+    assert result["lower_is_better"] == ["hide"]
+    assert result["calibration_error"]["click"]["with"] == pytest.approx(trained.metrics["test"]["heads"]["click"]["calibration_error"])
+    assert 0 < result["diversity"]["with"]["intra_list_distance"] < 2
+    assert result["diversity"]["with"]["category_entropy"] is None  # the toy's items have no category
     with pytest.raises(TrainError, match="without the sequence"):
         evaluate(DOMAIN, "home", *world, tmp_path / "out" / "without_sequence", tmp_path / "again")
 

@@ -18,21 +18,8 @@ from features.ports import Position
 from streams.erasure_audit import AUDIT, PLACES, Audit
 
 COMMANDS = ("up", "demo", "produce", "rank", "import", "check", "train", "publish", "evaluate", "replay", "erase", "bench", "worker")
-COMMANDS += (
-    "reader",
-    "server",
-    "bootstrap",
-    "dead",
-    "inspect",
-    "top",
-    "http",
-    "topics",
-    "watch",
-    "experiment",
-    "compare",
-    "explain",
-    "label",
-)
+COMMANDS += ("reader", "server", "bootstrap", "dead", "inspect", "top", "http", "topics", "watch", "experiment", "compare", "explain")
+COMMANDS += ("label", "cycle", "ablate", "releases", "rollback")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,221 @@
+"""What an ablation says: mean and spread over seeds, differences to a table's reference with their significance, beside the paper's lifts.
+
+The spread is the standard deviation over seeds. Intervals and p are of a bootstrap over users, paired: both cells have the same users, each
+with the mean over its seeds. So an interval says what other users could have changed, the spread what another seed could have.
+
+HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from features.domain import Domain
+from inference import metrics
+from inference.ablate import Results
+from inference.ablations import UNKNOWN, AblationTable
+from inference.evaluate import auc_interval, lower_is_better
+
+F64 = npt.NDArray[np.float64]
+OF_HEAD = {
+    "auc": "AUC",
+    "grouped_auc": "grouped AUC",
+    "ndcg": "NDCG@10",
+    "mrr": "MRR",
+    "log_loss": "log loss",
+    "calibration_error": "calibration error",
+}
+COLUMNS = [
+    *("cell", "AUC", "difference (95 %)", "p", "HIT@3", "lift % (95 %)", "p", "paper %", "grouped AUC", "NDCG@10", "MRR", "log loss"),
+    *("calibration error", "list distance", "entropy", "epochs"),
+]
+
+
+def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[str, AblationTable]) -> dict[str, Any]:
+    """Everything that ablation.json holds: figures by cell, and by table and head the differences to the reference."""
+    heads = tuple(domain.ranker[ranker_name].heads)
+    cells = dict.fromkeys(name for name, _ in results.of)
+    hits = {name: [_user_hits(results, name, head) for head in range(len(heads))] for name in cells}
+    found: dict[str, Any] = {
+        "about": results.about | {"lists_longer_than_hit_at": int(_long(results).sum())},
+        "skipped": dict(results.skipped),
+        "lower_is_better": [head for head in heads if lower_is_better(domain, ranker_name, head)],
+        "cells": {name: _cell(results, name, heads, hits[name]) for name in cells},
+        "tables": {},
+    }
+    differences: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, table in tables.items():
+        if table.reference not in cells:
+            found["skipped"][f"table {key}"] = f"its reference {table.reference} is left out"
+            continue
+        rows = [name for name in table.rows if name in cells]
+        for name in rows:
+            if (name, table.reference) not in differences and name != table.reference:
+                differences[name, table.reference] = {
+                    head: _difference(results, name, table.reference, column, hits) for column, head in enumerate(heads)
+                }
+        found["tables"][key] = {
+            "title": table.title,
+            "reference": table.reference,
+            "rows": {
+                name: {"paper": list(table.rows.get(name, UNKNOWN)), "against_reference": differences.get((name, table.reference))}
+                for name in rows
+            },
+        }
+    return found
+
+
+def _seeds(results: Results, name: str) -> list[int]:
+    return sorted(seed for cell, seed in results.of if cell == name)
+
+
+def _cell(results: Results, name: str, heads: tuple[str, ...], hits: list[list[F64]]) -> dict[str, Any]:
+    of_seed = [results.of[name, seed][0] for seed in _seeds(results, name)]
+    figures = {head: {metric: _spread([run["heads"][head][metric] for run in of_seed]) for metric in OF_HEAD} for head in heads}
+    for column, head in enumerate(heads):
+        figures[head]["hit"] = _spread([float(values.mean()) if len(values) else None for values in hits[column]])
+    return {
+        "heads": figures,
+        "diversity": {key: _spread([run["diversity"][key] for run in of_seed]) for key in of_seed[0]["diversity"]},
+        "seeds": _seeds(results, name),
+        "runs": [{key: value for key, value in run.items() if key not in ("heads", "diversity")} for run in of_seed],
+    }
+
+
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds; None where a figure is not defined."""
+    known = [value for value in values if value is not None and value == value]
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {"mean": float(np.mean(known)) if known else None, "spread": deviation, "values": values}
+
+
+def _long(results: Results) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.bincount(results.truth.request_row) > metrics.HIT_AT)
+
+
+def _user_hits(results: Results, name: str, head: int) -> list[F64]:
+    """HIT@3 of each user with a list that is long enough, by seed; the same users in the same order for every cell."""
+    truth, long = results.truth, _long(results)
+    found = []
+    for seed in _seeds(results, name):
+        per_request = metrics.hits(results.of[name, seed][1][:, head], truth.labels[:, head], truth.request_row)
+        found.append(metrics.user_means(np.where(long, per_request, np.nan), truth.users)[1])
+    return found
+
+
+def _difference(
+    results: Results, name: str, reference: str, head: int, hits: Mapping[str, list[list[F64]]]
+) -> dict[str, dict[str, float | None]]:
+    """AUC: difference; HIT@3: difference and lift in per cent of the reference's mean; with interval and p."""
+    labels, user_of_row = results.truth.labels[:, head], results.truth.users[results.truth.request_row]
+    seeds = [seed for seed in _seeds(results, name) if (reference, seed) in results.of]
+    pairs = [(results.of[name, seed][1][:, head], results.of[reference, seed][1][:, head]) for seed in seeds]
+    both = bool(labels.any() and not labels.all() and pairs)
+    nothing = metrics.Interval(*[float("nan")] * 4)
+    auc = auc_interval(pairs, labels, user_of_row) if both else nothing
+    own, other = np.mean(hits[name][head], 0), np.mean(hits[reference][head], 0)
+    hit = metrics.bootstrap(own - other)
+    base = float(other.mean()) if len(other) else 0.0
+    lift = {key: 100 * value / base if base else float("nan") for key, value in (("mean", hit.mean), ("low", hit.low), ("high", hit.high))}
+    return {
+        "auc": _known({"mean": auc.mean, "low": auc.low, "high": auc.high, "p": auc.p}),
+        "hit": _known({"mean": hit.mean, "low": hit.low, "high": hit.high, "p": hit.p}),
+        "hit_lift_percent": _known({**lift, "p": hit.p}),
+    }
+
+
+def _known(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if value != value else value for name, value in values.items()}
+
+
+def rows_of(found: dict[str, Any], key: str, head: str) -> list[list[str]]:
+    """One table's rows for one head, as texts in the order of COLUMNS; the paper's lift of hide stands beside heads that should be low."""
+    rows = []
+    side = 1 if head in found["lower_is_better"] else 0
+    for name, row in found["tables"][key]["rows"].items():
+        cell = found["cells"][name]
+        figures, against = cell["heads"][head], (row["against_reference"] or {}).get(head)
+        epochs = [run["epochs"] for run in cell["runs"] if "epochs" in run]
+        paper = row["paper"][side]
+        rows.append(
+            [
+                name,
+                _of(figures["auc"]),
+                _interval(against and against["auc"], "+.4f"),
+                _p(against and against["auc"]),
+                _of(figures["hit"]),
+                _interval(against and against["hit_lift_percent"], "+.1f"),
+                _p(against and against["hit"]),
+                "" if paper is None else f"{paper:+.2f}",
+                *(_of(figures[metric]) for metric in ("grouped_auc", "ndcg", "mrr", "log_loss", "calibration_error")),
+                *(_of(cell["diversity"][name], 3) for name in ("intra_list_distance", "category_entropy")),
+                f"{np.mean(epochs):.1f}" if epochs else "",
+            ]
+        )
+    return rows
+
+
+def terminal_tables(found: dict[str, Any]) -> list[Table]:
+    """For the terminal: one a table and head."""
+    tables = []
+    for key, table in found["tables"].items():
+        for head in next(iter(found["cells"].values()))["heads"]:
+            shown = Table(title=f"{table['title']}; head {_head(found, head)}")
+            for column in COLUMNS[:13]:
+                shown.add_column(column, justify="left" if column == "cell" else "right")
+            for row in rows_of(found, key, head):
+                shown.add_row(*row[:13])
+            tables.append(shown)
+    return tables
+
+
+def markdown(found: dict[str, Any], command: str) -> str:
+    """For docs/: what was run, and one table a table and head."""
+    about = found["about"]
+    lines = [
+        f"`{command}`",
+        "",
+        f"Ranker {about['ranker']}; {about['seeds']} seeds, {_budget(about)} a run, {about['threads']} threads. Test part (temporal):",
+        f"{about['requests']} requests of {about['users']} users, {about['candidates']} candidates as the log has them, none sampled;",
+        f"{about['lists_longer_than_hit_at']} lists of more than three, which HIT@3 is of. Mean over seeds ± their standard deviation;",
+        "intervals and p: bootstrap over users, paired with the reference. `paper %`: lift of HIT@3 on the paper's own data.",
+    ]
+    for name, reason in found["skipped"].items():
+        lines += ["", f"Left out: {name}: {reason}"]
+    for key, table in found["tables"].items():
+        for head in next(iter(found["cells"].values()))["heads"]:
+            lines += ["", f"**{table['title']}**; head {_head(found, head)}", "", "| " + " | ".join(COLUMNS) + " |"]
+            lines.append("|" + " --- |" * len(COLUMNS))
+            lines += ["| " + " | ".join(row) + " |" for row in rows_of(found, key, head)]
+        lines += ["", f"![{table['title']}]({key}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _budget(about: Mapping[str, Any]) -> str:
+    return f"{about['epochs_max']} epochs at most" if about["seconds_max"] is None else f"{about['seconds_max']:g} s"
+
+
+def _head(found: dict[str, Any], head: str) -> str:
+    return f"{head} (lower is better)" if head in found["lower_is_better"] else head
+
+
+def _of(figure: Mapping[str, Any], digits: int = 4) -> str:
+    if figure["mean"] is None:
+        return "-"
+    spread = "" if figure["spread"] is None else f" ± {figure['spread']:.{digits}f}"
+    return f"{figure['mean']:.{digits}f}{spread}"
+
+
+def _interval(figure: Mapping[str, float | None] | None, form: str) -> str:
+    if not figure or figure["mean"] is None:
+        return ""
+    if figure["low"] is None or figure["high"] is None:
+        return format(figure["mean"], form)
+    return f"{figure['mean']:{form}} ({figure['low']:{form}} to {figure['high']:{form}})"
+
+
+def _p(figure: Mapping[str, float | None] | None) -> str:
+    return "" if not figure or figure["p"] is None else f"{figure['p']:.3f}"
