@@ -121,10 +121,11 @@ def forget_others(folder: Path, ranker_name: str, ledger: str) -> None:
 
 def fingerprint_of(domain: Domain, ranker_name: str, log: Path, generations: Mapping[str, list[str]], erased: Erased) -> str:
     """Identity of the packed arrays, 16 hexadecimal digits: of the log's bytes, the domain file, the generations of each space that may be
-    looked into, and the ledger. How the model is built says nothing of them."""
+    looked into, and the ledger. Of how the model is built only whether the place in the list is a feature."""
     shape = domain.model_dump_json(exclude={"ranker", "log"})
     ranker = domain.ranker[ranker_name].model_dump_json(exclude={"model", "score", "candidates_max"})
-    said = [FORMAT, ranker_name, shape, ranker, sorted(generations.items()), ledger_fingerprint(erased)]
+    has_position = bool(domain.ranker[ranker_name].model.position_max)
+    said = [FORMAT, ranker_name, shape, ranker, has_position, sorted(generations.items()), ledger_fingerprint(erased)]
     hasher = xxhash.xxh3_64(repr(said).encode())
     for path in (path for name in (ACTIONS, IMPRESSIONS, SERVED) for path in log_files(log, name) if path.exists()):
         with path.open("rb") as file:
