@@ -17,8 +17,9 @@ from tensorboardX.proto.event_pb2 import Event
 from test_training import CLICK, DOMAIN, DOMAIN_TEXT, HIDE, OPTIONS, SHOWN, START_MS, Log, intent_log
 
 from features.domain import parse_domain
-from features.erasures import ledger_fingerprint
-from features.logs import PACKED, drop_past, read_requests
+from features.erasures import Erasure, ledger_fingerprint
+from features.log_erasure import drop_past
+from features.logs import PACKED, read_requests
 from features.sequence import definition, law
 from inference import history
 from inference.dataset import POOL, Dataset, build_dataset, split_times
@@ -218,12 +219,13 @@ def test_forgetting_a_user_in_the_log_forgets_the_arrays(tmp_path: Path, world: 
     (folder,) = (log / PACKED).iterdir()
     assert json.loads((folder / "meta.json").read_text())["ledger"] == ledger_fingerprint({})
     erased = {4: 2**61}
-    drop_past(log, {})
+    erasures = [Erasure(4, 1, 0, 0, 0, 2**61)]
+    drop_past(log, [])
     assert folder.exists()
-    assert drop_past(log, erased) > 0
+    assert drop_past(log, erasures) > 0
     assert not folder.exists()
     build_dataset(DOMAIN, "home", log, world[1], cache=default_cache(log), erased=erased)
-    assert drop_past(log, erased) == 0
+    assert drop_past(log, erasures) == 0
     assert len(list((log / PACKED).iterdir())) == 1
 
 
