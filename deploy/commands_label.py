@@ -35,7 +35,7 @@ def label(
     until_ms: Annotated[int | None, typer.Option(help="Judge lists as of this time, milliseconds; now where absent.")] = None,
     archive: Annotated[Path | None, typer.Option(help="Archive folder of both logs; Kafka where absent.")] = None,
     history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
-    memory: Annotated[int, typer.Option(min=16, help="Megabytes that it may take, about.")] = 512,
+    memory: Annotated[int, typer.Option(min=64, help="Megabytes that it may take, about.")] = 512,
     keep_days: Annotated[int | None, typer.Option(min=1, help="Leave out days of requests older than this.")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Start the log over; what the topics have no longer is lost.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,

@@ -79,7 +79,8 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
             count = traffic.run(SERVED, from_ms=SERVED_FROM_MS)
             console.print(f"[bold]2[/bold]  it served {count:,} requests, of each {SEEN} of 20 seen")
             report = _label(stack.settings, domain, until_ms=LATER_FROM_MS)
-            console.print(f"[bold]3[/bold]  labelled:\n{report.to_text()}", markup=False)
+            console.print("[bold]3[/bold]  labelled:")
+            console.print(report.to_text(), markup=False, soft_wrap=True)
             served = replace(work, served=True)
             train_ranker(served, ranker, options)
             second = release(served, ranker).release_id

@@ -27,7 +27,7 @@ from inference.experiments import Choice
 from inference.release import Release, ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import FeatureColumn, RankingRecord
 from streams.archive import ParquetLog
-from streams.buckets import bucket_of, logged_actions
+from streams.log_buckets import bucket_of, logged_actions
 
 KNOWN = "known.parquet"
 """In a bucket's folder: rows of the table `served` that earlier passes wrote, of days that may change."""

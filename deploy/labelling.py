@@ -1,8 +1,8 @@
 """A labelling pass: the ranking log joined with what was done becomes the served log that training reads (`features.labels` has the rules).
 
 Six steps. 1. Plan: how far both logs are read, and until when lists are judged. 2. Spill: both logs become archives of some users each
-(`streams.buckets`). 3. Fold: each bucket is joined, and each new list's inputs are proved (`deploy.label_bucket`). 4. Merge: the buckets'
-runs become parts of the log, one a day. 5. Commit: a new summary.json names them. 6. Sweep.
+(`streams.log_buckets`). 3. Fold: each bucket is joined, and each new list's inputs are proved (`deploy.label_bucket`). 4. Merge: the
+buckets' runs become parts of the log, one a day. 5. Commit: a new summary.json names them. 6. Sweep.
 
 A pass that was cut off is continued by the next one with the same plan, whose result is the same, byte for byte; up to its commit readers
 see the log as it was. A day whose lists are all final is closed: its parts stay, and no later pass reads its rankings. The lists of later
@@ -68,8 +68,8 @@ from features.runs import merge_runs
 from inference.release import ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import KafkaLog, ParquetLog, RecordLog, Span, write_manifest
-from streams.buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 from streams.erasure import LABEL_WORK
+from streams.log_buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 
 BUCKETS_MAX = 256
 _RANKING_BYTES, _ACTION_BYTES = 3_000, 300

@@ -6,11 +6,12 @@ import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from label_world import END_MS, HOUR_MS, START_MS, domain_of, label_world, logged_lists, make_served, options_of, parts_of
 
 from deploy.labelling import LabelError, label
-from features.logs import LogError, log_files, read_summary
+from features.logs import LogError, log_files, read_requests, read_summary
 
 FIRST_MS = START_MS + 30 * HOUR_MS
 BUCKETS = 6 << 20
@@ -143,6 +144,22 @@ def test_sigkill(world, twice, tmp_path):
         assert contents(home, domain)[1:] == contents(first, domain)[1:]
     report = label(options_of(world, archive, home, memory_bytes=BUCKETS))
     assert report.continued
+    assert contents(home, domain) == contents(second, domain)
+
+
+def test_who_reads_while_a_pass_commits_reads_the_old_log_to_its_end(world, twice, tmp_path):
+    first, second, _ = twice
+    home, domain = tmp_path / "home", domain_of(world)
+    shutil.copytree(first, home)
+    folder = home / "logs" / "shop.served"
+    reading = read_requests(folder, domain, batch_rows=50)
+    before = [next(reading)]
+    label_world(world, home, memory_bytes=BUCKETS)
+    before += reading
+    expected = read_requests(first / "logs" / "shop.served", domain)
+    ids = [np.concatenate([batch.request_id for batch in batches]).tolist() for batches in (before, expected)]
+    assert ids[0] == ids[1]
+    assert all(len(batch.served.table) == len(batch) for batch in before)
     assert contents(home, domain) == contents(second, domain)
 
 

@@ -30,6 +30,7 @@ from label_world import (
 )
 from test_replay import USERS, MemoryLog
 
+from deploy.demo_loop import compare_arms
 from deploy.labelling import LabelError, label
 from deploy.replay import ACTIONS
 from features.actions import EVENT_DTYPE
@@ -93,7 +94,7 @@ def test_buckets_change_nothing(world, labelled, memory_bytes, tmp_path):
     assert {**mine, "buckets": 1} == theirs
 
 
-@pytest.mark.parametrize("hours", [(30,), (5, 20, 21, 60), tuple(range(2, 90, 7))])
+@pytest.mark.parametrize("hours", [(30,), (5, 20, 21, 60), tuple(range(2, 90, 12))])
 def test_the_schedule_of_passes_changes_nothing(world, tmp_path, hours):
     """Also labels: late actions are added by later passes, and nothing is rebuilt twice."""
     once, folder = label_world(world, tmp_path / "once")
@@ -347,6 +348,21 @@ def test_an_erasure_that_is_asked_for_during_a_pass_is_done_at_its_commit(world,
     report, folder = label_world(world, tmp_path, step=step)
     assert report.erased_rows > 10
     assert not any(ERASED in who for who in _who(folder, domain).values())
+
+
+def test_arms_are_compared_by_what_users_did(world, labelled):
+    _, folder = labelled
+    domain, release_id = domain_of(world), world.release_id
+    seen = [rows for rows in logged_lists(folder, domain).values() if any(row[1] for row in rows)]
+    clicks = [sum(CLICK in row[2] for row in rows) for rows in seen]
+    figures = compare_arms(domain, folder, (release_id, "other"), from_ms=START_MS)
+    assert figures["lists"] == [len(seen), 0]
+    assert figures["clicks a list"]["means"] == [pytest.approx(sum(clicks) / len(seen)), 0.0]
+    row = figures["lists with a click"]
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["difference"] == pytest.approx(sum(map(bool, clicks)) / len(seen))
+    late = compare_arms(domain, folder, (release_id, release_id), from_ms=END_MS)
+    assert late["lists"] == [0, 0]
 
 
 def test_a_bucket_replays_as_the_whole_does(world, tmp_path):

@@ -77,7 +77,7 @@ def spill_rankings(
     found = Reading(len(folders))
     for partition in sorted(log.partitions):
         with _Writers(folders, partition, memory_bytes) as writers:
-            for records in log.read(partition):
+            for records in _pieces(log.read(partition)):
                 decoded = [(i, record) for i, record in enumerate(map(_ranking, records.values)) if record is not None and wanted(record)]
                 mine = [record for _, record in decoded]
                 buckets = bucket_of(np.array([record.request.user_id for record in mine], np.uint64), len(folders))
@@ -85,6 +85,16 @@ def spill_rankings(
                 writers.add(records, np.array([i for i, _ in decoded], np.int64), buckets)
                 read(len(records))
     return found
+
+
+_RANKINGS_AT_ONCE = 4_096
+"""A parsed record takes several kilobytes."""
+
+
+def _pieces(pieces: Iterator[Records]) -> Iterator[Records]:
+    for records in pieces:
+        for start in range(0, len(records), _RANKINGS_AT_ONCE):
+            yield records.take(np.arange(start, min(start + _RANKINGS_AT_ONCE, len(records))))
 
 
 def _ranking(value: bytes | None) -> RankingRecord | None:

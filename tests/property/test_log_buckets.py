@@ -14,7 +14,7 @@ from features.parity import PartitionLog
 from features.sequence import definition
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import ParquetLog, Records, Span, write_manifest
-from streams.buckets import bucket_of, spill_actions, spill_rankings
+from streams.log_buckets import bucket_of, spill_actions, spill_rankings
 
 PARTITIONS, EPOCH = 2, 9
 USERS = [1, 2, 3, 4, 2**64 - 1]
