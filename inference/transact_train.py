@@ -91,7 +91,7 @@ def _first(layer: "EncoderLayer", history: Tensor, candidate: Tensor, request_ro
     E, shared = layer.out.in_features, history.shape[-1]
     q, k, v = layer.qkv.weight.view(3, E, E)
     q_bias, _, v_bias = layer.qkv.bias.view(3, E)
-    out, scale = layer.out.weight, E**-0.5
+    out, scale = layer.out.weight / _kept(layer), E**-0.5
     query = functional.linear(history, q[:, :shared], q_bias)  # [R, S, E]
     key = functional.linear(history, k[:, :shared]) * scale  # [R, S, E]
     of_history = query @ key.transpose(1, 2) + hidden  # [R, S, S]
@@ -109,7 +109,7 @@ def _later(layer: "EncoderLayer", x: Tensor, mask: Tensor | None) -> Tensor:
     E = layer.out.in_features
     q, k, v = layer.qkv.weight.view(3, E, E)
     q_bias, _, v_bias = layer.qkv.bias.view(3, E)
-    out, scale = layer.out.weight, E**-0.5
+    out, scale = layer.out.weight / _kept(layer), E**-0.5
     weight = torch.cat([k.T @ q * scale, out @ v])  # [2 E, E]
     bias = torch.cat([q_bias @ k * scale, out @ v_bias])
     query, value = functional.linear(x, weight, bias).split(E, -1)  # each [N, S, E]
@@ -119,8 +119,23 @@ def _later(layer: "EncoderLayer", x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _behind(layer: "EncoderLayer", x: Tensor, scores: Tensor, value: Tensor) -> Tensor:
     """What attention and feedforward add to the tokens: [N, S, E]. `value` has been through the output projection, but for its bias."""
-    p = layer.dropout if layer.training else 0.0
-    attended = torch.baddbmm(layer.out.bias, functional.dropout(scores.softmax(-1), p), value)
-    x = layer.norm_attention(x + functional.dropout(attended, p))
-    inner = functional.dropout(functional.relu(layer.wide(x)), p)  # [N, S, F]
-    return layer.norm_feedforward(x + functional.dropout(layer.narrow(inner), p))  # type: ignore[no-any-return]
+    kept = _kept(layer)
+    x = layer.norm_attention(_added(x, torch.baddbmm(layer.out.bias, _dropped(scores.softmax(-1), kept), value), kept))
+    inner = _dropped(functional.relu(layer.wide(x)), kept)  # [N, S, F]
+    x = _added(x, functional.linear(inner, layer.narrow.weight / kept, layer.narrow.bias), kept)
+    return layer.norm_feedforward(x)  # type: ignore[no-any-return]
+
+
+def _kept(layer: "EncoderLayer") -> float:
+    """The share that dropout keeps. What is kept is divided by it: in the matrices behind, where they are, which costs nothing."""
+    return 1.0 - layer.dropout if layer.training else 1.0
+
+
+def _dropped(x: Tensor, kept: float) -> Tensor:
+    """Dropout, but for the division."""
+    return x if kept == 1.0 else x * torch.empty_like(x).bernoulli_(kept)
+
+
+def _added(x: Tensor, y: Tensor, kept: float) -> Tensor:
+    """x + dropout(y)."""
+    return x + y if kept == 1.0 else torch.addcmul(x, y, torch.empty_like(y).bernoulli_(kept), value=1.0 / kept)
