@@ -116,7 +116,7 @@ class PlainDataset(TorchDataset[dict[str, Any]]):
             item[name] = np.zeros((self.length, *values.shape[1:]), values.dtype)
             item[name][: high - low] = values[low:high]
         item["labels"], item["weights"] = of.labels[row].astype(np.float32), of.weights[row]
-        return {name: np.asarray(value) for name, value in item.items()}
+        return {name: np.array(value) for name, value in item.items()}
 
 
 @dataclass
