@@ -38,7 +38,7 @@ from inference.transact import SequenceEncoder, TransActRanker
 THREADS = 2
 USERS, REQUESTS = 500, 20_000
 BATCH_ROWS = 1024
-STEPS = 8
+STEPS = 4
 """Steps of each side in a run."""
 TOLERANCE = 1e-4
 

@@ -113,7 +113,7 @@ def _later(layer: "EncoderLayer", x: Tensor, mask: Tensor | None) -> Tensor:
     out, scale = layer.out.weight / _kept(layer), E**-0.5
     weight = torch.cat([k.T @ q * scale, out @ v])  # [2 E, E]
     bias = torch.cat([q_bias @ k * scale, out @ v_bias])
-    query, value = functional.linear(x, weight, bias).split(E, -1)  # each [N, S, E]
+    query, value = functional.linear(x, weight, bias).tensor_split(2, -1)  # each [N, S, E]
     scores = query @ x.transpose(1, 2)  # [N, S, S]
     return _behind(layer, x, scores if mask is None else scores + mask, value)
 
