@@ -38,7 +38,7 @@ from inference.transact import SequenceEncoder, TransActRanker
 THREADS = 2
 USERS, REQUESTS = 500, 20_000
 BATCH_ROWS = 1024
-STEPS = 8
+STEPS = 4
 """Steps of each side in a run."""
 TOLERANCE = 1e-4
 
@@ -116,7 +116,7 @@ class PlainDataset(TorchDataset[dict[str, Any]]):
             item[name] = np.zeros((self.length, *values.shape[1:]), values.dtype)
             item[name][: high - low] = values[low:high]
         item["labels"], item["weights"] = of.labels[row].astype(np.float32), of.weights[row]
-        return {name: np.asarray(value) for name, value in item.items()}
+        return {name: np.array(value) for name, value in item.items()}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The report of a training: one HTML file that needs nothing else, with curves, tables and calibration."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _svg(figure: Figure) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["".join(f"<td>{escape(value)}</td>" for value in row) for row in rows]
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f"<table><tr>{names}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

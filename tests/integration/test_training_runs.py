@@ -27,7 +27,7 @@ from inference.embeddings import publish_embeddings
 from inference.history import History
 from inference.packed import default_cache
 from inference.report import reliability_bins
-from inference.train import train
+from inference.train import TrainOptions, train
 
 SCRIPT = Path(__file__).parents[1] / "training_process.py"
 STEADY = DOMAIN_TEXT.replace("first_k = 3", "first_k = 3, dropout = 0.0")
@@ -54,12 +54,19 @@ def steps_of(lines: Iterator[str] | list[str]) -> dict[int, float]:
 
 
 def run_all(arguments: list[str]) -> dict[int, float]:
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=240)
     return steps_of(done.stdout.splitlines())
 
 
+def run_here(world: tuple[Path, Path], out: Path, text: str = DOMAIN_TEXT, **options: object) -> dict[int, float]:
+    found: dict[int, float] = {}
+    given = TrainOptions(**QUICK | options)  # type: ignore[arg-type]
+    train(parse_domain(text, source="toy"), "home", *world, out, given, after_step=found.__setitem__)
+    return found
+
+
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, world: tuple[Path, Path]) -> None:
-    whole = run_all(command(tmp_path, world, "whole"))
+    whole = run_here(world, tmp_path / "whole")
     assert len(whole) > 30
     killed = subprocess.Popen(
         [sys.executable, *command(tmp_path, world, "cut", checkpoint_s=0.0)], stdout=subprocess.PIPE, text=True, bufsize=1
@@ -84,7 +91,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, world: tuple[Path, Pat
 
 
 def test_two_processes_train_as_one(tmp_path: Path, world: tuple[Path, Path]) -> None:
-    one = run_all(command(tmp_path, world, "one", STEADY))
+    one = run_here(world, tmp_path / "one", STEADY)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = run_all([*torchrun, *command(tmp_path, world, "two", STEADY)])
     assert list(one) == list(two)
@@ -94,10 +101,10 @@ def test_two_processes_train_as_one(tmp_path: Path, world: tuple[Path, Path]) ->
 
 
 def test_pieces_of_a_batch_add_up_to_it(tmp_path: Path, world: tuple[Path, Path]) -> None:
-    whole = run_all(command(tmp_path, world, "whole", STEADY, epochs=1, piece_tokens=1 << 20))
-    pieces = run_all(command(tmp_path, world, "pieces", STEADY, epochs=1, piece_tokens=100))
+    whole = run_here(world, tmp_path / "whole", STEADY, epochs=1, piece_tokens=1 << 20)
+    pieces = run_here(world, tmp_path / "pieces", STEADY, epochs=1, piece_tokens=100)
     np.testing.assert_allclose(list(pieces.values()), list(whole.values()), rtol=2e-4)
-    rough = run_all(command(tmp_path, world, "rough", STEADY, epochs=1, bf16=True))
+    rough = run_here(world, tmp_path / "rough", STEADY, epochs=1, bf16=True)
     np.testing.assert_allclose(list(rough.values()), list(whole.values()), rtol=0.05)
 
 
@@ -108,9 +115,9 @@ def test_a_training_leaves_events_and_a_report(tmp_path: Path, world: tuple[Path
     for event in events_of(file.read_bytes()):
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    assert [step for step, _ in found["validation/loss"]] == [18, 36]
+    assert [step for step, _ in found["validation/loss"]] == [24, 48]
     assert found["validation/loss"][-1][1] == pytest.approx(result.metrics["epochs"][-1]["loss"])
-    assert len(found["train/loss"]) == len(result.metrics["curve"]) == 36
+    assert len(found["train/loss"]) == len(result.metrics["curve"]) == 48
     assert {"train/auc", "train/samples_per_s", "train/learning_rate", "validation/auc/click"} < found.keys()
     page = (tmp_path / "report.html").read_text("utf-8")
     assert page.count("<svg") == page.count("</svg>") == 2
@@ -189,7 +196,8 @@ def test_arrays_are_packed_once_until_something_changes(tmp_path: Path, world: t
 
     first = packed()
     assert sum(counted) == len(first) == 300
-    assert arrays_of(packed()) == arrays_of(first) == arrays_of(build_dataset(DOMAIN, "home", log, world[1])[0])
+    whole = arrays_of(first)
+    assert arrays_of(packed()) == whole == arrays_of(build_dataset(DOMAIN, "home", log, world[1])[0])
     assert counted == []
     other = parse_domain(DOMAIN_TEXT.replace("base_weight = 1.5", "base_weight = 2.5"), source="toy")
     assert np.unique(packed(other).weights[:, 0]).tolist() == [2.5, 3.0]
@@ -198,7 +206,7 @@ def test_arrays_are_packed_once_until_something_changes(tmp_path: Path, world: t
 
     for path in cache.glob("*/user_id.npy"):
         path.write_bytes(path.read_bytes()[:200])
-    assert arrays_of(packed()) == arrays_of(first)
+    assert arrays_of(packed()) == whole
     assert sum(counted) == 300, "damaged arrays are packed again"
 
     erased = {4: 2**61}
