@@ -58,6 +58,8 @@ CELLS: dict[str, Cell] = {
     "no_action_types": Cell({"action_types": False}),
     "no_time_window": Cell({"time_window_hours_max": 0.0}),
     "no_user_embedding": Cell({"user_embedding": False}),
+    "no_sequence_no_user": Cell({"encoder": "none", "user_embedding": False}),
+    "average_no_user": Cell({"encoder": "average", "user_embedding": False}),
     "full_rank": Cell({"cross_rank": 0}),
     "low_rank": Cell({"cross_rank": 64}),
     "end_to_end": Cell({"interaction": "transformer"}),
@@ -71,6 +73,12 @@ CELLS: dict[str, Cell] = {
 }
 
 TABLES: dict[str, AblationTable] = {
+    "overview": AblationTable(
+        "Models and baselines against the model without the sequence",
+        "no_sequence",
+        {"no_sequence": (0.0, 0.0), "no_sequence_no_user": UNKNOWN, "average": (0.21, -1.61), "average_no_user": UNKNOWN}
+        | {"bst_all": (4.41, 2.33), "transact": (9.40, -14.86), "no_user_embedding": UNKNOWN, "rates": UNKNOWN, "gbdt": UNKNOWN},
+    ),
     "sequence": AblationTable(
         "How the realtime sequence is read, against none",
         "no_sequence",

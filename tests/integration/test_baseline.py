@@ -86,23 +86,6 @@ def test_columns_are_what_the_log_held_before_the_request(packed: tuple[Path, Da
             assert column["user_impressions_30d"][row] == pytest.approx(np.log1p(sum(r[2] == SHOWN for r in recent)), abs=1e-5)
 
 
-def test_cosines_are_those_of_the_sequence_that_the_model_sees(packed: tuple[Path, Dataset, Columns]) -> None:
-    _, dataset, columns = packed
-    column = {name: columns.values[:, i] for i, name in enumerate(columns.names)}
-    for i in range(len(dataset)):
-        tensors = {name: values.astype(np.float64) for name, values in dataset.request(i).items()}
-        candidates, actions = tensors["candidate_embedding"], tensors["sequence_embedding"]
-        rows = slice(int(dataset.starts[i]), int(dataset.starts[i + 1]))
-        if not len(actions):
-            assert np.isnan(column["cosine_greatest"][rows]).all()
-            continue
-        length = np.linalg.norm(candidates, axis=1)[:, None] * np.linalg.norm(actions, axis=1)
-        cosine = np.divide(candidates @ actions.T, length, where=length > 0, out=np.zeros_like(length))
-        np.testing.assert_allclose(column["cosine_greatest"][rows], cosine.max(1), atol=1e-4)
-        np.testing.assert_allclose(column["cosine_mean"][rows], cosine.mean(1), atol=1e-4)
-        np.testing.assert_allclose(column["user_dot"][rows], candidates @ tensors["user_embedding"], atol=1e-4)
-
-
 def test_another_log_is_refused(packed: tuple[Path, Dataset, Columns], tmp_path: Path) -> None:
     log = Log()
     log.act(1, 1, CLICK, START_MS)
