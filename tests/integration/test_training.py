@@ -435,7 +435,7 @@ def test_evaluation_shows_what_the_sequence_is_worth(tmp_path: Path, world: tupl
     assert row["difference"] == pytest.approx(row["with"] - row["without"])
     assert 0 < row["low"] < row["difference"] < row["high"]
     assert result["heads"]["click"]["hit"]["low"] > 0
-    assert result["heads"]["click"]["log_loss"]["high"] < 0
+    assert result["heads"]["click"]["log_loss"]["difference"] < 0
     assert result["verdict"] == {"click": "ahead", "hide": "no difference shown"}
     assert result["requests_longer_than_hit_at"] == result["test"]["requests"]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
