@@ -159,15 +159,17 @@ def rows_of(found: dict[str, Any], key: str, head: str) -> list[list[str]]:
 
 
 def terminal_tables(found: dict[str, Any]) -> list[Table]:
-    """For the terminal: one a table and head."""
+    """For the terminal, in few columns: one a table and head."""
     tables = []
     for key, table in found["tables"].items():
         for head in next(iter(found["cells"].values()))["heads"]:
             shown = Table(title=f"{table['title']}; head {_head(found, head)}")
-            for column in COLUMNS[:13]:
-                shown.add_column(column, justify="left" if column == "cell" else "right")
+            kept = [COLUMNS.index(column) for column in ("cell", "AUC", "difference (95 %)", "lift % (95 %)", "paper %", "log loss")]
+            for column in kept:
+                title = COLUMNS[column].replace("lift", "HIT@3 lift")
+                shown.add_column(title, justify="right" if column else "left", overflow="fold", no_wrap=not column)
             for row in rows_of(found, key, head):
-                shown.add_row(*row[:13])
+                shown.add_row(*(row[column] for column in kept))
             tables.append(shown)
     return tables
 
