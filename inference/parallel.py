@@ -52,6 +52,7 @@ def joined() -> Iterator[Ranks]:
         distributed.init_process_group("gloo", timeout=WAIT)
         try:
             yield Ranks(distributed.get_rank(), distributed.get_world_size())
+            distributed.barrier()  # nobody closes a connection that another one still reads from
         finally:
             distributed.destroy_process_group()
 
