@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class PlainTransformer(nn.Module):
 
     def __init__(self, encoder: SequenceEncoder) -> None:
         super().__init__()
-        layers = cast("list[Any]", list(encoder.layers))
+        layers: list[Any] = list(encoder.layers)
         E, heads, F = layers[0].out.in_features, layers[0].heads, layers[0].wide.out_features
         layer = nn.TransformerEncoderLayer(E, heads, F, layers[0].dropout, batch_first=True)
         self.transformer = nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
@@ -194,7 +194,7 @@ def difference(made: World) -> float:
     ours, plain = models(made)
     for module in (*ours.modules(), *plain.modules()):
         if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
+            setattr(module, "dropout", 0.0)  # noqa: B010 - of a module, whose attributes are typed otherwise
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     chosen = made.dataset.by_length(made.train)[-4:]
@@ -252,6 +252,6 @@ def train_plain(made: World, model: PlainRanker, seed: int) -> Iterator[int]:
         logits = model(batch, torch.arange(len(labels)), generator=window)
         loss = functional.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / len(labels)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         yield len(labels)

@@ -121,7 +121,8 @@ class Dataset:
         ages_ms = self.of_sequence["sequence_age_ms"].take(ragged(self.sequence_starts, requests))
         old = starts_of(ages_ms >= np.repeat(window_ms, counts))
         ends = np.cumsum(counts)
-        return old[ends] - old[ends - counts]
+        found: I64 = old[ends] - old[ends - counts]
+        return found
 
     def pieces(self, requests: I64, lengths: I64, tokens_max: int) -> list[slice]:
         """Cuts a batch into pieces of at most `tokens_max` tokens (candidates times the longest of `lengths`; one request at least).
