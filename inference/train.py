@@ -29,7 +29,8 @@ from features.logs import is_served_log
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
 from inference.calibration import calibrate
-from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State, TrainError
+from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State
+from inference.checkpoints import TrainError as TrainError
 from inference.dataset import Dataset, build_dataset, split_times
 from inference.metrics import head_metrics
 from inference.packed import default_cache
