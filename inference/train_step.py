@@ -44,7 +44,7 @@ class Stepper:
         self.optimiser = torch.optim.Adam(model.parameters(), fused=True)
         self._forward: nn.Module = model
         if self._ranks.size > 1:
-            self._forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._forward = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def step(self, dataset: Dataset, chosen: I64, number: int, rate: float) -> Stepped:
         """Trains on the requests `chosen`; `number`: of the step, `rate`: its learning rate."""

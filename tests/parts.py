@@ -13,7 +13,18 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 OTHERS = ("contract", "fuzz", "golden", "parity", "property", "simulation", "unit")
 WAITING = ("integration", "chaos")
-SERVING = ("call_watch", "compatibility", "door", "experiments", "http_door", "rank_clients", "releases", "tiers", "training")
+SERVING = (
+    "call_watch",
+    "compatibility",
+    "door",
+    "experiments",
+    "http_door",
+    "rank_clients",
+    "releases",
+    "tiers",
+    "training",
+    "training_runs",
+)
 """Integration tests that go with the others: they start a server of their own at most, and kill nothing of the stack."""
 
 
