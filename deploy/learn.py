@@ -17,6 +17,7 @@ from inference.dataset import split_times
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
 from inference.popularity import publish_popularity
+from inference.refreshed import publish_refreshed
 from inference.release import Release, write_release
 from inference.small import SMALL_FILE
 from inference.train import TrainOptions, TrainResult, load_trained, train
@@ -73,7 +74,10 @@ def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume:
     """
     domain = work.domain
     validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
-    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=work.erased)
+    if domain.ranker[ranker].refresh is None:
+        folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=work.erased)
+    else:
+        folders = publish_refreshed(domain, ranker, work.log, work.tables, seed=options.seed, erased=work.erased)
     publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=work.erased)
     out = work.training(ranker) if out is None else out
     generations = newest_generations(folders)

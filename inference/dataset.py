@@ -1,8 +1,8 @@
 """Training data: every request of a canonical log, packed by the same `pack()` as serving, with what was known at its moment.
 
 A request sees the actions that the log held strictly before its time (append time, not event time: a late event was not there yet), folded
-by the law of the sequence, and the user vectors of the generation that was the newest then. A ranker with `surfaces` has the requests of
-these surfaces only.
+by the law of the sequence, and the item and user vectors of the generations that were the newest then. A ranker with `surfaces` has the
+requests of these surfaces only.
 """
 
 from bisect import bisect_right
@@ -259,23 +259,33 @@ class History:
 
 
 class _Packers:
-    """One packer for each generation of user vectors of the tables' lineage; `at` gives the one that was the newest at a time."""
+    """One packer for the generations of item and user vectors, of the tables' lineage, that were the newest at a time.
+
+    Requests come in the order of time, so only the last one is kept: a refreshed space has hundreds of generations.
+    """
 
     def __init__(self, domain: Domain, ranker_name: str, root: str | Path, tables: TableSet) -> None:
         self._domain, self._ranker_name, self._root, self._tables = domain, ranker_name, root, tables
-        users = tables.users
-        self._names = [] if users is None else sorted(n for n in generations_of(root, users.space, users.lineage) if n <= users.name)
-        self._created_ms = [_created_ms(name) for name in self._names]
-        self._packers: dict[int, Packer] = {}
+        self._moments: dict[str, list[tuple[int, str]]] = {}
+        for newest in (tables.items, tables.users):
+            if newest is not None:
+                names = sorted(name for name in generations_of(root, newest.space, newest.lineage) if name <= newest.name)
+                self._moments[newest.space] = [(_created_ms(name), name) for name in names]
+        self._names: dict[str, str] = {}
+        self._packer: Packer | None = None
 
     def at(self, time_ms: int) -> Packer:
-        place = max(0, bisect_right(self._created_ms, time_ms) - 1)
-        if place not in self._packers:
-            tables = self._tables
-            if tables.users is not None:
-                tables = replace(tables, users=open_generation(self._root, tables.users.space, self._names[place]))
-            self._packers[place] = Packer(self._domain, self._ranker_name, tables)
-        return self._packers[place]
+        """The packer of a request of this time."""
+        names = {
+            space: moments[max(0, bisect_right(moments, time_ms, key=lambda moment: moment[0]) - 1)][1]
+            for space, moments in self._moments.items()
+        }
+        if self._packer is None or names != self._names:
+            opened = {space: open_generation(self._root, space, name) for space, name in names.items()}
+            items, users = self._tables.items, self._tables.users
+            tables = replace(self._tables, items=opened[items.space], users=None if users is None else opened[users.space])
+            self._packer, self._names = Packer(self._domain, self._ranker_name, tables), names
+        return self._packer
 
 
 def _created_ms(generation: str) -> int:
@@ -309,7 +319,8 @@ def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
     def column(of: FeatureColumn) -> FeatureColumn:
         if of.lengths is None:
             return FeatureColumn(of.values[rows], None)
-        return FeatureColumn(of.values[_ragged(_starts(of.lengths), rows)], of.lengths[rows])
+        places = _ragged(_starts(of.lengths), rows)
+        return FeatureColumn(of.values[places], of.lengths[rows], None if of.weights is None else of.weights[places])
 
     return LoggedRequests(
         starts=_starts(np.diff(batch.starts)[requests]),
@@ -332,7 +343,7 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
 
     def columns(side: str, low: int, high: int) -> dict[str, Column]:
         return {
-            name: _column(batch.features[name], list_starts.get(name), domain.features[name].kind == "number", low, high)
+            name: _column(batch.features[name], list_starts.get(name), domain.features[name].kind in ("number", "vector"), low, high)
             for name, of_side in wanted.items()
             if of_side == side
         }
@@ -355,7 +366,9 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
 
 def _column(column: FeatureColumn, list_starts: I64 | None, is_number: bool, low: int, high: int) -> Column:
     if list_starts is not None and column.lengths is not None:
-        return Column(category=column.values[list_starts[low] : list_starts[high]], lengths=column.lengths[low:high].astype(np.uint32))
+        part = slice(list_starts[low], list_starts[high])
+        weights = None if column.weights is None else column.weights[part]
+        return Column(category=column.values[part], lengths=column.lengths[low:high].astype(np.uint32), weights=weights)
     return Column(number=column.values[low:high]) if is_number else Column(category=column.values[low:high])
 
 
