@@ -54,5 +54,11 @@ def item_keys(kinds: npt.NDArray[np.uint8], ids: U64) -> U64:
 
 def mixed(first: U64, second: U64) -> U64:
     """One number for each pair: uint64 [n], by chance (2^-64) shared by two pairs."""
-    mixed: U64 = (first * _MIX ^ (second + _MIX)) * np.uint64(0xC2B2AE3D27D4EB4F)
-    return mixed ^ (mixed >> np.uint64(29))
+    return _scrambled(_scrambled(first + _MIX) ^ second)
+
+
+def _scrambled(numbers: U64) -> U64:
+    """splitmix64's finaliser: every bit of a number changes about half of the result's."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

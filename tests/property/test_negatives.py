@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from features.domain import DomainError, parse_domain
 from features.logs import ACTIONS, IMPRESSIONS, read_actions, read_requests
 from streams import negatives
+from streams.buckets import item_keys, mixed
 from streams.importer import import_log
 from streams.negatives import _previous
 
@@ -199,3 +200,10 @@ def test_what_a_domain_file_may_ask_for(old, new, message):
     assert DOMAIN.count(old) == 1
     with pytest.raises(DomainError, match=message):
         parse_domain(DOMAIN.replace(old, new), source="news.toml")
+
+
+def test_pairs_of_small_numbers_do_not_meet():
+    """A weak mix of user and item made articles of one user look read by another."""
+    users, items, kinds = (axis.ravel() for axis in np.meshgrid(np.arange(60), np.arange(60), np.arange(1, 4), indexing="ij"))
+    keys = item_keys(kinds.astype(np.uint8), items.astype(np.uint64))
+    assert len(np.unique(mixed(users.astype(np.uint64), keys))) == len(users)
