@@ -109,6 +109,9 @@ def _one_refresh(domain: Domain, ranker: Ranker) -> Refresh:
 
 
 def _lineage(positives: Positives, refresh: Refresh, dimension: int, seed: int) -> str:
+    """Of the settings and what the first generation with vectors is made of: all others are turned onto it, so a log that has grown keeps
+    its lineage, and its generations but for the new ones."""
     settings = f"{refresh.model_dump_json()}:{dimension}:{seed}"
-    columns = (positives.users, positives.kinds, positives.ids, positives.append_time_ms)
+    first = positives.append_time_ms // refresh.every_ms == positives.append_time_ms[0] // refresh.every_ms
+    columns = (column[first] for column in (positives.users, positives.kinds, positives.ids, positives.append_time_ms))
     return hashlib.sha256(settings.encode() + b"".join(column.tobytes() for column in columns)).hexdigest()[:16]

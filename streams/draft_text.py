@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from streams.sample import SAMPLE_ROWS, Sample, Sampled
 
-_REQUESTS_MAX = 200_000
+_REQUESTS_MAX = 50_000
+"""About so many requests of drawn candidates: a million candidates, which train within hours on a few cores."""
 
 
 @dataclass(frozen=True)

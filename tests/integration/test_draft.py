@@ -78,8 +78,8 @@ def test_globo(tmp_path):
     assert (domain.log.user, domain.log.entity, domain.log.time) == ("user_id", "click_article_id", "click_timestamp")
     assert list(domain.actions) == ["click"]
     assert {"session_id", "session_start", "session_size"} <= {name for name, _ in draft.left_out}
-    assert 0.5 < domain.log.negatives.share < 0.9  # about 200,000 requests
-    assert summary["negatives"]["requests"] > 150_000
+    assert 0.1 < domain.log.negatives.share < 0.25  # about 50,000 requests
+    assert 40_000 < summary["negatives"]["requests"] < 60_000
     assert summary["tables"] == {} or "click_country" in domain.features
 
 
@@ -97,7 +97,7 @@ def test_lastfm_listens_have_no_times_and_tags_have_days(tmp_path):
     domain = parse_domain(text, source="draft.toml")
     assert domain.log.time_parts == ("year", "month", "day")
     summary = import_log(domain, tmp_path, tmp_path / "tags", created_ms=1)
-    assert summary["requests"] > 4_000  # what a user tagged on one day has one time, and is one request
+    assert summary["requests"] > 1_000  # what a user tagged on one day has one time, and is one request
     assert sum(reason["rows"] for reason in summary["rejected"].values()) < 20  # days of 1956, as the publishers have them
 
 

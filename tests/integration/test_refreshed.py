@@ -90,6 +90,7 @@ def test_a_generation_knows_what_came_before_it_and_no_more(tmp_path: Path) -> N
     assert len({held.lineage for held in told[0]}) == 1
     early = [(one, two) for one, two in zip(*told, strict=True) if one.created_ms <= cut_ms]
     assert len(early) == 21
+    assert [one.name for one, _ in early] == [two.name for _, two in early]  # a log that has grown goes on with what is there
     for one, two in early:
         for member in ("item.article", USER):
             np.testing.assert_array_equal(one.ids(member), two.ids(member))
