@@ -3,7 +3,8 @@
 Drawn is from what was clicked in a window before the request, by what the log had then: `uniform` gives each distinct item of the window
 the same chance, `popular` each click (so an item the chance of its share). An item is a candidate once. Unless `repeats`, items that the
 user acted on before are no candidates, neither as negatives nor as the positive: else a model learns that what was not read yet was
-clicked. A request's candidates stand in a random order, so that no tie is broken by the label.
+clicked. For the same reason the item clicked must be in the window too: a count of 0, which no negative has, would give it away. A
+request's candidates stand in a random order, so that no tie is broken by the label.
 
 The same log and seed give the same negatives, whatever the memory. In memory are a block of requests with its window's positions (8 bytes a
 click) and the distinct items' keys; clicks and what each user did stand on disk.
@@ -30,9 +31,9 @@ BLOCK_REQUESTS = 1 << 13
 ROUNDS_MAX = 50
 """Draws of one negative, after which its request has one less: the window has too few items that may be candidates."""
 
-COUNTS = ("requests", "negatives", "requests_with_fewer", "left_out_repeats", "left_out_without_negatives")
+COUNTS = ("requests", "negatives", "requests_with_fewer", "left_out_repeats", "left_out_new", "left_out_without_negatives")
 """What the summary counts: requests made, negatives in them, requests with fewer than asked; left out: clicks on an item that the user had
-acted on before, and requests for which there was nothing to draw."""
+acted on before, clicks on an item that the window does not hold, and requests for which there was nothing to draw."""
 
 _BATCH_ROWS = 1 << 16
 _CLICK = np.dtype([("key", "<u8"), ("id", "<u8"), ("previous", "<i8"), ("kind", "u1")])
@@ -72,6 +73,9 @@ def _with_negatives(
         fresh = ~did.before(users, keys, at_ms)
         counts["left_out_repeats"] += int((~fresh).sum())
         table, users, at_ms, keys = table.filter(pa.array(fresh)), users[fresh], at_ms[fresh], keys[fresh]
+    known = clicks.holds(keys, *clicks.window(at_ms, settings.window_ms))
+    counts["left_out_new"] += int((~known).sum())
+    table, users, at_ms, keys = table.filter(pa.array(known)), users[known], at_ms[known], keys[known]
     ids = table["request_id"].to_numpy()
     begins = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
     if not len(begins):
@@ -177,6 +181,19 @@ class _Clicks:
     def window(self, at_ms: I64, window_ms: int) -> tuple[I64, I64]:
         """Places of the clicks appended in [at_ms - window_ms, at_ms): int64 [n] each, the second exclusive."""
         return self._times_ms.searchsorted(at_ms - window_ms), self._times_ms.searchsorted(at_ms)
+
+    def holds(self, keys: U64, low: I64, high: I64) -> Bools:
+        """Whether each item was clicked in [low, high): bool [n]."""
+        if not len(keys):
+            return np.zeros(0, bool)
+        start = int(low.min())
+        asked, code = np.unique(keys, return_inverse=True)
+        there = self.records["key"][start : int(high.max())]
+        places = np.flatnonzero(np.isin(there, asked))
+        span = len(there) + 1
+        held = np.sort(asked.searchsorted(there[places]) * span + places)
+        found: Bools = held.searchsorted(code * span + high - start) > held.searchsorted(code * span + low - start)
+        return found
 
     def firsts(self, low: int, low_max: int, high: int) -> I64:
         """Places in [low, high) that are their item's first in a window that begins at low_max or before: int64, ascending."""

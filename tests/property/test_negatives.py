@@ -111,7 +111,7 @@ def test_candidates_are_what_was_clicked_before_and_is_new_to_the_user(rows, rep
         recent = {(kind, item) for _, kind, item, ms in clicks if at_ms - 2 * HOUR_MS <= ms < at_ms}
         known = {(kind, item) for who, kind, item, ms in clicks if who == user and ms < at_ms}
         drawn = {(kind, item) for kind, item, labels in candidates if not labels}
-        assert {(kind, item) for kind, item, labels in candidates if 2 in labels} == mine - (set() if repeats else known)
+        assert {(kind, item) for kind, item, labels in candidates if 2 in labels} == (mine & recent) - (set() if repeats else known)
         assert drawn
         assert drawn <= recent - mine
         assert repeats or not drawn & known
@@ -119,6 +119,13 @@ def test_candidates_are_what_was_clicked_before_and_is_new_to_the_user(rows, rep
         assert len(drawn) == min(4, possible) or possible > 4  # a few items: all of them are found
         by_hand = [sum((k, i) == item and at_ms - HOUR_MS <= ms < at_ms for _, k, i, ms in clicks) for item in items]
         assert counted == by_hand
+    everyone = {(who, ms) for who, _, _, ms in clicks}
+    made = {(user, at_ms) for user, at_ms, *_ in requests}
+    for user, at_ms in everyone - made:  # a click makes no request only where nothing could stand in it
+        recent = {(kind, item) for _, kind, item, ms in clicks if at_ms - 2 * HOUR_MS <= ms < at_ms}
+        known = set() if repeats else {(kind, item) for who, kind, item, ms in clicks if who == user and ms < at_ms}
+        mine = {(kind, item) for who, kind, item, ms in clicks if who == user and ms == at_ms}
+        assert not (mine & recent) - known or not recent - mine - known
     told = summary["negatives"]
     assert told["requests"] == summary["requests"] == len(requests)
     assert told["negatives"] == sum(not labels for *_, candidates in requests for *_, labels in candidates)
