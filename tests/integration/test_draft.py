@@ -97,7 +97,7 @@ def test_lastfm_listens_have_no_times_and_tags_have_days(tmp_path):
     domain = parse_domain(text, source="draft.toml")
     assert domain.log.time_parts == ("year", "month", "day")
     summary = import_log(domain, tmp_path, tmp_path / "tags", created_ms=1)
-    assert summary["requests"] > 1_000  # what a user tagged on one day has one time, and is one request
+    assert summary["requests"] > 500  # what a user tagged on one day has one time, and is one request
     assert sum(reason["rows"] for reason in summary["rejected"].values()) < 20  # days of 1956, as the publishers have them
 
 
