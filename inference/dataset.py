@@ -418,9 +418,7 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
             if feature.side == side:
                 column = batch.features[name] if rows is None else rows_of(batch.features[name], rows)
                 starts = None if column.lengths is None else starts_of(column.lengths)
-                found[name] = _column(
-                    column, starts, feature.kind in ("number", "vector"), 0, len(batch.entity_id if rows is None else rows)
-                )
+                found[name] = _column(column, starts, 0, len(batch.entity_id if rows is None else rows))
         return found
 
     bounds = sequences.starts[first : first + len(batch) + 1]
