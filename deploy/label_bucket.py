@@ -415,21 +415,19 @@ def _feature(domain: Domain, name: str, records: list[RankingRecord]) -> pa.Arra
     for record in records:
         count = len(record.request.candidate_ids) // 8
         given = record.request.request_features if per_request else record.request.candidate_features
-        values = _values(given[name] if name in given else FeatureColumn(), feature, 1 if per_request else count)
-        parts.append(_Values(*(np.concatenate([part] * count) for part in values)) if per_request else values)
-    width = (feature.dimension,) if feature.kind == "vector" else ()
-    values = np.concatenate(
-        [np.zeros((0, *width), np.float32 if feature.kind in ("number", "vector") else np.uint64), *(p.values for p in parts)]
-    )
+        part = _values(given[name] if name in given else FeatureColumn(), feature, 1 if per_request else count)
+        parts.append(_Values(*(np.concatenate([of_one] * count) for of_one in part)) if per_request else part)
     if feature.kind == "vector":
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=feature_type(feature))
+        vectors = _joined([part.values.reshape(-1) for part in parts], np.float32)
+        return pa.FixedSizeListArray.from_arrays(pa.array(vectors), type=feature_type(feature))
+    values = pa.array(_joined([part.values for part in parts], np.float32 if feature.kind == "number" else np.uint64))
     if feature.kind in ("number", "category"):
-        return pa.array(values)
-    starts = pa.array(_starts(_joined([part.lengths for part in parts], np.int64)).astype(np.int32))
-    if feature.kind == "list":
-        return pa.ListArray.from_arrays(starts, pa.array(values))
-    weights = pa.array(_joined([part.weights for part in parts], np.float32))
-    return pa.ListArray.from_arrays(starts, pa.StructArray.from_arrays([pa.array(values), weights], fields=list(WEIGHTED)))
+        return values
+    if feature.kind == "weighted_list":
+        weights = pa.array(_joined([part.weights for part in parts], np.float32))
+        values = pa.StructArray.from_arrays([values, weights], fields=list(WEIGHTED))
+    lengths = _joined([part.lengths for part in parts], np.int64)
+    return pa.ListArray.from_arrays(pa.array(_starts(lengths).astype(np.int32)), values)
 
 
 class _Values(NamedTuple):
