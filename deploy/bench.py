@@ -37,6 +37,7 @@ from features.actions import EVENT_DTYPE
 from features.domain import Domain, load_domain
 from features.ports import Position
 from features.tables import Member, item_member, write_generation
+from features.tensors import stored_columns
 from inference.client import feature_column
 from inference.release import write_release
 from inference.small import SmallInputs, small_shapes
@@ -265,13 +266,12 @@ def write_untrained_release(
     item_ids, user_ids = np.arange(1, items + 1, dtype=np.uint64), np.arange(1, users + 1, dtype=np.uint64)
     members = {item_member("item"): Member(item_ids, vectors(items)), "user": Member(user_ids, vectors(users))}
     spaces = {domain.ranker["home"].item_space: write_generation(tables, domain.ranker["home"].item_space, now_ms(), members).name}
-    kinds = {"number": np.float32, "category": np.uint64, "list": np.uint64}
     columns: dict[str, dict[str, np.ndarray]] = {"item": {}, "user": {}}
     for name, feature in domain.features.items():
         if feature.side in columns:
             n = items if feature.side == "item" else users
-            shape = (n, feature.length_max) if feature.kind == "list" else (n,)
-            columns[feature.side][name] = random.integers(1, 100, shape).astype(kinds[feature.kind])
+            for column, dtype, shape in stored_columns(name, feature):
+                columns[feature.side][column] = random.integers(1, 100, (n, *shape)).astype(dtype)
     features = {item_member("item"): Member(item_ids, features=columns["item"]), "user": Member(user_ids, features=columns["user"])}
     spaces["features"] = write_generation(tables, "features", now_ms(), features).name
     write_release(

@@ -109,10 +109,10 @@ def _moment(domain: Domain, ranker: str, batch: LoggedRequests, i: int) -> Momen
         ("candidate", request.candidate_features, rows),
         ("request", request.request_features, slice(rows.start, rows.start + 1)),
     ):
-        for kind in ("number", "category", "list"):
+        for kind in ("number", "category", "list", "vector", "weighted_list"):
             for name in feature_names(domain, ranker, side, kind):
                 column = batch.features[name]
-                if kind == "number":
+                if kind in ("number", "vector"):
                     target[name].CopyFrom(FeatureColumn(number=column.values[span].astype("<f4").tobytes()))
                 elif column.lengths is None:
                     target[name].CopyFrom(FeatureColumn(category=column.values[span].astype("<u8").tobytes()))
@@ -120,6 +120,8 @@ def _moment(domain: Domain, ranker: str, batch: LoggedRequests, i: int) -> Momen
                     ends = np.cumsum(column.lengths)
                     low, high = int(ends[span.start] - column.lengths[span.start]), int(ends[span.stop - 1])
                     lengths = column.lengths[span].astype("<u4").tobytes()
-                    target[name].CopyFrom(FeatureColumn(category=column.values[low:high].astype("<u8").tobytes(), list_length=lengths))
+                    weights = b"" if column.weights is None else column.weights[low:high].astype("<f4").tobytes()
+                    hashes = column.values[low:high].astype("<u8").tobytes()
+                    target[name].CopyFrom(FeatureColumn(category=hashes, list_length=lengths, number=weights))
     labels = {name: batch.label(action.id)[rows] for name, action in domain.actions.items()}
     return Moment(request, ids, labels)

@@ -127,6 +127,9 @@ def _texts(domain: Domain, feature: ExplainedFeature) -> list[str]:
     """A feature's values in words: one, or one for each candidate."""
     if not feature.width:
         return ["missing" if np.isnan(value) else f"{value:g}" for value in np.frombuffer(feature.number, "<f4").tolist()]
+    if not feature.code:  # a vector
+        vectors = np.frombuffer(feature.number, "<f4").reshape(-1, feature.width).tolist()
+        return ["missing" if np.isnan(vector).all() else ", ".join(f"{value:.3g}" for value in vector) for vector in vectors]
     rows: npt.NDArray[Any] = np.frombuffer(feature.code, "<i4").reshape(-1, feature.width)
     vocabulary = domain.features[feature.name].vocabulary or ()
     return [_codes_text([int(code) for code in row], vocabulary) for row in rows]

@@ -67,7 +67,7 @@ Id = Annotated[
 At = Annotated[
     Position, BeforeValidator(_position, json_schema_input_type=str), Field(description="EPOCH:PARTITION:OFFSET, as produce answers it.")
 ]
-Value = float | str | list[str] | None
+Value = float | str | list[str] | list[float] | dict[str, float] | None
 T = TypeVar("T")
 
 
@@ -347,7 +347,20 @@ def _column(domain: Domain, field: str, name: str, values: Sequence[Value]) -> C
         return [_one(field, i, value, float, math.nan, "a number") for i, value in enumerate(values)]
     if feature.kind == "category":
         return [_one(field, i, value, str, "", "a text") for i, value in enumerate(values)]
-    return [_one(field, i, value, list, [], "a list of texts") for i, value in enumerate(values)]
+    if feature.kind == "weighted_list":
+        return [_one(field, i, value, dict, {}, "an object of text and weight") for i, value in enumerate(values)]
+    if feature.kind == "vector":
+        missing = [math.nan] * feature.dimension
+        vectors = [_one(field, i, value, list, missing, f"a list of {feature.dimension} numbers") for i, value in enumerate(values)]
+        for i, vector in enumerate(vectors):
+            if len(vector) != feature.dimension or any(isinstance(one, str) for one in vector):
+                raise FieldError(f"{field}[{i}]", f"must be a list of {feature.dimension} numbers, or null for a missing one")
+        return vectors
+    lists = [_one(field, i, value, list, [], "a list of texts") for i, value in enumerate(values)]
+    for i, each in enumerate(lists):
+        if not all(isinstance(one, str) for one in each):
+            raise FieldError(f"{field}[{i}]", "must be a list of texts, or null for a missing one")
+    return lists
 
 
 def _one(field: str, i: int, value: Value, kind: type[T], missing: T, what: str) -> T:

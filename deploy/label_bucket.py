@@ -1,10 +1,11 @@
 """One bucket of a labelling pass: its users' rankings joined with what was done, each list's inputs proved, as runs in the log's order."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,11 @@ from google.protobuf.message import DecodeError
 
 from deploy.replay import ACTIONS, RANKINGS, Rebuilt, ReplayOptions, replay
 from features.actions import EVENT_DTYPE, decode_batch
-from features.domain import Domain
+from features.domain import Domain, Feature
 from features.erasures import Erasure
 from features.ids import U64
 from features.labels import OUTCOMES, Joined, Lists, Named, Rules, join, named
-from features.logs import LoggedActions, impressions_schema, logged_features, served_schema
+from features.logs import WEIGHTED, LoggedActions, feature_type, impressions_schema, logged_features, served_schema
 from features.person import events_of_rows, rows_digest
 from features.ports import SequenceCorruptError
 from features.runs import write_run
@@ -409,34 +410,49 @@ def _surface(domain: Domain, ranker: str) -> int:
 def _feature(domain: Domain, name: str, records: list[RankingRecord]) -> pa.Array:
     """A request or candidate feature of all candidates of some records; missing where the request did not say it."""
     feature = domain.features[name]
-    values, lengths = [], []
+    per_request = feature.side == "request"
+    parts: list[_Values] = []
     for record in records:
         count = len(record.request.candidate_ids) // 8
-        given = record.request.request_features if feature.side == "request" else record.request.candidate_features
-        value, length = _values(given[name] if name in given else FeatureColumn(), feature.kind, count if feature.side != "request" else 1)
-        if feature.side == "request":
-            value, length = np.tile(value, count), np.repeat(length, count)
-        values.append(value)
-        lengths.append(length)
-    if feature.kind == "list":
-        return pa.ListArray.from_arrays(
-            pa.array(_starts(_joined(lengths, np.int64)).astype(np.int32)), pa.array(_joined(values, np.uint64))
-        )
-    return pa.array(_joined(values, np.float32 if feature.kind == "number" else np.uint64))
+        given = record.request.request_features if per_request else record.request.candidate_features
+        part = _values(given[name] if name in given else FeatureColumn(), feature, 1 if per_request else count)
+        parts.append(_Values(*(np.concatenate([of_one] * count) for of_one in part)) if per_request else part)
+    if feature.kind == "vector":
+        vectors = _joined([part.values.reshape(-1) for part in parts], np.float32)
+        return pa.FixedSizeListArray.from_arrays(pa.array(vectors), type=feature_type(feature))
+    values = pa.array(_joined([part.values for part in parts], np.float32 if feature.kind == "number" else np.uint64))
+    if feature.kind in ("number", "category"):
+        return values
+    if feature.kind == "weighted_list":
+        weights = pa.array(_joined([part.weights for part in parts], np.float32))
+        values = pa.StructArray.from_arrays([values, weights], fields=list(WEIGHTED))
+    lengths = _joined([part.lengths for part in parts], np.int64)
+    return pa.ListArray.from_arrays(pa.array(_starts(lengths).astype(np.int32)), values)
 
 
-def _values(column: FeatureColumn, kind: str, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """(values, how many each candidate has)."""
-    if kind == "number":
-        number = np.frombuffer(column.number, "<f4")
-        return number if len(number) == count else np.full(count, np.nan, np.float32), np.ones(count, np.int64)
-    values = np.frombuffer(column.category, "<u8")
-    if kind == "category":
-        return values if len(values) == count else np.zeros(count, np.uint64), np.ones(count, np.int64)
+class _Values(NamedTuple):
+    """A feature of n candidates: values [n, ...] or, of lists, [sum of lengths]; lengths int64 [n] and weights float32 [sum], or empty."""
+
+    values: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+
+def _values(column: FeatureColumn, feature: Feature, count: int) -> _Values:
+    """What a logged request says of a feature; missing where it is not as it should be (`features.request` refuses such a request)."""
+    number, category = np.frombuffer(column.number, "<f4"), np.frombuffer(column.category, "<u8")
+    no_lengths, no_weights = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    if feature.kind in ("number", "vector"):
+        shape = (count, feature.dimension) if feature.kind == "vector" else (count,)
+        values = number.reshape(shape) if number.size == math.prod(shape) else np.full(shape, np.nan, np.float32)
+        return _Values(values, no_lengths, no_weights)
+    if feature.kind == "category":
+        return _Values(category if len(category) == count else np.zeros(count, np.uint64), no_lengths, no_weights)
     lengths = np.frombuffer(column.list_length, "<u4").astype(np.int64)
-    if len(lengths) != count or lengths.sum() != len(values):
-        return np.zeros(0, np.uint64), np.zeros(count, np.int64)
-    return values, lengths
+    weights = number if feature.kind == "weighted_list" else no_weights
+    if len(lengths) != count or lengths.sum() != len(category) or (feature.kind == "weighted_list" and len(weights) != len(category)):
+        return _Values(np.zeros(0, np.uint64), np.zeros(count, np.int64), no_weights)
+    return _Values(category, lengths, weights)
 
 
 # Counting

@@ -29,7 +29,9 @@ from inference.evaluate import evaluate
 from inference.gate import Contender, Limits, Verdict, judge
 from inference.parallel import joined
 from inference.popularity import publish_popularity
+from inference.refreshed import publish_refreshed
 from inference.release import Release, load_model, write_release
+from inference.served import fitting_generations
 from inference.small import SMALL_FILE
 from inference.train import TIME_MS_MAX, TrainOptions, TrainResult, load_trained, train
 from streams.importer import import_log
@@ -78,6 +80,22 @@ def import_data(work: Workspace, data: Path, console: Console | None = None) -> 
     return import_log(work.domain, data, work.log, tables_root=work.tables, console=console)
 
 
+def make_tables(work: Workspace, ranker: str, *, until_ms: int, seed: int) -> dict[str, str]:
+    """Vectors to train a ranker with: generation by space, the newest of each.
+
+    They are one training's on what was before `until_ms`. Of a ranker with `refresh` they are made for the whole log, and each request has
+    those of its own hour, which know no more than was before it.
+
+    Raises:
+        EmbeddingError, LogError: see `publish_embeddings` and `publish_refreshed`.
+    """
+    if work.domain.ranker[ranker].refresh is not None:
+        return newest_generations(publish_refreshed(work.domain, ranker, work.log, work.tables, seed=seed, erased=work.erased))
+    return newest_generations(
+        publish_embeddings(work.domain, ranker, work.log, work.tables, until_ms=until_ms, seed=seed, erased=work.erased)
+    )
+
+
 def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False, out: Path | None = None) -> TrainResult:
     """Embeddings of the training part, then the ranker with exactly these, into `out` (None: where `release` finds it). Under `torchrun`
     the first process makes the tables, and all of them train.
@@ -89,9 +107,8 @@ def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume:
 
     def tables() -> dict[str, str]:
         validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
-        folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, seed=options.seed, erased=erased)
         publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=erased)
-        return newest_generations(folders)
+        return make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
 
     out = work.training(ranker) if out is None else out
     with joined() as ranks:
@@ -103,7 +120,8 @@ def continue_ranker(
     work: Workspace, ranker: str, start: Release, options: TrainOptions, *, days: int = 14, resume: bool = False
 ) -> TrainResult:
     """Trains a release's weights on with what has come since: the newest requests are validation and test; the rest, and those of `days`
-    days before, so that little is forgotten, are the training part. Items, users and normalisation stay as the release has them.
+    days before, so that little is forgotten, are the training part. Items, users and normalisation stay as the release has them; of a
+    ranker with `refresh` the vectors of the hours since are made, as a server would take them.
 
     Raises:
         TrainError: the release does not say what it was trained on, or is of another model than the domain file's.
@@ -116,19 +134,33 @@ def continue_ranker(
     if start.manifest["tensor_fingerprint"] != (now := tensor_fingerprint(domain, ranker)):
         raise TrainError(f"{start.release_id}: tensors {start.manifest['tensor_fingerprint']}; the domain file gives {now}: train anew")
     validation_ms, test_ms = split_times(domain, ranker, work.log, options.fractions, since_ms=before_ms)
-    return train(
-        domain,
-        ranker,
-        work.log,
-        work.tables,
-        work.training(ranker),
-        replace(options, use_sequence=start.manifest["model"]["use_sequence"]),
-        resume=resume,
-        generations=start.generations,
-        erased=work.erased,
-        start=load_model(start).state_dict(),
-        parts=(max(0, before_ms - days * DAY_MS), validation_ms, test_ms, TIME_MS_MAX),
-    )
+
+    def tables() -> dict[str, str]:
+        if domain.ranker[ranker].refresh is not None:
+            make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
+        return _served_generations(work, start)
+
+    with joined() as ranks:
+        return train(
+            domain,
+            ranker,
+            work.log,
+            work.tables,
+            work.training(ranker),
+            replace(options, use_sequence=start.manifest["model"]["use_sequence"]),
+            resume=resume,
+            generations=ranks.from_first(tables),
+            erased=work.erased,
+            start=load_model(start).state_dict(),
+            parts=(max(0, before_ms - days * DAY_MS), validation_ms, test_ms, TIME_MS_MAX),
+        )
+
+
+def _served_generations(work: Workspace, release: Release) -> dict[str, str]:
+    """The generations that a release is to be used with: its own, and of a ranker with `refresh` the newest ones comparable with these."""
+    if release.domain.ranker[release.ranker].refresh is None:
+        return dict(release.generations)
+    return {**release.generations, **fitting_generations(release, work.tables, {})}
 
 
 def train_without_sequence(work: Workspace, ranker: str, options: TrainOptions) -> TrainResult:
@@ -160,7 +192,6 @@ def ablate_ranker(
     """Runs tables of configurations over embeddings of the training part (`inference.ablate`). Raises what `train_ranker` raises."""
     domain = work.domain
     validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
-    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=validation_ms, erased=work.erased)
     return ablate(
         domain,
         ranker,
@@ -171,7 +202,7 @@ def ablate_ranker(
         cells=CELLS if cells is None else cells,
         seeds=seeds,
         options=options,
-        generations=newest_generations(folders),
+        generations=make_tables(work, ranker, until_ms=validation_ms, seed=options.seed),
         erased=work.erased,
         report=report,
     )
@@ -182,9 +213,8 @@ def decay_of(work: Workspace, ranker: str, options: TrainOptions, report: Callab
     domain, erased = work.domain, work.erased
     times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in read_requests(work.log, domain))])
     until_ms = half_time_ms(times)
-    folders = publish_embeddings(domain, ranker, work.log, work.tables, until_ms=until_ms, seed=options.seed, erased=erased)
+    generations = make_tables(work, ranker, until_ms=until_ms, seed=options.seed)
     out = work.home / "evaluation" / ranker / "decay"
-    generations = newest_generations(folders)
     return decay(
         domain, ranker, work.log, work.tables, out, options, generations=generations, until_ms=until_ms, erased=erased, report=report
     )
@@ -197,7 +227,7 @@ def judge_trained(work: Workspace, ranker: str, incumbent: Release | None, limit
     """
     model, about = load_trained(work.domain, ranker, work.training(ranker))
     candidate = Contender("candidate", model, work.domain, about["generations"], about["parts"]["test"]["from_ms"])
-    served = None if incumbent is None else Contender.of(incumbent)
+    served = None if incumbent is None else replace(Contender.of(incumbent), generations=_served_generations(work, incumbent))
     work = replace(work, served=about["served"])  # the log that it was trained on
     return judge(ranker, candidate, served, work.log, work.tables, limits=limits, erased=work.erased)
 

@@ -26,6 +26,10 @@ ENCODINGS: tuple[Encoding, ...] = ("json", "schema_registry")
 """What a record may be encoded in beside plain protobuf, where the domain file says so (`features.encodings`)."""
 
 
+WEIGHTS_SUFFIX = "__weights"
+"""A weighted list's weights stand in the feature tables under its name with this behind it."""
+
+
 class DomainError(ValueError):
     """A domain file that cannot be used; the message names file, key and what is allowed."""
 
@@ -77,11 +81,35 @@ class Sequence(_Part):
         return None if self.evict == "off" else int((self.age_days_max + self.evict_grace_days) * DAY_MS)
 
 
+class Counter(_Part):
+    """A number of a candidate that the importer counts from what the log had before the request: the item's actions, or a smoothed rate.
+
+    With `rate_of` the value is (count of action + prior * p) / (count of rate_of + prior), where p is the share of all items together,
+    from everything the log had before the request: an item without history has the rate that an item has.
+    """
+
+    action: Name
+    window_ms: Annotated[int, Field(ge=1)] | None = None
+    """Actions appended in [request time - window_ms, request time) count; all before it where absent."""
+    rate_of: Name | None = None
+    prior: Annotated[float, Field(ge=0)] = 20.0
+    """rate_of: how many of its actions the share of all items weighs."""
+    age: bool = False
+    """Instead of a count: milliseconds since the item's first such action before the request, missing where there is none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.age and (self.window_ms is not None or self.rate_of is not None):
+            raise ValueError("age: the time since the first action has neither window_ms nor rate_of")
+        return self
+
+
 class Feature(_Part):
     """One input of the model beside the sequence."""
 
     side: Literal["user", "item", "request", "candidate"]
-    kind: Literal["number", "category", "list"]
+    kind: Literal["number", "category", "list", "vector", "weighted_list"]
+    """vector: `dimension` numbers, taken as they are; weighted_list: a list whose values each have a weight, 0 or more."""
     column: str | None = None
     """Column of the published file; the feature's name where absent."""
     normalise: Literal["none", "standard", "log"] = "standard"
@@ -91,19 +119,30 @@ class Feature(_Part):
     vocabulary: tuple[str, ...] | None = None
     hash_buckets: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     dimension: Annotated[int, Field(ge=1, le=256)] = 8
-    """category and list: width of the learned embedding."""
+    """category and lists: width of the learned embedding; vector: how many numbers it has."""
     length_max: Annotated[int, Field(ge=1, le=64)] = 4
-    """list: values beyond are cut."""
+    """lists: values beyond are cut."""
     separator: str = ","
-    """list: between values in a published file."""
+    """lists and vectors: between values in a published file."""
+    weight_separator: Annotated[str, Field(min_length=1)] = ":"
+    """weighted_list: between a value and its weight in a published file."""
+    counter: Counter | None = None
+    """number of a candidate: the importer counts it, no column has it. In serving the caller brings it along."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.counter is not None and (self.kind != "number" or self.side != "candidate" or self.column is not None):
+            raise ValueError("a counter is a number of side candidate without a column")
         if self.kind == "number":
             if self.missing == 0:
                 raise ValueError("missing must not be 0: a missing value has to differ from an average one")
             if self.vocabulary is not None or self.hash_buckets is not None:
                 raise ValueError("a number has neither vocabulary nor hash_buckets")
+        elif self.kind == "vector":
+            if self.vocabulary is not None or self.hash_buckets is not None:
+                raise ValueError("a vector has neither vocabulary nor hash_buckets")
+            if "dimension" not in self.model_fields_set:
+                raise ValueError("a vector needs dimension, the number of its values")
         elif (self.vocabulary is None) == (self.hash_buckets is None):
             raise ValueError(f"a {self.kind} needs either vocabulary or hash_buckets")
         _once("vocabulary", self.vocabulary or ())
@@ -111,7 +150,7 @@ class Feature(_Part):
 
     @property
     def cardinality(self) -> int:
-        """category and list: number of codes; 0 is missing, 1 is a value outside of the vocabulary (unused with hashing)."""
+        """category and lists: number of codes; 0 is missing, 1 is a value outside of the vocabulary (unused with hashing)."""
         return 2 + (len(self.vocabulary) if self.vocabulary is not None else self.hash_buckets or 0)
 
 
@@ -182,6 +221,13 @@ _FIRST_KEYS = {"action_dimension", "layers", "attention_heads", "feedforward", "
 _FIRST_KEYS |= {"cross_layers", "cross_rank", "hidden"}
 
 
+class Refresh(_Part):
+    """How item vectors are kept fresh: made anew every `every_ms` from the positive actions of `window_ms` before, in one lineage."""
+
+    every_ms: Annotated[int, Field(ge=60_000)] = 3_600_000
+    window_ms: Annotated[int, Field(ge=60_000)] = 3 * DAY_MS
+
+
 class Ranker(_Part):
     """One model over the shared state: home, search, related."""
 
@@ -198,6 +244,8 @@ class Ranker(_Part):
     item_space: Name
     user_space: Name | None = None
     embedding_dimension: Annotated[int, Field(ge=1, le=1024)] = 32
+    refresh: Refresh | None = None
+    """Items that come and go within days need new vectors all the time (`inference.refreshed`); absent: one training's."""
     candidates_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
     score: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     """Final score as a formula over heads and number features (`inference.formula`); the sum of utility x head where absent."""
@@ -243,6 +291,30 @@ class Source(_Part):
     """Names of the columns of a CSV file without a header line."""
 
 
+class Negatives(_Part):
+    """Requests of a log that has only what was clicked: the item clicked among items drawn from what was clicked shortly before."""
+
+    action: Name
+    """Each of these actions becomes a request whose candidates are its item and the drawn ones."""
+    uniform: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Items drawn with the same chance each, of the distinct ones in the window."""
+    popular: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Items drawn with the chance of their share of the window's actions."""
+    window_ms: Annotated[int, Field(ge=1)] = DAY_MS
+    """The window: actions appended in [request time - window_ms, request time)."""
+    repeats: bool = False
+    """False: an item that the user acted on before is no candidate, neither drawn nor clicked. True: it may be either."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the actions that become requests, chosen by a hash; the others are actions as well, in sequences and counters."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.uniform + self.popular:
+            raise ValueError("uniform, popular: at least one negative of either")
+        return self
+
+
 class Log(_Part):
     """How a published log is read. Every row is one event on one item, or one request with a list of candidates."""
 
@@ -261,7 +333,10 @@ class Log(_Part):
     entity_kind: Name
     entity_kind_column: str | None = None
     """Column with the entity kind's name, where one log has several; entity_kind where it is empty."""
-    time: str
+    time: str | None = None
+    time_parts: Annotated[tuple[str, ...], Field(max_length=6)] = ()
+    """Instead of `time`: columns of year, month and day, or of these and hour, minute, second (UTC). Without either the order of the rows
+    counts: each is a second after the one before it, and no age or window means anything."""
     append_time: str | None = None
     """Column with the time at which the log got the row; the event time where absent."""
     event_id: str | None = None
@@ -283,14 +358,20 @@ class Log(_Part):
     value: str | None = None
     actions: tuple[Rule, ...] = Field(min_length=1, max_length=64)
     """Which value means which action; one row may be several."""
+    negatives: Negatives | None = None
+    """For a log without impressions: draws what might have been shown (`streams.negatives`)."""
     items: dict[Name, Source] = {}
     """Item features by entity kind."""
     users: Source | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.time_parts and (self.time is not None or len(self.time_parts) < 3):
+            raise ValueError("time_parts: columns of year, month, day and so on, where there is no time")
         if self.candidates is not None and self.position is not None:
             raise ValueError("position: a list of candidates is its own order; leave out position or candidates")
+        if self.candidates is not None and self.negatives is not None:
+            raise ValueError("negatives: a log with candidates has what was shown; leave out negatives or candidates")
         if self.surfaces and self.surface is None:
             raise ValueError("surfaces: needs surface, the column whose texts they are")
         return self
@@ -351,12 +432,34 @@ class Domain(_Part):
                 self._known(f"{key}.heads.{head_name}.weights", head.weights, self.actions)
             if ranker.sequence_length > self.sequence[ranker.sequence].length:
                 raise ValueError(f"{key}.sequence_length: at most the sequence's length {self.sequence[ranker.sequence].length}")
+        for name, feature in self.features.items():
+            if name.endswith(WEIGHTS_SUFFIX) or (feature.kind == "weighted_list" and len(name) > 40 - len(WEIGHTS_SUFFIX)):
+                raise ValueError(
+                    f"features.{name}: allowed are names that do not end with {WEIGHTS_SUFFIX}; of a weighted_list up to 31 characters"
+                )
+            if (counter := feature.counter) is not None:
+                self._known(f"features.{name}.counter", [counter.action, *([counter.rate_of] if counter.rate_of else [])], self.actions)
         if self.log is not None:
+            self._check_negatives(self.log)
             self._known("log.entity_kind", [self.log.entity_kind], self.entities)
             self._known("log.actions", [rule.action for rule in self.log.actions], self.actions)
             self._known("log.items", self.log.items, self.entities)
             self._known("log.surfaces", self.log.surfaces.values(), self.surfaces)
         return self
+
+    def _check_negatives(self, log: Log) -> None:
+        if log.negatives is None:
+            return
+        self._known("log.negatives.action", [log.negatives.action], self.actions)
+        if shown := [rule.action for rule in log.actions if rule.action in self.actions and self.actions[rule.action].kind == "impression"]:
+            raise ValueError(f"log.negatives: the log says what was shown ({shown[0]}); leave out negatives or that rule")
+        if log.negatives.action not in {rule.action for rule in log.actions}:
+            raise ValueError(f"log.negatives.action: no rule of log.actions gives {log.negatives.action!r}")
+        for name, feature in self.features.items():
+            if feature.side == "candidate" and feature.counter is None:
+                raise ValueError(
+                    f"features.{name}: a drawn candidate has no column; with log.negatives only counters are of side candidate"
+                )
 
     @staticmethod
     def _known(key: str, names: Any, table: dict[str, Any]) -> None:

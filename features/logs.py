@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.actions import EVENT_DTYPE
-from features.domain import Domain
+from features.domain import Domain, Feature
 from features.sequence import Events
 
 LOG_VERSION = "1"
@@ -44,7 +44,8 @@ _EVENT_TYPES = {
     "surface": pa.uint16(),
     "value": pa.float32(),
 }
-_FEATURE_TYPES = {"number": pa.float32(), "category": pa.uint64(), "list": pa.list_(pa.uint64())}
+WEIGHTED = pa.struct([("id", pa.uint64()), ("weight", pa.float32())])
+_FEATURE_TYPES = {"number": pa.float32(), "category": pa.uint64(), "list": pa.list_(pa.uint64()), "weighted_list": pa.list_(WEIGHTED)}
 
 
 class LogError(ValueError):
@@ -54,12 +55,13 @@ class LogError(ValueError):
 class FeatureColumn(NamedTuple):
     """One request or candidate feature of n rows.
 
-    number: values float32 [n], NaN missing; category: uint64 [n], xxh3-64 of the text, 0 missing; list: uint64 [sum of lengths] with
-    lengths int32 [n] (None for the other two).
+    number: values float32 [n], NaN missing; vector: float32 [n, dimension]; category: uint64 [n], xxh3-64 of the text, 0 missing; list:
+    uint64 [sum of lengths] with lengths int32 [n] (None for the others); weighted_list: with weights float32 [sum of lengths] as well.
     """
 
     values: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32] | None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def impressions_schema(domain: Domain, *, served: bool = False) -> pa.Schema:
     for name in logged_features(domain):
         if name in {field for field, _ in fields}:
             raise LogError(f"features.{name}: the name of a fixed column of impressions.parquet; call the feature otherwise")
-        fields.append((name, _FEATURE_TYPES[domain.features[name].kind]))
+        fields.append((name, feature_type(domain.features[name])))
     return _schema([field for field in fields if served or field[0] != "seen"], domain, "request_time")
 
 
@@ -218,6 +220,11 @@ def served_schema(domain: Domain) -> pa.Schema:
         ("labels", pa.uint32()),
     ]
     return _schema(fields, domain, "request_time")
+
+
+def feature_type(feature: Feature) -> pa.DataType:
+    """A feature's type as a column of impressions.parquet."""
+    return pa.list_(pa.float32(), feature.dimension) if feature.kind == "vector" else _FEATURE_TYPES[feature.kind]
 
 
 def logged_features(domain: Domain) -> tuple[str, ...]:
@@ -397,8 +404,14 @@ def _requests(table: pa.Table, domain: Domain, served: _ServedRows | None) -> Lo
     labels, label_lengths = _lists(batch, "labels")
     features: dict[str, FeatureColumn] = {}
     for name in logged_features(domain):
-        if domain.features[name].kind == "list":
+        kind = domain.features[name].kind
+        if kind == "list":
             features[name] = FeatureColumn(*_lists(batch, name))
+        elif kind == "weighted_list":
+            features[name] = _weighted(batch.column(name))
+        elif kind == "vector":
+            values = batch.column(name).flatten().to_numpy()
+            features[name] = FeatureColumn(values.reshape(-1, domain.features[name].dimension), None)
         else:
             features[name] = FeatureColumn(_array(batch, name), None)
     keys = list(zip(*(key[first].tolist() for key in (time_ms, ids, users)), strict=True))
@@ -508,6 +521,12 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[npt.NDArray[Any], npt.NDAr
     column = batch.column(name)
     offsets = column.offsets.to_numpy()
     return column.values.to_numpy()[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32)
+
+
+def _weighted(column: pa.Array) -> FeatureColumn:
+    offsets = column.offsets.to_numpy()
+    ids, weights = column.values.slice(offsets[0], offsets[-1] - offsets[0]).flatten()
+    return FeatureColumn(ids.to_numpy(), np.diff(offsets).astype(np.int32), weights.to_numpy())
 
 
 @contextmanager

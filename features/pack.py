@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from features.actions import EVENT_DTYPE
-from features.domain import Domain, Feature
+from features.domain import WEIGHTS_SUFFIX, Domain, Feature
 from features.ids import U64, string_ids
 from features.sequence import NEVER_ERASED, Events
 from features.tables import USER, Found, Generation, TableSet
@@ -40,13 +40,15 @@ _OPAQUE = np.dtype(f"V{EVENT_DTYPE.itemsize}")
 
 @dataclass(frozen=True)
 class Column:
-    """Values of a request's or of its candidates' feature, one of: number float32 [n] (NaN: missing); category uint64 [n] (xxh3-64 of the
-    text, 0: missing); category uint64 [sum of lengths] with lengths uint32 [n] for a list.
+    """Values of a request's or of its candidates' feature, one of: number float32 [n] (NaN: missing), of a vector [n, dimension]; category
+    uint64 [n] (xxh3-64 of the text, 0: missing); category uint64 [sum of lengths] with lengths uint32 [n] for a list, and for a weighted
+    one with weights float32 [sum of lengths], finite, 0 or more.
     """
 
     number: npt.NDArray[np.float32] | None = None
     category: U64 | None = None
     lengths: npt.NDArray[np.uint32] | None = None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,16 @@ class Packer:
         self._kinds = len(domain.entities) > 1
         self._numbers = {side: feature_names(domain, ranker_name, side, "number") for side in ("user", "item", "request", "candidate")}
         self._categories = {side: feature_names(domain, ranker_name, side, "category") for side in self._numbers}
-        self._lists = {side: feature_names(domain, ranker_name, side, "list") for side in self._numbers}
-        self._codes = {name: _Codes(name, domain.features[name]) for name in ranker.features if domain.features[name].kind != "number"}
-        self._stored = {side: bool(self._numbers[side] or self._categories[side] or self._lists[side]) for side in self._numbers}
+        self._weighted = {side: feature_names(domain, ranker_name, side, "weighted_list") for side in self._numbers}
+        self._lists = {side: feature_names(domain, ranker_name, side, "list") + self._weighted[side] for side in self._numbers}
+        self._vectors = {
+            side: {name: domain.features[name].dimension for name in feature_names(domain, ranker_name, side, "vector")}
+            for side in self._numbers
+        }
+        coded = (name for name in ranker.features if domain.features[name].kind not in ("number", "vector"))
+        self._codes = {name: _Codes(name, domain.features[name]) for name in coded}
+        kinds = (self._numbers, self._categories, self._lists, self._vectors)
+        self._stored = {side: any(bool(names[side]) for names in kinds) for side in self._numbers}
 
     def pack(self, inputs: RankInputs) -> Packed:
         """The tensors of one request. Neither reads a clock nor depends on anything but its inputs, the domain file and the tables."""
@@ -318,6 +327,15 @@ class Packer:
             raw = np.zeros((n, self._codes[name].length_max), np.uint64)
             found.fill(name, raw)
             tensors[f"{side}_list_{name}"] = self._codes[name](raw)
+            if name in self._weighted[side]:
+                weights = np.zeros(raw.shape, np.float32)
+                found.fill(name + WEIGHTS_SUFFIX, weights)
+                weights[raw == 0] = 0  # behind the list's end, and of who has none
+                tensors[f"{side}_weight_{name}"] = weights
+        for name, dimension in self._vectors[side].items():
+            out = np.full((n, dimension), _NAN, np.float32)
+            found.fill(name, out)
+            tensors[f"{side}_vector_{name}"] = _canonical(out)
 
     def _add_columns(self, tensors: Tensors, side: str, columns: Mapping[str, Column], n: int) -> None:
         """Features that the request brought along."""
@@ -336,13 +354,23 @@ class Packer:
         for name in self._lists[side]:
             raw = np.zeros((n, self._codes[name].length_max), np.uint64)
             if name in columns:
-                _spread(columns[name], raw)
+                _spread(columns[name], columns[name].category, raw)
             tensors[f"{side}_list_{name}"] = self._codes[name](raw)
+            if name in self._weighted[side]:
+                weights = np.zeros(raw.shape, np.float32)
+                if name in columns:
+                    _spread(columns[name], columns[name].weights, weights)
+                weights[raw == 0] = 0
+                tensors[f"{side}_weight_{name}"] = weights
+        for name, dimension in self._vectors[side].items():
+            out = np.full((n, dimension), _NAN, np.float32)
+            if name in columns:
+                out[:] = columns[name].number
+            tensors[f"{side}_vector_{name}"] = _canonical(out)
 
     def _drop_axis(self, tensors: Tensors, side: str) -> None:
-        names = [f"{side}_number", f"{side}_category", *(f"{side}_list_{name}" for name in self._lists[side])]
-        for name in names:
-            if name in tensors:
+        for name in tensors:
+            if name.startswith(f"{side}_") and name != "user_embedding":
                 tensors[name] = tensors[name][0]
 
 
@@ -380,16 +408,16 @@ def _find_users(generation: Generation, inputs: ManyInputs) -> Found:
     return Found(generation, [(USER, None, rows)], rows == 0)
 
 
-def _spread(column: Column, out: U64) -> None:
+def _spread(column: Column, ragged: Array | None, out: Array) -> None:
     """Ragged lists into rows of `out` [n, width], cut at its width."""
-    if column.category is None or column.lengths is None:
-        raise TypeError("a list column needs category and lengths")
-    if not len(column.category):
+    if ragged is None or column.lengths is None:
+        raise TypeError("a list column needs category and lengths, a weighted one weights as well")
+    if not len(ragged):
         return
     lengths = column.lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     places = np.arange(out.shape[1])
-    values = column.category.take(starts[:, None] + places, mode="clip")
+    values = ragged.take(starts[:, None] + places, mode="clip")
     np.copyto(out, values, where=places < lengths[:, None])
 
 

@@ -76,14 +76,17 @@ def naive_pack(domain: Domain, ranker_name: str, tables: NaiveTables, inputs: Ra
     for name in ranker.features:
         feature = domain.features[name]
         if feature.side == "user":
-            raw = [None if erased else tables.value(FEATURES_SPACE, USER, name, inputs.user_id)]
+            raw = [None if erased else _stored(tables, feature, USER, name, inputs.user_id)]
         elif feature.side == "item":
-            raw = [tables.value(FEATURES_SPACE, member[kind], name, item) for kind, item in candidates]
+            raw = [_stored(tables, feature, member[kind], name, item) for kind, item in candidates]
         else:
             columns = inputs.candidate_features if feature.side == "candidate" else inputs.request_features
             raw = _unfold(columns.get(name), len(candidates) if feature.side == "candidate" else 1)
         coded = [_encode(feature, value) for value in raw]
         values[name] = coded if feature.side in ("item", "candidate") else coded[0]
+        if feature.kind == "weighted_list":
+            weights = [_weights(feature, value) for value in raw]
+            values[f"weight of {name}"] = weights if feature.side in ("item", "candidate") else weights[0]
 
     tensors: dict[str, Any] = {}
     for row in tensor_table(domain, ranker_name):
@@ -137,11 +140,33 @@ def _unfold(column: Column | None, count: int) -> list[Any]:
         return [None] * count
     if column.lengths is not None and column.category is not None:
         values = column.category.tolist()
+        if column.weights is not None:
+            values = list(zip(values, column.weights, strict=True))
         return [[values.pop(0) for _ in range(length)] for length in column.lengths.tolist()]
     return list(column.number if column.number is not None else column.category if column.category is not None else [])
 
 
+def _stored(tables: NaiveTables, feature: Feature, member: str, name: str, wanted: int) -> Any:
+    """A stored feature; a weighted list as pairs of value and weight."""
+    value = tables.value(FEATURES_SPACE, member, name, wanted)
+    if value is None or feature.kind != "weighted_list":
+        return value
+    return list(zip(value.tolist(), tables.value(FEATURES_SPACE, member, f"{name}__weights", wanted), strict=True))
+
+
+def _weights(feature: Feature, value: Any) -> list[float]:
+    """Weights of a list's first values; 0 where there is no value."""
+    weights = [0.0 if one == 0 else float(weight) for one, weight in ([] if value is None else value)][: feature.length_max]
+    return weights + [0.0] * (feature.length_max - len(weights))
+
+
 def _encode(feature: Feature, value: Any) -> Any:
+    if feature.kind == "vector":
+        return [
+            float("nan") if value is None or np.isnan(one) else float(one) for one in (range(feature.dimension) if value is None else value)
+        ]
+    if feature.kind == "weighted_list":
+        value = None if value is None else [one for one, _ in value]
     if feature.kind == "number":
         return float("nan") if value is None or np.isnan(value) else float(value)
     if feature.kind == "category":
@@ -164,7 +189,9 @@ def _code(feature: Feature, value: int) -> int:
 def _of_features(domain: Domain, ranker_name: str, tensor: str, values: Mapping[str, Any], per_candidate: bool) -> Any:
     """Columns of a tensor that holds several features, or one list."""
     side, kind, *rest = tensor.split("_", 2)
-    if kind == "list":
+    if kind in ("list", "vector"):
         return values[rest[0]]
+    if kind == "weight":
+        return values[f"weight of {rest[0]}"]
     columns = [values[name] for name in feature_names(domain, ranker_name, side, kind)]
     return [list(row) for row in zip(*columns, strict=True)] if per_candidate else columns

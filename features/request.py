@@ -24,6 +24,14 @@ AFTER_MAX = 64
 """Most positions of `after`: one for each log and partition that the caller wrote to says all there is to say."""
 
 _TIME_MS_MAX = 2**62
+_PARTS = {
+    "number": {"number"},
+    "category": {"category"},
+    "list": {"category", "list_length"},
+    "vector": {"number"},
+    "weighted_list": {"category", "list_length", "number"},
+}
+"""What a FeatureColumn has of each kind of feature."""
 
 
 class RequestError(ValueError):
@@ -125,7 +133,7 @@ def _columns(side: str, columns: Mapping[str, FeatureColumn], features: Mapping[
 
 
 def _column(field: str, feature: Feature, column: FeatureColumn, count: int) -> Column:
-    wanted = {"number": {"number"}, "category": {"category"}, "list": {"category", "list_length"}}[feature.kind]
+    wanted = _PARTS[feature.kind]
     for part in ("number", "category", "list_length"):
         if part not in wanted and getattr(column, part):
             raise RequestError(f"{field}.{part}", f"must be empty for a feature of kind {feature.kind!r}")
@@ -136,11 +144,21 @@ def _column(field: str, feature: Feature, column: FeatureColumn, count: int) -> 
         return Column(number=number)
     if feature.kind == "category":
         return Column(category=_counted(f"{field}.category", column.category, np.dtype("<u8"), count))
+    if feature.kind == "vector":
+        vectors = _counted(f"{field}.number", column.number, np.dtype("<f4"), count * feature.dimension)
+        if np.isinf(vectors).any():
+            raise RequestError(f"{field}.number", "values must be finite, or NaN for missing")
+        return Column(number=vectors.reshape(count, feature.dimension))
     lengths = _counted(f"{field}.list_length", column.list_length, np.dtype("<u4"), count)
     if lengths.max(initial=0) > LIST_VALUES_MAX:
         raise RequestError(f"{field}.list_length", f"{lengths.max()} values for one candidate; at most {LIST_VALUES_MAX}")
     values = _counted(f"{field}.category", column.category, np.dtype("<u8"), int(lengths.sum(dtype=np.int64)))
-    return Column(category=values, lengths=lengths)
+    if feature.kind == "list":
+        return Column(category=values, lengths=lengths)
+    weights = _counted(f"{field}.number", column.number, np.dtype("<f4"), len(values))
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise RequestError(f"{field}.number", "weights must be finite, 0 or more")
+    return Column(category=values, lengths=lengths, weights=weights)
 
 
 def _counted(field: str, data: bytes, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:

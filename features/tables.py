@@ -27,6 +27,7 @@ from features.domain import Domain, Feature
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.id_index import IdIndex
 from features.ids import U64
+from features.tensors import stored_columns
 
 FORMAT_VERSION = 1
 USER = "user"
@@ -56,8 +57,9 @@ class Member:
     """What `write_generation` gets of one member.
 
     ids uint64 [n], distinct, in any order; vectors float16 [n, D] or None, finite; missing_vector float16 [D]: what unknown ids get (zeros
-    where None); features by name: number float32 [n] (NaN: missing), category uint64 [n] (xxh3-64 of the text, 0: missing), list uint64
-    [n, length_max] (values first, 0 behind them).
+    where None); features by name: number float32 [n] (NaN: missing), vector float32 [n, dimension], category uint64 [n] (xxh3-64 of the
+    text, 0: missing), list uint64 [n, length_max] (values first, 0 behind them), weighted_list the same and beside it float32
+    [n, length_max] under NAME__weights.
     """
 
     ids: U64
@@ -265,13 +267,11 @@ def _write_member(folder: Path, name: str, member: Member) -> dict[str, _File]:
 
 
 def _missing_row(name: str, feature: str, values: Array) -> Array:
-    if values.dtype == np.float32 and values.ndim == 1:
-        return np.array(np.nan, np.float32)
+    if values.dtype == np.float32 and values.ndim in (1, 2):
+        return np.full(values.shape[1:], np.nan, np.float32)
     if values.dtype == np.uint64 and values.ndim in (1, 2):
         return np.zeros(values.shape[1:], np.uint64)
-    raise TableError(
-        f"{name}.{feature}: must be float32 [n], uint64 [n] or uint64 [n, length_max], not {values.dtype} {list(values.shape)}"
-    )
+    raise TableError(f"{name}.{feature}: must be float32 or uint64, [n] or [n, length], not {values.dtype} {list(values.shape)}")
 
 
 def _write_column(path: Path, values: Array, missing: Array, order: npt.NDArray[np.int64] | None) -> None:
@@ -578,9 +578,8 @@ def _check_vectors(generation: Generation, ranker_name: str, dimension: int, mem
 
 
 def _check_features(generation: Generation, stored: Mapping[str, Feature], item_members: Seq[str]) -> None:
-    for name, feature in stored.items():
-        dtype = np.dtype(np.float32 if feature.kind == "number" else np.uint64)
-        shape = (feature.length_max,) if feature.kind == "list" else ()
+    needed = [(of, *column) for feature, of in stored.items() for column in stored_columns(feature, of)]
+    for feature, name, dtype, shape in needed:
         members = [USER] if feature.side == "user" else item_members
         columns = {member: generation.column(member, name) for member in members}
         if all(column is None for column in columns.values()):
@@ -589,5 +588,5 @@ def _check_features(generation: Generation, stored: Mapping[str, Feature], item_
             )
         for member, column in columns.items():
             if column is not None and (column.dtype != dtype or column.shape[1:] != shape):
-                found, needed = f"{column.dtype} {['n', *column.shape[1:]]}", f"{dtype} {['n', *shape]}"
-                raise TableError(f"{generation.folder}: {member}.{name} is {found}; features.{name} of the domain file needs {needed}")
+                found, asked = f"{column.dtype} {['n', *column.shape[1:]]}", f"{dtype} {['n', *shape]}"
+                raise TableError(f"{generation.folder}: {member}.{name} is {found}; features.{name} of the domain file needs {asked}")

@@ -6,15 +6,16 @@ Per-request tensors have no leading batch dimension: a request carries its user 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from features.domain import Domain
+from features.domain import WEIGHTS_SUFFIX, Domain, Feature
 
 DYNAMIC = -1
 SIDES = ("user", "item", "request", "candidate")
-_NO_INTERFACE = ("version", "candidates_max", "surfaces", "score")
+_NO_INTERFACE = ("version", "candidates_max", "surfaces", "score", "refresh")
 """Keys of a ranker that change neither what its model takes nor what it computes."""
 
 
@@ -73,6 +74,13 @@ def tensor_table(domain: Domain, ranker_name: str) -> tuple[Tensor, ...]:
         for name in feature_names(domain, ranker_name, side, "list"):
             shape = (*lead, domain.features[name].length_max)
             add(f"{side}_list_{name}", np.int32, shape, (*lead_axes, "N"), "0", f"codes of {name}; 0: none")
+        for name in feature_names(domain, ranker_name, side, "weighted_list"):
+            shape = (*lead, domain.features[name].length_max)
+            add(f"{side}_list_{name}", np.int32, shape, (*lead_axes, "N"), "0", f"codes of {name}; 0: none")
+            add(f"{side}_weight_{name}", np.float32, shape, (*lead_axes, "N"), "0.0", f"weight of each code of {name}")
+        for name in feature_names(domain, ranker_name, side, "vector"):
+            shape = (*lead, domain.features[name].dimension)
+            add(f"{side}_vector_{name}", np.float32, shape, (*lead_axes, "N"), "none", f"raw {name}; NaN: missing")
     return tuple(rows)
 
 
@@ -88,11 +96,21 @@ def feature_names(domain: Domain, ranker_name: str, side: str, kind: str) -> tup
     return tuple(name for name in names if domain.features[name].side == side and domain.features[name].kind == kind)
 
 
+def stored_columns(name: str, feature: Feature) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Name, dtype and shape (without the rows) of a feature's columns in the tables."""
+    lists = feature.kind in ("list", "weighted_list")
+    shape: tuple[int, ...] = (feature.length_max,) if lists else (feature.dimension,) if feature.kind == "vector" else ()
+    columns: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
+        (name, np.dtype(np.float32 if feature.kind in ("number", "vector") else np.uint64), shape)
+    ]
+    return [*columns, (name + WEIGHTS_SUFFIX, np.dtype(np.float32), shape)] if feature.kind == "weighted_list" else columns
+
+
 def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
     """Identity of a ranker's model interface and of what its codes mean: 16 hexadecimal digits. A release pins it."""
     ranker = domain.ranker[ranker_name]
     parts = [f"{t.name}:{t.dtype.str}:{t.shape}" for t in (*tensor_table(domain, ranker_name), *output_table(domain, ranker_name))]
-    parts += [f"{name}:{domain.features[name].model_dump_json(exclude={'column', 'separator'})}" for name in ranker.features]
+    parts += [f"{name}:{_meaning(domain.features[name])}" for name in ranker.features]
     parts += [
         f"ranker:{ranker.model_dump_json(exclude={**dict.fromkeys(_NO_INTERFACE, True), 'model': ranker.model.left_out})}",
         f"entities:{sorted(domain.entities.items())}",
@@ -100,3 +118,9 @@ def tensor_fingerprint(domain: Domain, ranker_name: str) -> str:
     parts += [f"sequence:{domain.sequence[ranker.sequence].age_ms_max}:{domain.future_tolerance_ms}"]
     parts += [f"action:{name}:{action.model_dump_json()}" for name, action in domain.actions.items()]
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+def _meaning(feature: Feature) -> str:
+    """What a feature's values mean. Keys that came later are left out where they are absent: earlier releases do not have them."""
+    later = {"counter"} if feature.counter is None else set()
+    return feature.model_dump_json(exclude={"column", "separator", "weight_separator", *later})

@@ -224,10 +224,13 @@ def _add_features(found: dict[str, Array], domain: Domain, ranker_name: str, dat
                     continue
                 found[name] = of_side(side, f"{side}_{kind}")[:, column]
                 categories += [name] * (kind == "category")
-        for name in feature_names(domain, ranker_name, side, "list"):
+        for name in (*feature_names(domain, ranker_name, side, "list"), *feature_names(domain, ranker_name, side, "weighted_list")):
             if domain.features[name].cardinality <= CODES_MAX:
                 found[name] = of_side(side, f"{side}_list_{name}")[:, 0]
                 categories.append(name)
+        for name in feature_names(domain, ranker_name, side, "vector"):
+            values = of_side(side, f"{side}_vector_{name}")
+            found |= {f"{name}.{i}": values[:, i] for i in range(values.shape[1])}
     return tuple(categories)
 
 

@@ -27,7 +27,14 @@ RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 2_000
 CHANNEL_CLOSED = "Channel closed!"
 """gRPC's details of a call whose client was closed: nothing to try again."""
 
-Column = npt.NDArray[np.floating] | Sequence[float] | Sequence[str] | Sequence[Sequence[str]]
+Column = (
+    npt.NDArray[np.floating]
+    | Sequence[float]
+    | Sequence[str]
+    | Sequence[Sequence[str]]
+    | Sequence[Sequence[float]]
+    | Sequence[Mapping[str, float]]
+)
 """Values of one feature: numbers (NaN: missing), category texts ("": missing), or a list of texts for each candidate."""
 
 
@@ -77,7 +84,7 @@ class RequestFields(TypedDict, total=False):
 
     kinds: int | Sequence[int]
     candidate_features: Mapping[str, Column]
-    request_features: Mapping[str, float | str | Sequence[str]]
+    request_features: Mapping[str, float | str | Sequence[str] | Sequence[float] | Mapping[str, float]]
     head_weights: Mapping[str, float]
     score_formula: str
     request_time_ms: int
@@ -305,11 +312,20 @@ def retry_after_s(metadata: Any) -> float | None:
 
 
 def feature_column(values: Column) -> FeatureColumn:
-    """Encodes one column: numbers as float32, texts and lists of texts as xxh3-64."""
+    """Encodes one column: numbers and vectors (sequences of numbers) as float32, texts and lists of texts as xxh3-64, and
+    weighted lists, which are mappings of text to weight."""
     first = next(iter(values), 0.0)
+    if isinstance(first, Mapping):
+        weighted: Sequence[Mapping[str, float]] = values  # type: ignore[assignment]
+        lengths = np.fromiter((len(row) for row in weighted), "<u4", len(weighted))
+        weights = np.array([weight for row in weighted for weight in row.values()], "<f4")
+        texts = [text for row in weighted for text in row]
+        return FeatureColumn(category=_codes(texts), list_length=lengths.tobytes(), number=weights.tobytes())
     if isinstance(first, str):
         return FeatureColumn(category=_codes(values))  # type: ignore[arg-type]
     if isinstance(first, Sequence):
+        if not all(isinstance(one, str) for row in values for one in row):  # type: ignore[union-attr]
+            return FeatureColumn(number=np.asarray(values, "<f4").tobytes())
         lists: Sequence[Sequence[str]] = values  # type: ignore[assignment]
         lengths = np.fromiter((len(row) for row in lists), "<u4", len(lists))
         return FeatureColumn(category=_codes([text for row in lists for text in row]), list_length=lengths.tobytes())

@@ -1,8 +1,8 @@
 """Training data: every request of a canonical log, packed by the same `pack()` as serving, with what was known at its moment.
 
 A request sees the actions that the log held strictly before its time (append time, not event time: a late event was not there yet), folded
-by the law of the sequence, and the user vectors of the generation that was the newest then. A ranker with `surfaces` has the requests of
-these surfaces only. Of a served log a request sees what it saw when it was served (`inference.served_examples`).
+by the law of the sequence, and the item and user vectors of the generations that were the newest then. A ranker with `surfaces` has the
+requests of these surfaces only. Of a served log a request sees what it saw when it was served (`inference.served_examples`).
 """
 
 import shutil
@@ -297,30 +297,38 @@ def _opened(folder: Path) -> Dataset:
 
 
 class _Packers:
-    """One packer for each generation of user vectors of the tables' lineage; `at` gives the one that was the newest at a time."""
+    """One packer for the generations of item and user vectors, of the tables' lineage, that were the newest at a time.
+
+    Requests come in the order of time, so only the last one is kept: a refreshed space has hundreds of generations.
+    """
 
     def __init__(self, domain: Domain, ranker_name: str, root: str | Path, tables: TableSet) -> None:
         self._domain, self._ranker_name, self._root, self._tables = domain, ranker_name, root, tables
-        users = tables.users
-        self._names = [] if users is None else sorted(n for n in generations_of(root, users.space, users.lineage) if n <= users.name)
-        self._created_ms = [_created_ms(name) for name in self._names]
-        self._packers: dict[int, Packer] = {}
-        self.names = {} if users is None else {users.space: self._names}
-        """Generations that may be looked into, by space."""
+        self._opened = newest = {of.space: of for of in (tables.items, tables.users) if of is not None}
+        self.names = {
+            space: sorted(name for name in generations_of(root, space, of.lineage) if name <= of.name) for space, of in newest.items()
+        }
+        """Generations that may be looked into, by space, oldest first."""
+        self._created_ms = {space: [_created_ms(name) for name in names] for space, names in self.names.items()}
+        self._moments = np.unique(np.concatenate([np.array(moments, np.int64) for moments in self._created_ms.values()]))
+        self._last: tuple[dict[str, str], Packer] | None = None
 
     def at(self, time_ms: int) -> Packer:
-        place = max(0, bisect_right(self._created_ms, time_ms) - 1)
-        if place not in self._packers:
-            tables = self._tables
-            if tables.users is not None:
-                tables = replace(tables, users=open_generation(self._root, tables.users.space, self._names[place]))
-            self._packers[place] = Packer(self._domain, self._ranker_name, tables)
-        return self._packers[place]
+        """The packer of a request of this time."""
+        names = {space: self.names[space][max(0, bisect_right(moments, time_ms) - 1)] for space, moments in self._created_ms.items()}
+        if self._last is None or names != self._last[0]:
+            opened = self._opened = {
+                space: held if held.name == names[space] else open_generation(self._root, space, names[space])
+                for space, held in self._opened.items()
+            }
+            items, users = self._tables.items, self._tables.users
+            tables = replace(self._tables, items=opened[items.space], users=None if users is None else opened[users.space])
+            self._last = names, Packer(self._domain, self._ranker_name, tables)
+        return self._last[1]
 
     def spans(self, times_ms: I64) -> Iterator[tuple[int, int, Packer]]:
         """Requests low to high of ascending times that have a packer in common."""
-        moments = np.array(sorted({_created_ms(name) for names in self.names.values() for name in names}), np.int64)
-        place = moments.searchsorted(times_ms, "right")
+        place = self._moments.searchsorted(times_ms, "right")
         for low, high in pairwise([0, *(np.flatnonzero(np.diff(place)) + 1).tolist(), len(times_ms)]):
             if low < high:
                 yield low, high, self.at(int(times_ms[low]))
@@ -378,9 +386,7 @@ def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: Hi
 
     def columns(side: str, low: int, high: int) -> dict[str, Column]:
         return {
-            name: _column(batch.features[name], list_starts.get(name), domain.features[name].kind == "number", low, high)
-            for name, of_side in wanted.items()
-            if of_side == side
+            name: _column(batch.features[name], list_starts.get(name), low, high) for name, of_side in wanted.items() if of_side == side
         }
 
     for i in range(len(batch)):
@@ -412,7 +418,7 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
             if feature.side == side:
                 column = batch.features[name] if rows is None else rows_of(batch.features[name], rows)
                 starts = None if column.lengths is None else starts_of(column.lengths)
-                found[name] = _column(column, starts, feature.kind == "number", 0, len(batch.entity_id if rows is None else rows))
+                found[name] = _column(column, starts, 0, len(batch.entity_id if rows is None else rows))
         return found
 
     bounds = sequences.starts[first : first + len(batch) + 1]
@@ -430,10 +436,13 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
     )
 
 
-def _column(column: FeatureColumn, list_starts: I64 | None, is_number: bool, low: int, high: int) -> Column:
+def _column(column: FeatureColumn, list_starts: I64 | None, low: int, high: int) -> Column:
     if list_starts is not None and column.lengths is not None:
-        return Column(category=column.values[list_starts[low] : list_starts[high]], lengths=column.lengths[low:high].astype(np.uint32))
-    return Column(number=column.values[low:high]) if is_number else Column(category=column.values[low:high])
+        part = slice(list_starts[low], list_starts[high])
+        weights = None if column.weights is None else column.weights[part]
+        return Column(category=column.values[part], lengths=column.lengths[low:high].astype(np.uint32), weights=weights)
+    values = column.values[low:high]  # [n], of a vector [n, dimension]
+    return Column(number=values) if values.dtype == np.float32 else Column(category=values)
 
 
 def labels_of(domain: Domain, ranker_name: str, batch: LoggedRequests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:

@@ -144,8 +144,13 @@ def item_vectors(positives: Positives, dimension: int, *, seed: int) -> ItemVect
     keys = np.stack([positives.kinds.astype(np.uint64), positives.ids], 1)
     distinct, row = np.unique(keys, axis=0, return_inverse=True)
     row = row.reshape(-1).astype(np.int64)
-    items = len(distinct)
-    first, second = _pairs(positives.users, row)
+    vectors = factorised(positives.users, row, len(distinct), dimension, seed=seed)
+    return ItemVectors(distinct[:, 0].astype(np.uint8), distinct[:, 1], vectors, row)
+
+
+def factorised(users: U64, row: I64, items: int, dimension: int, *, seed: int) -> F32:
+    """Vectors float32 [items, dimension] from positive actions in the order of the log: user and item (0 to items - 1) of each."""
+    first, second = _pairs(users, row)
     code, count = np.unique(first * items + second, return_counts=True)
     first, second = code // items, code % items
     degree = np.bincount(first, count, minlength=items)
@@ -170,7 +175,7 @@ def item_vectors(positives: Positives, dimension: int, *, seed: int) -> ItemVect
         seen = np.bincount(row, minlength=items)[:, None]
         # An item seen once has a direction but little evidence for it: a short vector says so.
         vectors[:, :rank] = raw / np.maximum(length, 1e-6) * (seen / (seen + CONFIDENCE_PRIOR))
-    return ItemVectors(distinct[:, 0].astype(np.uint8), distinct[:, 1], vectors, row)
+    return vectors
 
 
 def user_vectors(positives: Positives, items: ItemVectors, until_ms: int) -> Member:

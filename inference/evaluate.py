@@ -185,9 +185,9 @@ def item_categories(domain: Domain, ranker_name: str, dataset: Dataset) -> I64 |
     """Code of the ranker's first category or list feature of an item (its first value), int64 [N]; None without one."""
     for name in domain.ranker[ranker_name].features:
         feature = domain.features[name]
-        if feature.side != "item" or feature.kind not in ("category", "list"):
+        if feature.side != "item" or feature.kind not in ("category", "list", "weighted_list"):
             continue
-        if feature.kind == "list":
+        if feature.kind != "category":
             return dataset.of_candidate[f"item_list_{name}"][:, 0].astype(np.int64)
         column = feature_names(domain, ranker_name, "item", "category").index(name)
         return dataset.of_candidate["item_category"][:, column].astype(np.int64)

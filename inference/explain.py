@@ -131,9 +131,16 @@ def _features(packer: Packer, tensors: Tensors, order: Order) -> Iterator[Explai
                 else:
                     feature.code, feature.width = values.astype("<i4").tobytes(), 1
                 yield feature
-        for name in feature_names(packer.domain, packer.ranker_name, side, "list"):
-            values = _in_order(tensors[f"{side}_list_{name}"], side, order)
-            yield ExplainedFeature(name=name, side=side, code=values.astype("<i4").tobytes(), width=values.shape[-1])
+        for kind in ("list", "weighted_list"):
+            for name in feature_names(packer.domain, packer.ranker_name, side, kind):
+                values = _in_order(tensors[f"{side}_list_{name}"], side, order)
+                feature = ExplainedFeature(name=name, side=side, code=values.astype("<i4").tobytes(), width=values.shape[-1])
+                if kind == "weighted_list":
+                    feature.number = _in_order(tensors[f"{side}_weight_{name}"], side, order).astype("<f4").tobytes()
+                yield feature
+        for name in feature_names(packer.domain, packer.ranker_name, side, "vector"):
+            values = _in_order(tensors[f"{side}_vector_{name}"], side, order)
+            yield ExplainedFeature(name=name, side=side, number=values.astype("<f4").tobytes(), width=values.shape[-1])
 
 
 def _in_order(values: npt.NDArray[Any], side: str, order: Order) -> npt.NDArray[Any]:

@@ -204,4 +204,5 @@ def rows_of(column: FeatureColumn, rows: I64) -> FeatureColumn:
     """Some rows of a feature column."""
     if column.lengths is None:
         return FeatureColumn(column.values[rows], None)
-    return FeatureColumn(column.values[ragged(starts_of(column.lengths), rows)], column.lengths[rows])
+    places = ragged(starts_of(column.lengths), rows)
+    return FeatureColumn(column.values[places], column.lengths[rows], None if column.weights is None else column.weights[places])

@@ -123,7 +123,7 @@ def fingerprint_of(domain: Domain, ranker_name: str, log: Path, generations: Map
     """Identity of the packed arrays, 16 hexadecimal digits: of the log's bytes, the domain file, the generations of each space that may be
     looked into, and the ledger. Of how the model is built only whether the place in the list is a feature."""
     shape = domain.model_dump_json(exclude={"ranker", "log"})
-    ranker = domain.ranker[ranker_name].model_dump_json(exclude={"model", "score", "candidates_max"})
+    ranker = domain.ranker[ranker_name].model_dump_json(exclude={"model", "score", "candidates_max", "refresh"})
     has_position = bool(domain.ranker[ranker_name].model.position_max)
     said = [FORMAT, ranker_name, shape, ranker, has_position, sorted(generations.items()), ledger_fingerprint(erased)]
     hasher = xxhash.xxh3_64(repr(said).encode())

@@ -100,7 +100,8 @@ def _code_columns(domain: Domain, ranker_name: str) -> list[CodeColumn]:
         places: list[tuple[str, str, int | None]] = [
             (name, f"{side}_category", i) for i, name in enumerate(feature_names(domain, ranker_name, side, "category"))
         ]
-        places += [(name, f"{side}_list_{name}", None) for name in feature_names(domain, ranker_name, side, "list")]
+        lists = (name for kind in ("list", "weighted_list") for name in feature_names(domain, ranker_name, side, kind))
+        places += [(name, f"{side}_list_{name}", None) for name in lists]
         columns += [CodeColumn(f"code.{name}", key, i, per_candidate, domain.features[name].cardinality) for name, key, i in places]
     return [column for column in columns if column.codes <= CODES_MAX]
 

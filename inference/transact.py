@@ -330,7 +330,8 @@ class SideFeatures(nn.Module):
     """The features of one side (user, item, request, candidate) as one vector a row: [R or N, width].
 
     Numbers are normalised by what `fit` found, a missing one is the feature's `missing`. A category is a learned row, code 0 (missing) too.
-    A list is the mean of its rows, an empty one row 0.
+    A list is the mean of its rows, weighted by its weights (up to RAW_MAX) where it has some; an empty one, or one of weight 0, is row 0.
+    A vector is taken as it is, up to RAW_MAX; what stands for a missing one is learned.
     """
 
     mean: Tensor
@@ -347,7 +348,8 @@ class SideFeatures(nn.Module):
         def of_kind(kind: str) -> dict[str, Feature]:
             return {name: domain.features[name] for name in feature_names(domain, ranker_name, side, kind)}
 
-        numbers, categories, lists = list(of_kind("number").values()), of_kind("category"), of_kind("list")
+        numbers, categories, lists = list(of_kind("number").values()), of_kind("category"), of_kind("list") | of_kind("weighted_list")
+        self.weighted, vectors = frozenset(of_kind("weighted_list")), of_kind("vector")
         self.numbers = len(numbers)
         self.scaled = [number.normalise != "none" for number in numbers]
         self.register_buffer("mean", torch.zeros(len(numbers)))
@@ -360,7 +362,9 @@ class SideFeatures(nn.Module):
         self.register_buffer("missing", torch.tensor([number.missing for number in numbers], dtype=torch.float32), persistent=False)
         self.categories = nn.ModuleList(nn.Embedding(feature.cardinality, feature.dimension) for feature in categories.values())
         self.lists = nn.ModuleDict({name: nn.Embedding(feature.cardinality, feature.dimension) for name, feature in lists.items()})
-        self.widths = (*(1 for _ in numbers), *(feature.dimension for feature in (*categories.values(), *lists.values())))
+        self.absent = nn.ParameterDict({name: nn.Parameter(torch.zeros(feature.dimension)) for name, feature in vectors.items()})
+        tabled = (*categories.values(), *lists.values(), *vectors.values())  # in the order of `forward`
+        self.widths = (*(1 for _ in numbers), *(feature.dimension for feature in tabled))
         self.width = sum(self.widths)
 
     def forward(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -373,10 +377,24 @@ class SideFeatures(nn.Module):
         parts += [table(tensors[f"{self.side}_category"][:, column]) for column, table in enumerate(self.categories)]  # each [., dimension]
         for name, table in self.lists.items():
             codes = tensors[f"{self.side}_list_{name}"]  # [., length_max]
+            if name in self.weighted:
+                parts.append(self._weighted_mean(table, codes, tensors[f"{self.side}_weight_{name}"]))
+                continue
             used = (codes != 0).unsqueeze(-1)
             used[:, 0] |= ~used.any(1)
             parts.append((table(codes) * used).sum(1) / used.sum(1))  # [., dimension]
+        for name, absent in self.absent.items():
+            vector = tensors[f"{self.side}_vector_{name}"].float()  # [., dimension]
+            parts.append(torch.where(vector.isnan(), absent, vector.clamp(-RAW_MAX, RAW_MAX)))
         return torch.cat(parts, 1)
+
+    @staticmethod
+    def _weighted_mean(table: nn.Module, codes: Tensor, weights: Tensor) -> Tensor:
+        """[., dimension]; row 0 where the weights are all 0."""
+        weights = weights.float().clamp(max=RAW_MAX) * (codes != 0)
+        total = weights.sum(1, keepdim=True)
+        mean = (table(codes) * (weights / total.clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(-1)).sum(1)
+        return torch.where(total > 0, mean, table(torch.zeros_like(codes[:, 0])))
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets mean and deviation from the rows of `tensors`."""

@@ -177,7 +177,8 @@ def _look_at_tables(report: Report, domain: Domain, tables: Generation) -> None:
             if column is not None:
                 share = _Shares(feature)
                 values = np.asarray(column[1:])
-                share.look(values, (values != 0).sum(1).astype(np.int32) if feature.kind == "list" else None)
+                lists = feature.kind in ("list", "weighted_list")
+                share.look(values, (values != 0).sum(1).astype(np.int32) if lists else None)
                 report.features[f"{member}.{name}"] = share.result()
 
 
@@ -219,7 +220,8 @@ class _Shares:
         self._rows = self._missing = self._values = self._outside = 0
 
     def look(self, values: npt.NDArray[Any], lengths: npt.NDArray[np.int32] | None) -> None:
-        missing = np.isnan(values) if self._kind == "number" else values == 0
+        missing = np.isnan(values) if self._kind in ("number", "vector") else values == 0
+        missing = missing.all(1) if self._kind == "vector" else missing
         self._rows += len(values) if lengths is None else len(lengths)
         self._missing += int(missing.sum() if lengths is None else (lengths == 0).sum())
         if self._vocabulary is not None:

@@ -135,3 +135,17 @@ def split_lists(array: pa.Array, separator: str) -> pa.ListArray:
         flat, lengths = flat.filter(pa.array(keep)), np.bincount(rows[keep], minlength=len(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+def parts_ms(parts: list[pa.Array]) -> tuple[npt.NDArray[np.int64], Bools]:
+    """Times as int64 ms [n] from columns of year, month, day and maybe hour, minute, second (UTC), and which rows have none."""
+    numbers = [np.nan_to_num(numbers_of(part)[0], nan=-1).astype(np.int64) for part in parts]
+    numbers += [np.zeros(len(parts[0]), np.int64)] * (6 - len(numbers))
+    year, month, day, hour, minute, second = numbers
+    bad = (year < 1) | (year > 9999) | (month < 1) | (month > 12) | (day < 1) | (day > 31)
+    bad |= (hour < 0) | (hour > 23) | (minute < 0) | (minute > 59) | (second < 0) | (second > 60)
+    months = np.where(bad, 0, (year - 1970) * 12 + month - 1).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + np.where(bad, 0, day - 1).astype("timedelta64[D]")
+    bad |= days.astype("datetime64[M]") != months
+    ms = days.astype("datetime64[ms]").astype(np.int64) + 1000 * (60 * (60 * hour + minute) + second)
+    return np.where(bad, 0, ms), bad

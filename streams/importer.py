@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -30,11 +31,13 @@ from features.domain import Domain, Log
 from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, logged_features, write_summary
 from features.runs import merge_runs, write_run
 from features.tables import Member, item_member, write_generation
+from streams.buckets import BUCKETS_MAX
 from streams.columns import U64, Bools
+from streams.counters import add_counters, counters
+from streams.negatives import COUNTS, add_negatives
 from streams.published import Findings, PublishedError, Reading, log_files, read_rows, read_source, row_schema
 
 FEATURES_SPACE = "features"
-BUCKETS_MAX = 256
 _SPILL_ROWS = 1 << 18
 _ROW_BYTES = 120
 _GZIP_RATIO = 6
@@ -74,7 +77,7 @@ def import_log(
             runs = [_fold_bucket(domain, bucket, found, len(buckets), memory_bytes) for bucket in progress("sort", buckets)]
             if not any(run.rows for run in runs):
                 raise PublishedError(f"{data}: none of {reading.rows} rows can be read: {reading.rejected.as_json()}")
-            written = _merge_all(domain, runs, out, progress)
+            written = _merge_all(domain, runs, out, work, memory_bytes, progress)
     finally:
         shutil.rmtree(work)
     summary = _summary(domain, reading, found, written)
@@ -87,6 +90,7 @@ def import_log(
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The summary as a table: what was read, what was made of it, what was left out and why."""
     rows = [(name, f"{summary[name]:,}", "") for name in ("rows", "actions", "impressions", "requests")]
+    rows += [(f"negatives: {name.replace('_', ' ')}", f"{summary['negatives'][name]:,}", "") for name in COUNTS if "negatives" in summary]
     for kind in ("rejected", "noted"):
         for reason, entry in summary[kind].items():
             rows.append((f"{kind}: {reason}", f"{entry['rows']:,}", "\n".join(entry["examples"][:3])))
@@ -216,6 +220,8 @@ def _fold_bucket(domain: Domain, bucket: Path, found: _Found, buckets: int, memo
     bucket.unlink()
     rows = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_primitive(table[name].type)}
     impression_bits, action_bits = _rule_bits(domain, domain.log, "impression"), _rule_bits(domain, domain.log, "other")
+    if domain.log.negatives is not None:  # each click is a request of its own item; the others are drawn when all is merged
+        impression_bits = _bits_by_action(domain, domain.log)[domain.actions[domain.log.negatives.action].id]
     shown = _shown(domain.log, table, rows, impression_bits, found)
     acting = np.flatnonzero(rows["rules"] & action_bits)
     answered, row_request = _attribute(domain.log, rows, shown, acting, found)
@@ -283,7 +289,7 @@ def _shown(log: Log, table: pa.Table, rows: dict[str, npt.NDArray[Any]], impress
         _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
         request_time_ms = rows["time_ms"][row][first][inverse]
     else:
-        gap_ms = log.request_gap_ms if log.candidates is None else 1
+        gap_ms = log.request_gap_ms if log.candidates is None and log.negatives is None else 1
         begins = np.ones(len(row), bool)
         begins[1:] = (user[1:] != user[:-1]) | (time_ms[1:] - time_ms[:-1] >= gap_ms)
         group = np.cumsum(begins) - 1
@@ -457,6 +463,9 @@ def _impressions(
     first_row = row[begins][np.cumsum(begins) - 1] if len(row) else row
     per_candidate = domain.log is not None and domain.log.candidates is not None
     for name in logged_features(domain):
+        if domain.features[name].counter is not None:
+            columns.append(np.full(len(row), np.nan, np.float32))  # counted when all is merged
+            continue
         column = table[f"feature.{name}"].combine_chunks()
         if domain.features[name].side == "request":
             column = column.take(pa.array(first_row))
@@ -472,15 +481,25 @@ def _impressions(
 # 3. Merge
 
 
-def _merge_all(domain: Domain, runs: list[_Runs], out: Path, bars: _Bars) -> dict[str, int]:
+def _merge_all(domain: Domain, runs: list[_Runs], out: Path, work: Path, memory_bytes: int, bars: _Bars) -> dict[str, Any]:
+    """Writes the log's two files; impressions go through negatives and counters where the domain file asks for these."""
     advance = bars.bar("write", sum(run.rows for run in runs))
     with LogWriter(out, ACTIONS, actions_schema(domain)) as writer:
         _merge([run.actions for run in runs], ("append_time_ms", "user_id", "event_time_ms", "event_id"), writer, advance)
-        actions = writer.rows
-    with LogWriter(out, IMPRESSIONS, impressions_schema(domain)) as writer:
+        written: dict[str, Any] = {"actions": writer.rows}
+    draws, counts = domain.log is not None and domain.log.negatives is not None, bool(counters(domain))
+    merged = work / "merged" if draws or counts else out
+    with LogWriter(merged, IMPRESSIONS, impressions_schema(domain)) as writer:
         _merge([run.impressions for run in runs], ("request_time_ms", "request_id"), writer, advance)
-        impressions = writer.rows
-    return {"actions": actions, "impressions": impressions}
+        rows = writer.rows
+    if draws:
+        sampled = work / "sampled" if counts else out
+        arguments = (memory_bytes, bars.bar("draw", rows))
+        written["negatives"] = add_negatives(domain, out / ACTIONS, merged, sampled, work / "draw", *arguments)
+        merged, rows = sampled, pq.read_metadata(sampled / IMPRESSIONS).num_rows
+    if counts:
+        add_counters(domain, out / ACTIONS, merged, out, work / "count", memory_bytes, bars.bar("count", rows))
+    return written | {"impressions": rows}
 
 
 def _merge(runs: list[Path], keys: tuple[str, ...], writer: LogWriter, advance: Callable[[int], None]) -> None:
@@ -515,12 +534,22 @@ def _import_tables(domain: Domain, data: Path, root: Path, created_ms: int, summ
     return {"space": FEATURES_SPACE, "generation": folder.name, "rows": {name: len(member.ids) for name, member in members.items()}}
 
 
-def _summary(domain: Domain, reading: Reading, found: _Found, written: dict[str, int]) -> dict[str, Any]:
+def _summary(domain: Domain, reading: Reading, found: _Found, written: dict[str, Any]) -> dict[str, Any]:
     for reason, count in found.counts.items():
         reading.noted.add(reason, count, found.examples[reason])
     collided = reading.collisions.found
     reading.noted.add("id: two texts share one hash", len(collided), (f"{a!r} and {b!r} are both {hashed}" for hashed, a, b in collided))
     notes = []
+    if sampled := written.get("negatives"):
+        kinds = " and ".join(
+            f"{sampled[kind]} {name}" for kind, name in (("uniform", "uniform"), ("popular", "popularity-matched")) if sampled[kind]
+        )
+        hours = sampled["window_ms"] / 3_600_000
+        notes.append(
+            f"candidates are sampled, not served: for each {sampled['action']} up to {kinds} negatives from the {hours:g} h before it, "
+            f"seed {sampled['seed']}; a metric of such requests compares models, and says nothing about the product"
+        )
+        found.requests = sampled["requests"]
     if not written["impressions"]:
         notes.append(
             "the log has no impressions (no rule for an impression action, no candidates): it gives sequences but no examples to train on"

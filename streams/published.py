@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import xxhash
@@ -26,12 +25,16 @@ import xxhash
 from features.actions import TIME_MS_MAX
 from features.domain import Domain, Feature, Log, Source
 from features.ids import Collisions
-from features.logs import logged_features
-from streams.columns import U64, Bools, as_text, ids_of, is_in, no_lists, nulls, numbers_of, split_lists, times_ms
+from features.logs import feature_type, logged_features
+from features.tensors import stored_columns
+from streams.columns import U64, Bools, as_text, ids_of, is_in, no_lists, nulls, numbers_of, parts_ms, split_lists, times_ms
+from streams.feature_columns import WHAT, feature_column, feature_matrices
 
 BLOCK_BYTES = 4 << 20
 EXAMPLES_MAX = 5
 YEAR_2000_MS, YEAR_2100_MS = 946_684_800_000, 4_102_444_800_000
+UNTIMED_FROM_MS = YEAR_2000_MS + 86_400_000
+"""Time of the first row of a log without times, milliseconds."""
 EMPTY_TEXTS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 """Texts of a CSV field that mean: nothing there."""
 _TRUE_TEXTS = ("1", "1.0", "true", "True")
@@ -146,7 +149,6 @@ def row_schema(domain: Domain) -> pa.Schema:
 
     event_id and request are 0 where the row has none; candidates is empty unless the log has a column of candidates.
     """
-    types = {"number": pa.float32(), "category": pa.uint64(), "list": pa.list_(pa.uint64())}
     fixed = [
         ("user_id", pa.uint64()),
         ("time_ms", pa.int64()),
@@ -167,10 +169,15 @@ def row_schema(domain: Domain) -> pa.Schema:
     log = domain.log
     per_candidate = log is not None and log.candidates is not None
     features = [
-        (f"feature.{name}", pa.list_(types[kind]) if per_candidate and domain.features[name].side == "candidate" else types[kind])
-        for name, kind in ((name, domain.features[name].kind) for name in logged_features(domain))
+        (f"feature.{name}", pa.list_(kind) if per_candidate and domain.features[name].side == "candidate" else kind)
+        for name, kind in ((name, feature_type(domain.features[name])) for name in _given_features(domain))
     ]
     return pa.schema(fixed + features)
+
+
+def _given_features(domain: Domain) -> tuple[str, ...]:
+    """Features that are columns of the log: those of the impressions, counters apart."""
+    return tuple(name for name in logged_features(domain) if domain.features[name].counter is None)
 
 
 def log_files(log: Log | Source, data: Path) -> list[Path]:
@@ -208,14 +215,14 @@ def read_rows(domain: Domain, data: Path, reading: Reading, on_bytes: Callable[[
 def read_source(domain: Domain, source: Source, side: str, data: Path, reading: Reading) -> tuple[U64, dict[str, npt.NDArray[Any]]]:
     """Ids uint64 [n] and the features of `side` of one item or user file set, in the files' order.
 
-    number: float32 [n], NaN missing; category: uint64 [n], 0 missing; list: uint64 [n, length_max], 0 none.
+    By the names and shapes of the tables' columns (`features.tensors.stored_columns`): NaN is a missing number, 0 a missing category.
     """
     log = domain.log
     assert log is not None
     features = {name: feature for name, feature in domain.features.items() if feature.side == side}
     wanted = {source.id: f"log.{side}s id"} | {feature.column or name: f"features.{name}" for name, feature in features.items()}
     ids: list[U64] = []
-    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in features}
+    parts: dict[str, list[npt.NDArray[Any]]] = {column: [] for name, of in features.items() for column, *_ in stored_columns(name, of)}
     arguments = (source.format or log.format, source.separator or log.separator, source.columns, wanted)
     for path in log_files(source, data):
         for batch in _batches(path, *arguments, reading, None, quoted_newlines=True):
@@ -223,8 +230,10 @@ def read_source(domain: Domain, source: Source, side: str, data: Path, reading: 
             _reject(reading.rejected, f"{source.id}: empty or not an unsigned 64-bit integer", bad, batch, source.id)
             ids.append(hashed[~bad])
             for name, feature in features.items():
-                column = batch.columns[feature.column or name]
-                parts[name].append(_feature_matrix(column, feature, f"features.{name}", batch, reading)[~bad])
+                arrays, unusable = feature_matrices(name, batch.columns[feature.column or name], feature)
+                _note_feature(reading, name, feature, unusable, batch)
+                for column, array in arrays.items():
+                    parts[column].append(array[~bad])
     return np.concatenate(ids), {name: np.concatenate(part) for name, part in parts.items()}
 
 
@@ -246,8 +255,9 @@ def _log_columns(domain: Domain) -> dict[str, str]:
         "value",
     )
     wanted = {getattr(log, key): f"log.{key}" for key in keys if getattr(log, key) is not None}
+    wanted |= dict.fromkeys(log.time_parts, "log.time_parts")
     wanted |= {rule.column: f"log.actions[{n}].column" for n, rule in enumerate(log.actions) if rule.column is not None}
-    wanted |= {domain.features[name].column or name: f"features.{name}" for name in logged_features(domain)}
+    wanted |= {domain.features[name].column or name: f"features.{name}" for name in _given_features(domain)}
     return wanted
 
 
@@ -353,11 +363,12 @@ class _LogBatch:
         empty = nulls(self._column(log.entity)) if log.candidates is not None else np.zeros(n, bool)
         entity = self._id("entity", log.entity, log.entity_ids, optional=empty)
         kind = self._kind()
-        time_ms = self._time("time", log.time)
+        time_ms = self._event_time()
         append_ms = time_ms if log.append_time is None else self._time("append_time", log.append_time)
-        early = time_ms - self.domain.future_tolerance_ms > append_ms
-        self._reject("append_time: the event time is further ahead than future_tolerance_ms", early, log.append_time or log.time)
-        self._note("append_time: before the event time, within future_tolerance_ms", time_ms > append_ms, log.append_time or log.time)
+        if log.append_time is not None:
+            early = time_ms - self.domain.future_tolerance_ms > append_ms
+            self._reject("append_time: the event time is further ahead than future_tolerance_ms", early, log.append_time)
+            self._note("append_time: before the event time, within future_tolerance_ms", time_ms > append_ms, log.append_time)
         event = np.zeros(n, np.uint64) if log.event_id is None else self._id("event_id", log.event_id, log.event_ids)
         rules = self._rules(empty)
         columns = {
@@ -377,7 +388,7 @@ class _LogBatch:
             "row": self.batch.lines(),
             "candidates": listed,
         }
-        for name in logged_features(self.domain):
+        for name in _given_features(self.domain):
             feature = self.domain.features[name]
             columns[f"feature.{name}"] = self._feature(name, feature, listed)
         table = pa.table([columns[name] for name in row_schema(self.domain).names], schema=row_schema(self.domain))
@@ -404,9 +415,23 @@ class _LogBatch:
         self._reject(f"{key}: {what}", bad if optional is None else bad & ~optional, column)
         return hashed
 
+    def _event_time(self) -> npt.NDArray[np.int64]:
+        log, n = self.log, self.batch.rows
+        if log.time is not None:
+            return self._time("time", log.time)
+        if log.time_parts:
+            time_ms, bad = parts_ms([self._column(name) for name in log.time_parts])
+            self._reject(f"time_parts: not a date of {', '.join(log.time_parts)}", bad, log.time_parts[0])
+            return self._plausible("time_parts", time_ms, bad, log.time_parts[0])
+        self._note("time: the log has none; each row counts as a second after the one before it", np.ones(n, bool), log.user)
+        return UNTIMED_FROM_MS + 1000 * (self.reading.rows - n + np.arange(n, dtype=np.int64))
+
     def _time(self, key: str, column: str) -> npt.NDArray[np.int64]:
         time_ms, bad = times_ms(self._column(column), self.log.time_unit)
         self._reject(f"{key}: empty or not a time in {self.log.time_unit}", bad, column)
+        return self._plausible(key, time_ms, bad, column)
+
+    def _plausible(self, key: str, time_ms: npt.NDArray[np.int64], bad: Bools, column: str) -> npt.NDArray[np.int64]:
         self._reject(f"{key}: must be above 0", (time_ms <= 0) & ~bad, column)
         self._reject(f"{key}: must be below 2^62 ms", time_ms >= TIME_MS_MAX, column)
         self._note(f"{key}: before the year 2000; is time_unit right?", time_ms < YEAR_2000_MS, column)
@@ -507,9 +532,12 @@ class _LogBatch:
     def _feature(self, name: str, feature: Feature, listed: pa.Array) -> pa.Array:
         column, key = self._column(feature.column or name), f"features.{name}"
         if self.log.candidates is None or feature.side == "request":
-            return _feature_column(column, feature, key, self.batch, self.reading)
-        if feature.kind == "list":
-            raise PublishedError(f"{key}: a list for each candidate of a list cannot be read; use a log with one row a candidate")
+            array, unusable = feature_column(column, feature)
+            _note_feature(self.reading, name, feature, unusable, self.batch)
+            return array
+        if feature.kind not in ("number", "category"):
+            what = "vector" if feature.kind == "vector" else "list"
+            raise PublishedError(f"{key}: a {what} for each candidate of a list cannot be read; use a log with one row a candidate")
         lists = split_lists(column, self.log.candidates_separator)
         differs = np.diff(lists.offsets.to_numpy()) != np.diff(listed.offsets.to_numpy())
         self._reject(f"{key}: not as many values as candidates", differs, feature.column or name)
@@ -524,34 +552,12 @@ def _reject(findings: Findings, reason: str, rows: Bools, batch: _Batch, column:
         findings.add(reason, len(index), (f"{batch.path.name}:{lines[i]}: {column}={_value_text(values[int(i)])}" for i in index))
 
 
+def _note_feature(reading: Reading, name: str, feature: Feature, rows: Bools, batch: _Batch) -> None:
+    _reject(reading.noted, f"features.{name}: {WHAT.get(feature.kind, '')}", rows, batch, feature.column or name)
+
+
 def _value_text(value: pa.Scalar) -> str:
     try:
         return repr(value.as_py())
     except (OverflowError, ValueError):  # a time that Python's datetime cannot hold
         return str(value.value)
-
-
-def _feature_column(column: pa.Array, feature: Feature, key: str, batch: _Batch, reading: Reading) -> pa.Array:
-    """A feature as the canonical log has it: float32, uint64 or list of uint64 (cut to length_max)."""
-    if feature.kind == "number":
-        numbers, bad = numbers_of(column)
-        name = next(name for name, array in batch.columns.items() if array is column)
-        _reject(reading.noted, f"{key}: not a finite number; taken as missing", bad, batch, name)
-        return pa.array(numbers.astype(np.float32))
-    if feature.kind == "category":
-        return pa.array(ids_of(column, "string", None)[0])
-    lists = split_lists(column, feature.separator)
-    hashed = pa.ListArray.from_arrays(lists.offsets, pa.array(ids_of(lists.values, "string", None)[0]))
-    return pc.list_slice(hashed, 0, feature.length_max, return_fixed_size_list=False)
-
-
-def _feature_matrix(column: pa.Array, feature: Feature, key: str, batch: _Batch, reading: Reading) -> npt.NDArray[Any]:
-    """A feature as the tables have it: lists padded to uint64 [n, length_max]."""
-    array = _feature_column(column, feature, key, batch, reading)
-    if feature.kind != "list":
-        flat: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
-        return flat
-    lengths = np.diff(array.offsets.to_numpy())
-    matrix = np.zeros((len(array), feature.length_max), np.uint64)
-    matrix[np.arange(feature.length_max) < lengths[:, None]] = array.flatten().to_numpy(zero_copy_only=False)
-    return matrix

@@ -33,10 +33,19 @@ from streams.archive import write_archive
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 WINDOW_MS, GRACE_MS, LATE_MS = HOUR_MS, 10 * MINUTE_MS, 12 * HOUR_MS
 STEP_MS = 18 * MINUTE_MS
+NEW_KINDS = """
+place = { side = "request", kind = "vector", dimension = 3 }
+words = { side = "request", kind = "weighted_list", hash_buckets = 20 }
+text = { side = "candidate", kind = "vector", dimension = 2 }
+sources = { side = "candidate", kind = "weighted_list", hash_buckets = 9, length_max = 2 }
+reasons = { side = "candidate", kind = "list", hash_buckets = 9 }
+"""
 DOMAIN = (
     REPLAY_DOMAIN.replace("[sequence.main]", 'view = { id = 4, kind = "impression" }\n[sequence.main]')
     .replace("age_days_max = 0.0005", "age_days_max = 0.4")
     .replace("evict_grace_days = 0.0002", "evict_grace_days = 0.1")
+    .replace("[ranker.home]", NEW_KINDS + "[ranker.home]")
+    .replace('"retrieval"]', '"retrieval", "place", "words", "text", "sources", "reasons"]')
 )
 CLICK, LIKE, UNLIKE, VIEW = 1, 2, 3, 4
 PERSONS = {USERS[1]: (USERS[2],), USERS[3]: (USERS[4], USERS[5]), USERS[6]: (USERS[7],), USERS[8]: (USERS[7],)}
@@ -102,8 +111,30 @@ class Making:
             self.clock_ms[partition] = clock_after(batch, self.clock_ms[partition])
             self.applied[partition] = len(records)
 
+    def asked(self, user, time_ms):
+        """A request; what is not said of a feature is missing."""
+        request, rng = new_request(self.rng, user, time_ms), self.rng
+        count = len(request.candidate_ids) // 8
+        for columns, names, n in (
+            (request.request_features, ("place", "words"), 1),
+            (request.candidate_features, ("text", "sources", "reasons"), count),
+        ):
+            for name in names:
+                if rng.random() < 0.3:
+                    continue
+                feature, column = self.domain.features[name], columns[name]
+                if feature.kind == "vector":
+                    column.number = rng.choice([np.nan, 0.5, -2.0], (n, feature.dimension)).astype("<f4").tobytes()
+                    continue
+                lengths = rng.integers(0, 4, n)
+                column.list_length = lengths.astype("<u4").tobytes()
+                column.category = rng.integers(0, 30, lengths.sum(), np.uint64).tobytes()
+                if feature.kind == "weighted_list":
+                    column.number = rng.choice([0, 0.25, 3], lengths.sum()).astype("<f4").tobytes()
+        return request
+
     def serve(self, user, time_ms):
-        request = new_request(self.rng, user, time_ms)
+        request = self.asked(user, time_ms)
         request.candidate_kinds = b"\x01" * (len(request.candidate_ids) // 8)
         request.identities.extend(PERSONS.get(user, ()))
         record = self.rank(request)
@@ -112,7 +143,7 @@ class Making:
             shadow.shadow = True
             self.log(shadow)
         if self.rng.random() < 0.1:  # asked again
-            again = new_request(self.rng, user, time_ms + 60_000)
+            again = self.asked(user, time_ms + 60_000)
             again.request_id = request.request_id
             again.candidate_kinds = b"\x01" * (len(again.candidate_ids) // 8)
             again.identities.extend(PERSONS.get(user, ()))

@@ -37,7 +37,7 @@ from features.actions import EVENT_DTYPE
 from features.erasures import Erasure, append_lines
 from features.log_erasure import drop_past
 from features.logs import LogError, log_files, read_actions, read_requests, read_summary, write_summary
-from features.pack import Packer
+from features.pack import Column, Packer
 from features.tables import TableSet
 from inference.dataset import History, _inputs, build_dataset, split_times
 from inference.served_examples import served_requests
@@ -155,7 +155,7 @@ def test_every_list_is_packed_again_to_the_logged_digest(world, labelled):
             record = _record(world, batch, i)
             ids = np.frombuffer(record.request.candidate_ids, "<u8")
             back = order[np.argsort(np.argsort(ids))]
-            features = {name: replace(column, number=column.number[back]) for name, column in inputs.candidate_features.items()}
+            features = {name: reordered(column, back) for name, column in inputs.candidate_features.items()}
             asked = replace(
                 inputs, candidate_ids=inputs.candidate_ids[back], candidate_kinds=inputs.candidate_kinds[back], candidate_features=features
             )
@@ -166,6 +166,15 @@ def test_every_list_is_packed_again_to_the_logged_digest(world, labelled):
             checked += 1
     assert checked > 200
     assert differ > 20, "the log of actions alone does not say what a request saw"
+
+
+def reordered(column, order):
+    if column.lengths is None:
+        return Column(number=column.number[order]) if column.category is None else Column(category=column.category[order])
+    ends, lengths = np.cumsum(column.lengths, dtype=np.int64), column.lengths.astype(np.int64)
+    rows = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in order])
+    weights = None if column.weights is None else column.weights[rows]
+    return Column(category=column.category[rows], lengths=column.lengths[order], weights=weights)
 
 
 def _record(world, batch, i):

@@ -52,6 +52,14 @@ score = {{ side = "candidate", kind = "number" }}
 position = {{ side = "candidate", kind = "number" }}
 source = {{ side = "candidate", kind = "category", hash_buckets = 2 }}
 reasons = {{ side = "candidate", kind = "list", vocabulary = ["tv"], length_max = 2 }}
+picture = {{ side = "item", kind = "vector", dimension = 2 }}
+topics = {{ side = "item", kind = "weighted_list", vocabulary = ["ios", "tv"], length_max = 2 }}
+taste = {{ side = "user", kind = "vector", dimension = 3 }}
+interests = {{ side = "user", kind = "weighted_list", hash_buckets = 4, length_max = 2 }}
+place = {{ side = "request", kind = "vector", dimension = 2 }}
+words = {{ side = "request", kind = "weighted_list", hash_buckets = 6, length_max = 3 }}
+text = {{ side = "candidate", kind = "vector", dimension = 1 }}
+sources = {{ side = "candidate", kind = "weighted_list", vocabulary = ["web"], length_max = 2 }}
 [ranker.home]
 sequence = "main"
 sequence_length = 4
@@ -62,6 +70,7 @@ embedding_dimension = 2
 heads.click = {{ actions = ["click"] }}
 features = [
   "score", "age", "tags", "price", "country", "hour", "position", "brand", "height", "device", "source", "query", "reasons", "likes",
+  "sources", "text", "words", "place", "interests", "taste", "topics", "picture",
 ]
 [ranker.related]
 sequence = "main"
@@ -117,6 +126,9 @@ def members(takedowns):
                     "price": np.array([1.5, np.nan, -0.0], np.float32),
                     "brand": np.array([5, 0, 2**64 - 1], U64),
                     "tags": np.array([hashes("android", "tv", "ios"), hashes("ios", "", ""), hashes("", "", "")], U64),
+                    "picture": np.array([[1.5, -0.0], [np.nan, 2], [3, 4]], np.float32),
+                    "topics": np.array([hashes("tv", "web"), hashes("ios", ""), hashes("", "")], U64),
+                    "topics__weights": np.array([[0.5, 2], [1, 9], [7, 0]], np.float32),
                 },
             ),
             "item.video": Member(np.array([1, 2], U64), features={"price": np.array([8, 9], np.float32)}),
@@ -127,6 +139,9 @@ def members(takedowns):
                     "height": np.array([np.nan, 2], np.float32),
                     "country": np.array(hashes("web", "ios"), U64),
                     "likes": np.array([[1, 0], [6, 7]], U64),
+                    "taste": np.array([[1, 2, 3], [-1, np.nan, 0]], np.float32),
+                    "interests": np.array([[5, 0], [6, 7]], U64),
+                    "interests__weights": np.array([[0.25, 0], [1, 0]], np.float32),
                 },
             ),
         },
@@ -207,6 +222,23 @@ def columns(side, domain, count):
             made[name] = st.lists(NUMBER_BITS, min_size=count, max_size=count).map(lambda v: Column(number=floats(v)))
         elif feature.kind == "category":
             made[name] = st.lists(HASH, min_size=count, max_size=count).map(lambda v: Column(category=np.array(v, U64)))
+        elif feature.kind == "vector":
+            size = count * feature.dimension
+            shape = (count, feature.dimension)
+            made[name] = st.lists(NUMBER_BITS, min_size=size, max_size=size).map(
+                lambda v, shape=shape: Column(number=floats(v).reshape(shape))
+            )
+        elif feature.kind == "weighted_list":
+            weighted = st.lists(
+                st.lists(st.tuples(HASH, st.sampled_from([0.0, -0.0, 0.5, 1e30])), max_size=4), min_size=count, max_size=count
+            )
+            made[name] = weighted.map(
+                lambda v: Column(
+                    category=np.array([one for row in v for one, _ in row], U64),
+                    lengths=np.array([len(row) for row in v], np.uint32),
+                    weights=np.array([weight for row in v for _, weight in row], np.float32),
+                )
+            )
         else:
             lists = st.lists(st.lists(HASH, max_size=4), min_size=count, max_size=count)
             made[name] = lists.map(
@@ -263,7 +295,7 @@ def joined(columns_of, names):
     for name in names:
         columns = [each[name] for each in columns_of if name in each]
         if len(columns) == len(columns_of):
-            parts = {part: [getattr(column, part) for column in columns] for part in ("number", "category", "lengths")}
+            parts = {part: [getattr(column, part) for column in columns] for part in ("number", "category", "lengths", "weights")}
             found[name] = Column(**{part: None if values[0] is None else np.concatenate(values) for part, values in parts.items()})
     return found
 

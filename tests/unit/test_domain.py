@@ -4,13 +4,16 @@ import pytest
 
 from features.domain import (
     Action,
+    Counter,
     Domain,
     DomainError,
     Feature,
     Head,
     Log,
     ModelSettings,
+    Negatives,
     Ranker,
+    Refresh,
     Rule,
     Sequence,
     Source,
@@ -95,7 +98,7 @@ def test_the_text_that_the_errors_are_made_from_is_good():
         (change('column = "event"', 'column = "e"\nequals = ["1"]\nat_least = 4'), ["log.actions.0", "either equals or at_least"]),
         (change('kind = "number"', 'kind = "number"\nmissing = 0'), ["features.price", "missing must not be 0"]),
         (change('kind = "number"', 'kind = "category"'), ["features.price", "either vocabulary or hash_buckets"]),
-        (change('kind = "number"', 'kind = "vector"'), ["features.price.kind", "'number', 'category' or 'list'", "found 'vector'"]),
+        (change('kind = "number"', 'kind = "picture"'), ["features.price.kind", "'number', 'category', 'list'", "found 'picture'"]),
         (change('name = "shop"', 'name = "The Shop"'), ["name", "found 'The Shop'"]),
         (change("[entities]", "[entities"), ["not valid TOML"]),
         (change("caps =", "age_days_max = inf\ncaps ="), ["sequence.main.age_days_max", "finite", "found inf"]),
@@ -173,5 +176,5 @@ def test_the_examples_of_the_documentation_are_good_and_no_key_is_left_out():
     text = (DOMAINS.parent / "docs" / "domain.md").read_text("utf-8")
     examples = [block.split("```")[0] for block in text.split("```toml\n")[1:]]
     assert [parse_domain(example, source="domain.md").name for example in examples] == ["videos", "shop"]
-    for part in (Domain, Action, Sequence, Feature, Head, Ranker, ModelSettings, Rule, Source, Log):
+    for part in (Domain, Action, Sequence, Feature, Counter, Head, Ranker, ModelSettings, Refresh, Rule, Source, Log, Negatives):
         assert [key for key in part.model_fields if f"`{key}`" not in text and f"[{key}" not in text and f".{key}" not in text] == []

@@ -1,0 +1,159 @@
+"""Item vectors made anew every hour: what a generation may know, that generations stay comparable, and which one a request is given."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from features.domain import Domain, Refresh, parse_domain
+from features.tables import USER, Generation, open_generation
+from features.tensors import tensor_fingerprint
+from inference.dataset import _Packers, build_dataset
+from inference.embeddings import EmbeddingError, Positives
+from inference.refreshed import generations, publish_refreshed, rotation
+from streams.importer import import_log
+
+HOUR_MS = 3_600_000
+T = 1_700_002_800_000  # a whole hour
+DOMAIN = """
+name = "news"
+[entities]
+article = 1
+[actions]
+click = { id = 2, kind = "positive" }
+[sequence.main]
+id = 1
+[ranker.home]
+sequence = "main"
+sequence_length = 10
+item_space = "together"
+user_space = "together"
+embedding_dimension = 8
+refresh = { every_ms = 3_600_000, window_ms = 21_600_000 }
+[ranker.home.heads.click]
+actions = ["click"]
+[log]
+files = ["log.csv"]
+user = "user"
+entity = "item"
+entity_kind = "article"
+time = "time"
+negatives = { action = "click", uniform = 3 }
+[[log.actions]]
+action = "click"
+"""
+
+
+def clicks(hours: int = 30, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Rows (user, item, time): articles of two topics, of which some come every hour and are read for six; a user reads one topic."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for hour in range(hours):
+        users = random.integers(0, 60, 150)
+        age = random.integers(0, 6, 150)
+        items = 2 * (10 * np.maximum(hour - age, 0) + random.integers(0, 10, 150)) + users % 2
+        times = T + hour * HOUR_MS + random.integers(0, HOUR_MS, 150)
+        rows.append(np.stack([users, items + 1, times], 1))
+    return np.concatenate(rows)[np.argsort(np.concatenate(rows)[:, 2], kind="stable")]
+
+
+def imported(folder: Path, rows: npt.NDArray[np.int64]) -> tuple[Domain, Path]:
+    folder.mkdir()
+    (folder / "log.csv").write_text("user,item,time\n" + "".join(f"{user},{item},{time_ms}\n" for user, item, time_ms in rows.tolist()))
+    domain = parse_domain(DOMAIN, source="news.toml")
+    import_log(domain, folder, folder / "log", created_ms=T)
+    return domain, folder / "log"
+
+
+def positives(rows: npt.NDArray[np.int64]) -> Positives:
+    users, items, times = rows.T
+    return Positives(users.astype(np.uint64), np.ones(len(rows), np.uint8), items.astype(np.uint64), times)
+
+
+def opened(root: Path, folders: list[Path]) -> list[Generation]:
+    return [open_generation(root, "together", folder.name) for folder in folders]
+
+
+def test_a_generation_knows_what_came_before_it_and_no_more(tmp_path: Path) -> None:
+    rows = clicks()
+    cut_ms = T + 20 * HOUR_MS
+    other = rows.copy()
+    other[rows[:, 2] >= cut_ms, 1] = 1  # all that comes later is on one item
+    told = []
+    for name, each in (("one", rows), ("other", other)):
+        domain, log = imported(tmp_path / name, each)
+        folders = publish_refreshed(domain, "home", log, tmp_path / name / "tables")
+        told.append(opened(tmp_path / name / "tables", folders))
+    assert [held.created_ms for held in told[0]] == [int(rows[0, 2]), *(T + hour * HOUR_MS for hour in range(1, 31))]
+    assert len({held.lineage for held in told[0]}) == 1
+    early = [(one, two) for one, two in zip(*told, strict=True) if one.created_ms <= cut_ms]
+    assert len(early) == 21
+    assert [one.name for one, _ in early] == [two.name for _, two in early]  # a log that has grown goes on with what is there
+    for one, two in early:
+        for member in ("item.article", USER):
+            np.testing.assert_array_equal(one.ids(member), two.ids(member))
+            np.testing.assert_array_equal(one.vector_table(member), two.vector_table(member))
+        assert set(one.ids("item.article").tolist()) == set(rows[rows[:, 2] < one.created_ms, 1].tolist())
+    assert not np.array_equal(told[0][-1].ids("item.article"), told[1][-1].ids("item.article"))
+
+
+def test_vectors_of_neighbouring_hours_are_comparable() -> None:
+    found = list(generations(positives(clicks()), Refresh(every_ms=HOUR_MS, window_ms=6 * HOUR_MS), 8, seed=0))
+    likeness, topics = [], []
+    for (_, before, known), (_, items, _) in pairwise(found[10:]):
+        live = np.flatnonzero(known & (items.vectors != before.vectors).any(1))  # made anew
+        a, b = before.vectors[live], items.vectors[live]
+        likeness.append(float(np.mean((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-9))))
+        odd = items.ids % 2 == 1
+        today = np.abs(items.vectors).any(1)
+        topics.append(float(items.vectors[odd & today].mean(0) @ items.vectors[~odd & today].mean(0)))
+    assert np.mean(likeness) > 0.6  # without the rotation the mean is about 0
+    assert np.mean(topics) < 0.1
+
+
+def test_the_rotation_finds_a_turn_and_keeps_dot_products() -> None:
+    random = np.random.default_rng(1)
+    old = random.normal(size=(50, 6)).astype(np.float32)
+    turn = np.linalg.qr(random.normal(size=(6, 6)))[0].astype(np.float32)
+    new = old @ turn.T
+    np.testing.assert_allclose(new @ rotation(new, old), old, atol=1e-5)
+    found = rotation(random.normal(size=(5, 6)).astype(np.float32), old[:5])
+    np.testing.assert_allclose(found @ found.T, np.eye(6), atol=1e-5)
+    assert rotation(old[:0], old[:0]).shape == (6, 6)
+
+
+def test_a_request_is_given_the_generation_of_its_hour(tmp_path: Path) -> None:
+    domain, log = imported(tmp_path / "one", clicks())
+    root = tmp_path / "tables"
+    folders = publish_refreshed(domain, "home", log, root)
+    dataset, tables = build_dataset(domain, "home", log, root)
+    assert tables.items.name == folders[-1].name
+    packers = _Packers(domain, "home", root, tables)
+    last_ms = -1
+    for i in range(0, len(dataset), 97):
+        at_ms = int(dataset.request_time_ms[i])
+        items = packers.at(at_ms).tables.items
+        assert items.created_ms <= at_ms
+        assert at_ms - items.created_ms < HOUR_MS
+        assert packers.at(at_ms).tables.users is items
+        last_ms = max(last_ms, items.created_ms)
+        held = items.vector_table("item.article")
+        assert held is not None
+        rows = dataset.candidate_rows(np.array([i]))
+        for vector in dataset.of_candidate["candidate_embedding"][rows]:
+            assert (held == vector).all(1).any()
+    assert last_ms > T + 25 * HOUR_MS
+
+
+def test_what_asks_for_it_and_what_does_not(tmp_path: Path) -> None:
+    domain, log = imported(tmp_path / "one", clicks(3))
+    plain = parse_domain(DOMAIN.replace("refresh = {", "# "), source="news.toml")
+    assert tensor_fingerprint(domain, "home") == tensor_fingerprint(plain, "home")  # how vectors are made is no part of the interface
+    with pytest.raises(EmbeddingError, match="ask for no refresh"):
+        publish_refreshed(plain, "home", log, tmp_path / "tables")
+    ranker = domain.ranker["home"]
+    two = domain.model_copy(update={"ranker": {"home": ranker, "other": ranker.model_copy(update={"refresh": None})}})
+    with pytest.raises(EmbeddingError, match=r"ranker\.other\.refresh: differs"):
+        publish_refreshed(two, "home", log, tmp_path / "tables")
