@@ -24,7 +24,7 @@ from deploy.drive import end_of, rank_fresh
 from deploy.experiments import announce_experiment, make_experiment
 from deploy.label_report import LabelReport
 from deploy.labelling import LabelOptions, label
-from deploy.learn import Workspace, import_data, now_ms, release, train_ranker
+from deploy.learn import Workspace, import_data, judge_trained, now_ms, release, train_ranker
 from deploy.processes import kafka_config
 from deploy.replay import replay_options
 from deploy.settings import Settings
@@ -36,6 +36,7 @@ from features.erasures import LEDGER
 from features.labels import Rules
 from features.logs import read_requests
 from inference.client import Ranking, feature_column
+from inference.gate import gate_table
 from inference.train import TrainOptions
 from protos.v1.ranking_pb2 import RankRequest
 
@@ -70,7 +71,8 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
     domain, ranker = work.domain, work.domain.ranker_name(None)
     summary = import_data(work, data, console)
     train_ranker(work, ranker, options)
-    first = release(work, ranker).release_id
+    incumbent = release(work, ranker)
+    first = incumbent.release_id
     console.print(f"[bold]1[/bold]  the first model, from {summary['requests']:,} imported requests: {first}")
     with Stack(settings) as stack:
         live = connect(stack, domain, ranker)
@@ -83,7 +85,11 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
             console.print(report.to_text(), markup=False, soft_wrap=True)
             served = replace(work, served=True)
             train_ranker(served, ranker, options)
-            second = release(served, ranker).release_id
+            verdict = judge_trained(served, ranker, incumbent)
+            console.print(gate_table(verdict))
+            forced = "" if verdict.passed else "; published all the same, to see what users do"
+            console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}{forced}", markup=False, soft_wrap=True)
+            second = release(served, ranker, verdict.for_manifest()).release_id
             console.print(f"[bold]4[/bold]  the second model, from what the first one served alone: {second}")
             _switch(stack.settings, live, ranker, first, second)
             count = traffic.run(LATER, from_ms=LATER_FROM_MS)

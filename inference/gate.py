@@ -20,6 +20,7 @@ from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from inference.dataset import build_dataset
 from inference.evaluate import compare
+from inference.packed import default_cache
 from inference.release import Release, load_model
 from inference.train import EVALUATION_ROWS, TIME_MS_MAX
 from inference.transact import NoopRanker, TransActRanker
@@ -159,7 +160,7 @@ class _Scored:
 def _scored(ranker: str, who: Contender, log: str | Path, tables_root: str | Path, from_ms: int, erased: Erased) -> _Scored:
     """The log's requests from `from_ms` on, as a contender packs and scores them."""
     assert isinstance(who.model, TransActRanker)
-    dataset, _ = build_dataset(who.domain, ranker, log, tables_root, generations=who.generations, erased=erased)
+    dataset, _ = build_dataset(who.domain, ranker, log, tables_root, generations=who.generations, erased=erased, cache=default_cache(log))
     part = dataset.part(from_ms, TIME_MS_MAX)
     sizes = np.diff(dataset.starts)[part]
     rows = np.zeros((int(sizes.sum()), len(who.model.head_names)), np.float32)
