@@ -7,12 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from features.domain import Domain, Refresh, parse_domain
-from features.tables import USER, Generation, open_generation
+from features.tables import USER, Generation, lineage_of, open_generation
 from features.tensors import tensor_fingerprint
 from inference.dataset import _Packers, build_dataset
 from inference.embeddings import EmbeddingError, Positives
+from inference.gate import Contender, Limits, judge
 from inference.refreshed import generations, publish_refreshed, rotation
+from inference.release import load_model
+from inference.train import TrainOptions
 from streams.importer import import_log
 
 HOUR_MS = 3_600_000
@@ -145,6 +149,43 @@ def test_a_request_is_given_the_generation_of_its_hour(tmp_path: Path) -> None:
         for vector in dataset.of_candidate["candidate_embedding"][rows]:
             assert (held == vector).all(1).any()
     assert last_ms > T + 25 * HOUR_MS
+
+
+def test_a_ranker_is_trained_on_and_judged_with_the_vectors_of_the_hours_since(tmp_path: Path) -> None:
+    rows = clicks(40)
+    work = Workspace(tmp_path / "news.toml", tmp_path)
+    work.domain_path.write_text(DOMAIN)
+
+    def hold(until_ms: int) -> None:
+        known = rows[rows[:, 2] < until_ms].tolist()
+        (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"{user},{item},{time_ms}\n" for user, item, time_ms in known))
+        import_log(work.domain, tmp_path, work.log, tables_root=work.tables, created_ms=T)
+
+    options = TrainOptions(epochs=1, seconds_max=20, threads=1, small=False, progress=False)
+    hold(T + 25 * HOUR_MS)
+    train_ranker(work, "home", options)
+    first = release(work, "home")
+    assert open_generation(work.tables, "together", first.generations["together"]).created_ms == T + 25 * HOUR_MS
+    hold(T + 40 * HOUR_MS)
+    generations = continue_ranker(work, "home", first, options).generations
+    newest = open_generation(work.tables, "together", generations["together"])
+    assert newest.created_ms == T + 40 * HOUR_MS
+    assert newest.lineage == lineage_of(work.tables, "together", first.generations["together"])
+    verdict = judge_trained(work, "home", first, Limits(requests_min=50, positives_min=20, auc_loss_max=0.5))
+    assert verdict.passed
+    assert verdict.heads is not None
+    # The incumbent is judged with the vectors that it would serve with now, not with those of its training alone.
+    stale = judge(
+        "home",
+        Contender("now", load_model(first), work.domain, generations, verdict.from_ms),
+        Contender.of(first),
+        work.log,
+        work.tables,
+        limits=Limits(requests_min=50, positives_min=20),
+    )
+    assert stale.heads is not None
+    assert stale.heads["click"]["auc"]["with"] == verdict.heads["click"]["auc"]["without"]
+    assert stale.heads["click"]["auc"]["with"] != stale.heads["click"]["auc"]["without"]
 
 
 def test_what_asks_for_it_and_what_does_not(tmp_path: Path) -> None:
