@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from inference.metrics import calibration_error, reliability
 from inference.plots import FIGURES
 
 REPORT = "report.html"
@@ -26,14 +27,9 @@ def reliability_bins(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.boo
     {"bins": [{"predicted", "observed", "rows"}], "error"}: means of each bin, and the mean distance of the two over all candidates (the
     expected calibration error; None without candidates).
     """
-    order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    found = [
-        {"predicted": float(probabilities[part].mean(dtype=np.float64)), "observed": float(labels[part].mean()), "rows": len(part)}
-        for part in parts
-    ]
-    apart = [abs(each["predicted"] - each["observed"]) * each["rows"] for each in found]
-    return {"bins": found, "error": sum(apart) / len(order) if len(order) else None}
+    predicted, observed, rows = reliability(probabilities, labels, bins)
+    found = [{"predicted": float(p), "observed": float(o), "rows": int(n)} for p, o, n in zip(predicted, observed, rows, strict=True)]
+    return {"bins": found, "error": calibration_error(probabilities, labels, bins) if found else None}
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:
