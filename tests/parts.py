@@ -14,18 +14,28 @@ TESTS = Path(__file__).parent
 OTHERS = ("contract", "fuzz", "golden", "parity", "property", "simulation", "unit")
 WAITING = ("integration", "chaos")
 SERVING = (
+    "ablate",
+    "baseline",
     "call_watch",
     "compatibility",
+    "continue",
+    "cycle",
     "door",
+    "draft",
     "experiments",
+    "forms_training",
+    "gate",
     "http_door",
+    "import_globo",
+    "leakage",
     "rank_clients",
+    "refreshed",
     "releases",
     "tiers",
     "training",
     "training_runs",
 )
-"""Integration tests that go with the others: they start a server of their own at most, and kill nothing of the stack."""
+"""Integration tests that go with the others: they start a server of their own at most, or train, and kill nothing of the stack."""
 
 
 def main() -> int:
