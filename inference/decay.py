@@ -62,7 +62,7 @@ def decay(
     Raises:
         TrainError: no later day has REQUESTS_MIN requests, or a part is empty.
     """
-    out = Path(out)
+    out, options = Path(out), replace(options, small=False)
     dataset, tables = build_dataset(domain, ranker_name, log, tables_root, generations=generations, erased=erased, cache=default_cache(log))
     days = later_days(dataset, until_ms)
     if not days:
