@@ -40,7 +40,7 @@ def test_calibration_is_fitted_on_validation_and_released(tmp_path: Path, world:
 
     # A click weighs 3 in the loss and 1 in the log: without correction it is foretold too often.
     found = result.metrics["calibration"]["click"]
-    assert found["after"]["error"] < 0.6 * found["before"]["error"]
+    assert found["after"]["error"] < 0.7 * found["before"]["error"]
     assert result.metrics["test"]["heads"]["click"]["calibration_error"] == pytest.approx(found["after"]["error"], abs=1e-4)
     assert (work.training("home") / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert result.metrics["calibration"]["hide"]["before"]["error"] == pytest.approx(
