@@ -110,7 +110,7 @@ def decay_table(result: dict[str, Any]) -> Table:
     """For the terminal."""
     table = Table(title=f"ranker {result['ranker']} by days since its training")
     for column in ("head", "day", "requests", *(f"AUC {name}" for name in (FROZEN, DAILY, WITHOUT)), "HIT@3 frozen", "HIT@3 trained daily"):
-        table.add_column(column, justify="left" if column in ("head", "day") else "right")
+        table.add_column(column, justify="left" if column in ("head", "day") else "right", no_wrap=column in ("head", "day"))
     for head in result["days"][0]["heads"]:
         for row in result["days"]:
             of = row["heads"][head]
