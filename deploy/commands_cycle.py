@@ -85,8 +85,6 @@ def cycle(
     found = one.tick(now_ms())
     if found.arms:
         Console(stderr=True).print(outcomes_table(found.arms, f"{name}: lists by arm"))
-    if as_json:
-        print(json.dumps({"what": found.what, "why": found.why, "arms": [arm.as_dict() for arm in found.arms]}))
-    else:
-        print(f"{found.what}: {found.why}")
+    said = {"what": found.what, "why": found.why, "arms": [arm.as_dict() for arm in found.arms]}
+    print(json.dumps(said) if as_json else f"{found.what}: {found.why}")
     raise typer.Exit(GATE_REFUSED if found.refused else 0)

@@ -119,8 +119,7 @@ def write_release(
         **({"only": True} if only else {}),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())},
     }
-    time = datetime.fromtimestamp(created_ms / 1000, UTC).strftime("%Y%m%dT%H%M%SZ")
-    release_id = f"{ranker}-{time}-{_content(manifest)}"
+    release_id = f"{ranker}-{datetime.fromtimestamp(created_ms / 1000, UTC):%Y%m%dT%H%M%SZ}-{_content(manifest)}"
     releases.mkdir(parents=True, exist_ok=True)
     folder = releases / release_id
     if not folder.exists():

@@ -428,7 +428,7 @@ def test_learning_rate_rises_then_falls() -> None:
 
 
 def test_evaluation_shows_what_the_sequence_is_worth(tmp_path: Path, world: tuple[Path, Path]) -> None:
-    trained = train(DOMAIN, "home", *world, tmp_path / "with", OPTIONS)
+    trained = train(DOMAIN, "home", *world, tmp_path / "with", replace(OPTIONS, epochs=8, patience=8))
     result = evaluate(DOMAIN, "home", *world, tmp_path / "with", tmp_path / "out")
     row = result["heads"]["click"]["auc"]
     assert row["with"] == pytest.approx(trained.metrics["test"]["heads"]["click"]["auc"])
