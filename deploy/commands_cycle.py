@@ -56,6 +56,8 @@ def cycle(
     from inference.outcomes import outcomes_table
     from inference.train import TrainOptions
 
+    if round(canary, 2) != canary:
+        raise typer.BadParameter("is in steps of 0.01", param_hint="--canary")
     settings = running(settings_for(home, domain), needs="kafka")
     work = workspace(settings, served=True)
     name = work.domain.ranker_name(ranker)

@@ -54,6 +54,8 @@ def publish(
     from inference.gate import UNKNOWN, Limits, Verdict, gate_table
     from inference.release import ReleaseError
 
+    if only and release_id:
+        raise typer.BadParameter("--only does not serve it, --release does; give one of them", param_hint="--only")
     settings = settings_for(home, domain)
     work = workspace(settings)
     name = work.domain.ranker_name(ranker)

@@ -41,6 +41,9 @@ NOTHING, STARTED, WAITING, PROMOTED, STOPPED, REFUSED = (
 )
 PUBLISHED = "published"
 CANARY = "canary"
+HOUR_MS = 3_600_000
+_SILENT_TIMES = 3
+"""A canary without a labelled list is stopped after so many times its least time."""
 
 
 class CycleError(ValueError):
@@ -84,12 +87,15 @@ class Ticked:
 
 @dataclass
 class State:
-    """What stays from tick to tick. release_id, experiment: the canary, and the name of its experiment ("": none runs); announced: whether
-    servers were told; since_ms: since when. full_ms: time of the last training from scratch. tried_until_ms: newest request of the last
-    training: what was refused is not trained on again before there is more.
+    """What stays from tick to tick.
+
+    release_id, incumbent, experiment: the canary, what the others are served, and the name of its experiment ("": none runs); announced:
+    whether servers were told; since_ms: since when. full_ms: time of the last training from scratch. tried_until_ms: newest request of the
+    last training: what was refused is not trained on again before there is more.
     """
 
     release_id: str = ""
+    incumbent: str = ""
     experiment: str = ""
     announced: bool = False
     since_ms: int = 0
@@ -122,11 +128,13 @@ class Cycle:
         with self._alone():
             report = self._label()
             self._say(report.to_text())
-            if not report.ok and not self._options.force:
-                raise CycleError("label: not every list's inputs are those that were served (see above); --force goes on with the rest")
             state = self._read()
-            found = self._look_after_canary(state, now_ms)
-            return self._train(state, now_ms) if found is None else found
+            found = self._look_after_canary(state, now_ms)  # first: what is wrong with labels may be the canary's doing
+            if found is not None:
+                return found
+            if not report.ok and not self._options.force:
+                raise CycleError("label: something must be looked at (see above) before anything is trained; --force goes on with the rest")
+            return self._train(state, now_ms)
 
     def _look_after_canary(self, state: State, now_ms: int) -> Ticked | None:
         """None: no canary runs any more, and another one may."""
@@ -135,6 +143,11 @@ class Cycle:
             return Ticked(NOTHING, f"another experiment of the ranker runs: {running.name}; stop it first")
         if not state.experiment:
             return None
+        served = self._incumbent().release_id
+        if served == state.release_id:  # by a tick that was cut off, or by somebody
+            return self._end(state, PROMOTED, f"{served} is served to everybody")
+        if served != state.incumbent:
+            return self._end(state, STOPPED, f"{state.release_id}: the served release has changed, to {served}")
         if running is None and state.announced:
             self._say(f"canary {state.experiment} was stopped by somebody")
             self._write(State(full_ms=state.full_ms, tried_until_ms=state.tried_until_ms))
@@ -142,10 +155,15 @@ class Cycle:
         if running is None:
             self._announce_canary(state, now_ms)
             return Ticked(STARTED, f"{state.release_id}: the last tick was cut off before it")
+        if not state.announced:
+            state.announced = True
+            self._write(state)
         arms = self._outcomes(state)
         found = {one.arm: one for one in arms}
         canary = found.get(CANARY)
         if canary is None:
+            if now_ms - state.since_ms >= _SILENT_TIMES * max(self._options.canary_ms_min, HOUR_MS):
+                return self._end(state, STOPPED, f"{state.release_id}: no list of it is labelled; was it ever loaded?")
             return Ticked(WAITING, "no list of the canary is labelled yet", arms)
         decision, why = decide(canary, found[""], self._utilities(), lists_min=self._options.lists_min, users_min=self._options.users_min)
         if decision == PROMOTE and now_ms - state.since_ms < self._options.canary_ms_min:
@@ -154,9 +172,13 @@ class Cycle:
             return Ticked(WAITING, why, arms)
         if decision == PROMOTE:
             announce_release(self._settings, self._ranker, state.release_id, now_ms)
+        return self._end(state, PROMOTED if decision == PROMOTE else STOPPED, f"{state.release_id}: {why}", arms)
+
+    def _end(self, state: State, what: str, why: str, arms: tuple[Outcome, ...] = ()) -> Ticked:
+        """The canary is over."""
         announce_experiment(self._settings, self._ranker, None)
         self._write(State(full_ms=state.full_ms, tried_until_ms=state.tried_until_ms))
-        return Ticked(PROMOTED if decision == PROMOTE else STOPPED, f"{state.release_id}: {why}", arms)
+        return Ticked(what, why, arms)
 
     def _train(self, state: State, now_ms: int) -> Ticked:
         options, work = self._options, self._work
@@ -168,10 +190,10 @@ class Cycle:
             return Ticked(NOTHING, f"{new} requests are new; a training needs {options.requests_min}")
         same_model = incumbent.manifest["tensor_fingerprint"] == tensor_fingerprint(work.domain, self._ranker)
         due = now_ms - (state.full_ms or incumbent.created_ms) >= options.full_every_ms
-        if before_ms is None or not same_model or due:
+        scratch = before_ms is None or not same_model or due
+        if scratch:
             self._say("train from scratch")
-            train_ranker(work, self._ranker, options.train)
-            state.full_ms = now_ms
+            train_ranker(work, self._ranker, options.train, since_ms=before_ms or 0)
         else:
             self._say(f"train on from {incumbent.release_id}")
             continue_ranker(work, self._ranker, incumbent, options.train, days=options.days)
@@ -192,6 +214,7 @@ class Cycle:
             announce_release(self._settings, self._ranker, written.release_id, now_ms)
             return Ticked(PUBLISHED, f"{written.release_id}: {why}")
         state.release_id, state.experiment = written.release_id, f"cycle-{written.created_ms}"
+        state.incumbent = incumbent.release_id
         self._announce_canary(state, now_ms)
         return Ticked(STARTED, f"{written.release_id}: {why}")
 
@@ -230,7 +253,7 @@ class Cycle:
             served = batch.served
             arm = np.asarray(served.column("arm"))
             chosen = (served.column("ranker") == self._ranker) & (served.column("experiment") == state.experiment)
-            chosen &= (arm != CANARY) | (served.column("release_id") == state.release_id)
+            chosen &= served.column("release_id") == np.where(arm == CANARY, state.release_id, state.incumbent)
             rows = np.repeat(np.arange(len(batch)), np.diff(batch.starts))
             chosen &= np.bincount(rows[batch.seen], minlength=len(batch)) > 0
             labels, _ = labels_of(domain, self._ranker, batch)

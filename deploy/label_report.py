@@ -102,8 +102,6 @@ class LabelReport:
         for reason, count in sorted(self.excluded.items()):
             if reason not in ACCEPTED:
                 found.append(f"{count} lists could not be rebuilt: {reason}: {EXCLUSIONS[reason]}")
-        if self.backdated:
-            found.append(f"{self.backdated} rankings are of days that were closed: they were logged later than window and late time allow")
         if self.labels and not self.only_seen:
             found.append("no impression answers any list: what was seen is not known; log impressions, or label with --all-seen")
         return found

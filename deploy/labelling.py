@@ -465,7 +465,8 @@ class _Pass:
             for path in (*(path for paths in mine.values() for path in paths), *folders):
                 _sync(path)
             summary = {"domain": self.domain.name, "domain_version": self.domain.version, "parts": parts}
-            has_seen = self.summary["label"].get("has_seen", False) or self.options.all_seen or self.report.only_seen > 0
+            before = {} if self.options.rebuild else self.summary["label"]
+            has_seen = before.get("has_seen", False) or self.options.all_seen or self.report.only_seen > 0
             write_summary(self.out, summary | {"label": asdict(made) | {"has_seen": has_seen}, "report": self.report.as_json()})
             _sync(self.out)  # before the parts that the old one names go
 

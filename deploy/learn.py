@@ -23,7 +23,7 @@ from inference.ablate import Results, ablate
 from inference.ablations import CELLS, AblationTable, Cell
 from inference.checkpoints import TrainError
 from inference.dataset import split_times
-from inference.decay import decay, half_time_ms
+from inference.decay import decay, half_time_ms, validation_from
 from inference.embeddings import newest_generations, publish_embeddings
 from inference.evaluate import evaluate
 from inference.gate import Contender, Limits, Verdict, judge
@@ -96,24 +96,32 @@ def make_tables(work: Workspace, ranker: str, *, until_ms: int, seed: int) -> di
     )
 
 
-def train_ranker(work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False, out: Path | None = None) -> TrainResult:
+def train_ranker(
+    work: Workspace, ranker: str, options: TrainOptions, *, resume: bool = False, out: Path | None = None, since_ms: int = 0
+) -> TrainResult:
     """Embeddings of the training part, then the ranker with exactly these, into `out` (None: where `release` finds it). Under `torchrun`
     the first process makes the tables, and all of them train.
+
+    since_ms: validation and test are of the requests from then on, and everything before them trains: a model that competes with one that
+    knows the requests before is as fresh.
 
     Raises:
         TrainError, DatasetError, EmbeddingError, LogError: see there.
     """
     domain, erased = work.domain, work.erased
 
+    validation_ms, test_ms = split_times(domain, ranker, work.log, options.fractions, since_ms=since_ms)
+
     def tables() -> dict[str, str]:
-        validation_ms, _ = split_times(domain, ranker, work.log, options.fractions)
         publish_popularity(domain, work.log, work.tables, until_ms=validation_ms, erased=erased)
         return make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
 
     out = work.training(ranker) if out is None else out
     with joined() as ranks:
         generations = ranks.from_first(tables)
-        return train(domain, ranker, work.log, work.tables, out, options, resume=resume, generations=generations, erased=erased)
+        parts = (0, validation_ms, test_ms, TIME_MS_MAX)
+        given: dict[str, Any] = {"resume": resume, "generations": generations, "erased": erased, "parts": parts}
+        return train(domain, ranker, work.log, work.tables, out, options, **given)
 
 
 def continue_ranker(
@@ -136,9 +144,16 @@ def continue_ranker(
     validation_ms, test_ms = split_times(domain, ranker, work.log, options.fractions, since_ms=before_ms)
 
     def tables() -> dict[str, str]:
+        served = _served_generations(work, start)
         if domain.ranker[ranker].refresh is not None:
-            make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
-        return _served_generations(work, start)
+            made = make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
+            served = _served_generations(work, start)
+            if any(served.get(space) != name for space, name in made.items()):
+                raise TrainError(
+                    f"{start.release_id}: the vectors of the hours since are not comparable with its own (another seed, or an "
+                    "erasure in the first hour): train anew"
+                )
+        return served
 
     with joined() as ranks:
         return train(
@@ -213,7 +228,8 @@ def decay_of(work: Workspace, ranker: str, options: TrainOptions, report: Callab
     domain, erased = work.domain, work.erased
     times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in read_requests(work.log, domain))])
     until_ms = half_time_ms(times)
-    generations = make_tables(work, ranker, until_ms=until_ms, seed=options.seed)
+    validation_ms = validation_from(times[times < until_ms])
+    generations = make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
     out = work.home / "evaluation" / ranker / "decay"
     return decay(
         domain, ranker, work.log, work.tables, out, options, generations=generations, until_ms=until_ms, erased=erased, report=report
@@ -228,7 +244,7 @@ def judge_trained(work: Workspace, ranker: str, incumbent: Release | None, limit
     model, about = load_trained(work.domain, ranker, work.training(ranker))
     candidate = Contender("candidate", model, work.domain, about["generations"], about["parts"]["test"]["from_ms"])
     served = None if incumbent is None else replace(Contender.of(incumbent), generations=_served_generations(work, incumbent))
-    work = replace(work, served=about["served"])  # the log that it was trained on
+    work = replace(work, served=about.get("served", False))  # the log that it was trained on
     return judge(ranker, candidate, served, work.log, work.tables, limits=limits, erased=work.erased)
 
 

@@ -28,10 +28,7 @@ def drop_past(folder: str | Path, erasures: Iterable[Erasure]) -> int:
     another ledger go: they are packed again when they are needed.
     """
     erasures = list(erasures)
-    ledger = ledger_fingerprint(erased_users(erasures))
-    for meta in Path(folder, PACKED).glob("[!.]*/meta.json"):
-        if json.loads(meta.read_text("utf-8"))["ledger"] != ledger:
-            shutil.rmtree(meta.parent)
+    drop_packed(folder, erasures)
     if not is_served_log(folder):
         erased = erased_users(erasures)
         there = {name: Path(folder, name) for name in (ACTIONS, IMPRESSIONS)}
@@ -40,6 +37,18 @@ def drop_past(folder: str | Path, erasures: Iterable[Erasure]) -> int:
     with locked(folder):
         actions, impressions, served = (log_files(folder, name) for name in (ACTIONS, IMPRESSIONS, SERVED))
         return drop_served(actions, impressions, served, erasures)
+
+
+def drop_packed(folder: str | Path, erasures: Iterable[Erasure]) -> None:
+    """Removes the training arrays of a log that were packed under another ledger, and those that do not say."""
+    ledger = ledger_fingerprint(erased_users(list(erasures)))
+    for packed in Path(folder, PACKED).glob("[!.]*"):
+        try:
+            known = json.loads((packed / "meta.json").read_text("utf-8"))["ledger"]
+        except (OSError, ValueError, KeyError):  # it is being removed, or a removal was cut off
+            known = None
+        if known != ledger:
+            shutil.rmtree(packed, ignore_errors=True)
 
 
 def drop_served(actions: Iterable[Path], impressions: Iterable[Path], served: Iterable[Path], erasures: list[Erasure]) -> int:

@@ -529,6 +529,12 @@ def _weighted(column: pa.Array) -> FeatureColumn:
     return FeatureColumn(ids.to_numpy(), np.diff(offsets).astype(np.int32), weights.to_numpy())
 
 
+def unnamed_parts(logs: Path) -> list[Path]:
+    """Files of parts below the folders of `logs` that no summary names: of a pass that is under way, or was given up."""
+    named = {path for folder in logs.glob("*") for name in (ACTIONS, IMPRESSIONS, SERVED) for path in log_files(folder, name)}
+    return [path for name in ("actions", "impressions", "served") for path in logs.glob(f"*/{name}/[!.]*.parquet") if path not in named]
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Held by who replaces files of a served log. Waits for another one to be done."""

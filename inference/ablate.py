@@ -131,7 +131,7 @@ def planned(
             skipped[name] = str(error)
             continue
         ranker = changed.ranker[ranker_name]
-        definition = ranker.model_dump_json(exclude={"model", "heads"}) + str(bool(ranker.model.position_max))
+        definition = ranker.model_dump_json(exclude={"model"}) + str(bool(ranker.model.position_max))
         runs += [Run(name, seed, cells[name], changed, definition) for seed in range(seeds)]
     if not runs:
         raise AblationError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
@@ -300,7 +300,8 @@ class _World:
         """Keeps the test part of the first run; every other one has to have the same."""
         path = self.out / TRUTH
         depends = np.array(json.dumps(self._depends_on, sort_keys=True))
-        own = {"labels": scored.labels, "request_row": scored.request_row, "users": scored.users, "rows": scored.rows, "depends": depends}
+        users = np.unique(scored.users, return_inverse=True)[1].astype(np.uint64)  # who is who, not who: no erasure need come here
+        own = {"labels": scored.labels, "request_row": scored.request_row, "users": users, "rows": scored.rows, "depends": depends}
         if path.is_file():
             kept = np.load(path)
             if all(np.array_equal(kept[name], value) for name, value in own.items()):

@@ -106,7 +106,10 @@ def fit_platt(logits: F64, labels: npt.NDArray[np.bool_]) -> tuple[float, float]
         if abs(loss - found) < 1e-12 * max(1.0, loss):
             break
         loss = found
-    return max(float(weights[0]), SLOPE_MIN), float(weights[1])
+    if weights[0] < SLOPE_MIN:  # worse than chance: every score says about the mean
+        rate = float(target.mean())
+        return SLOPE_MIN, float(np.log(rate) - np.log1p(-rate) - SLOPE_MIN * logits.mean())
+    return float(weights[0]), float(weights[1])
 
 
 def fit_isotonic(logits: F64, labels: npt.NDArray[np.bool_]) -> tuple[F64, F64]:

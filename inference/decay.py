@@ -20,6 +20,7 @@ from features.domain import DAY_MS, Domain
 from features.erasures import NOBODY, Erased
 from inference.checkpoints import TrainError
 from inference.dataset import Dataset, build_dataset
+from inference.history import DatasetError
 from inference.metrics import head_metrics
 from inference.packed import default_cache
 from inference.plots import plot_decay
@@ -77,7 +78,7 @@ def decay(
     rows = []
     daily = models[FROZEN]
     for day_ms in days:
-        if day_ms > days[0]:
+        if day_ms > days[0] and len(dataset.part(day_ms - DAY_MS, day_ms)) > 1:
             report(f"train on until {_date(day_ms)}")
             parts = (max(0, day_ms - 7 * DAY_MS), _validation_from(dataset, day_ms - DAY_MS, day_ms), day_ms, day_ms + DAY_MS)
             short = replace(options, epochs=2, learning_rate=options.learning_rate / 3)
@@ -103,7 +104,14 @@ def later_days(dataset: Dataset, until_ms: int) -> list[int]:
 def half_time_ms(times_ms: npt.NDArray[np.int64]) -> int:
     """Begin of the UTC day by which half of the days have passed."""
     days = np.unique(times_ms // DAY_MS)
+    if not len(days):
+        raise DatasetError("the log has no request")
     return int(days[len(days) // 2]) * DAY_MS
+
+
+def validation_from(times_ms: npt.NDArray[np.int64]) -> int:
+    """Where the last VALIDATION_SHARE of ascending request times [n] begins; 0 without any."""
+    return int(times_ms[min(len(times_ms) - 1, int(len(times_ms) * (1 - VALIDATION_SHARE)))]) if len(times_ms) else 0
 
 
 def decay_table(result: dict[str, Any]) -> Table:
@@ -125,7 +133,7 @@ def _validation_from(dataset: Dataset, from_ms: int, until_ms: int) -> int:
     part = dataset.part(from_ms, until_ms)
     if len(part) < 2:
         raise TrainError(f"{len(part)} requests from {_date(from_ms)} to {_date(until_ms)}")
-    return int(dataset.request_time_ms[part[min(len(part) - 1, int(len(part) * (1 - VALIDATION_SHARE)))]])
+    return validation_from(dataset.request_time_ms[part])
 
 
 def _date(time_ms: int) -> str:

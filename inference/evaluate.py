@@ -162,7 +162,7 @@ def scores_of(model: TransActRanker, dataset: Dataset, requests: I64) -> Scored:
 
 
 def diversity(domain: Domain, ranker_name: str, dataset: Dataset, scored: Scored) -> dict[str, float | None]:
-    """How diverse the first ten by the final score are, mean over requests that have two or more.
+    """How diverse the first ten by the weighted sum of the heads are (a formula is left aside), mean over requests of two or more.
 
     intra_list_distance: of the candidates' embeddings. category_entropy: nats, of the ranker's first category or list feature of an item
     (its first value); None without one.

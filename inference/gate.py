@@ -18,8 +18,11 @@ from rich.table import Table
 
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
+from features.logs import LogError
+from features.tables import TableError
 from inference.dataset import build_dataset
 from inference.evaluate import compare
+from inference.history import DatasetError
 from inference.packed import default_cache
 from inference.release import Release, load_model
 from inference.train import EVALUATION_ROWS, TIME_MS_MAX
@@ -106,7 +109,7 @@ def judge(
         erased: users whose past is left out.
 
     Raises:
-        DatasetError, TableError, LogError: the log or a table cannot be used.
+        DatasetError, TableError, LogError: the log or a table cannot be used for the candidate.
     """
     limits = limits or Limits()
     if incumbent is None:
@@ -118,7 +121,11 @@ def judge(
     if unknown is not None:
         return Verdict(UNKNOWN, (f"{unknown} does not say which requests it was trained on",), **said)
     from_ms = max(int(who.trained_before_ms or 0) for who in (candidate, incumbent))
-    mine, theirs = (_scored(ranker, who, log, tables_root, from_ms, erased) for who in (candidate, incumbent))
+    mine = _scored(ranker, candidate, log, tables_root, from_ms, erased)
+    try:
+        theirs = _scored(ranker, incumbent, log, tables_root, from_ms, erased)
+    except (DatasetError, LogError, TableError) as error:
+        return Verdict(UNKNOWN, (f"what {incumbent.name} needs is not there any more: {error}",), from_ms=from_ms, **said)
     about: dict[str, Any] = {"requests": len(mine.users), "from_ms": from_ms, **said}
     if len(mine.users) < limits.requests_min:
         reason = f"{len(mine.users)} requests that neither was trained on; {limits.requests_min} are needed"

@@ -105,7 +105,7 @@ class History:
             ValueError: an earlier moment than one asked for before.
         """
         place = self._users.searchsorted(batch.user_id)
-        user = np.where(np.append(self._users, 0)[place] == batch.user_id, place, -1)
+        user = np.where(np.append(self._users, np.uint64(0))[place] == batch.user_id, place, -1)
         user[place == len(self._users)] = -1
         until = _positions_before(self._times, self._bounds, user, batch.request_time_ms)
         first = 0

@@ -17,6 +17,8 @@ from inference.metrics import user_means
 
 PROMOTE, STOP, GO_ON = "promote", "stop", "go on"
 DRAWS = 1000
+HARM_USERS_MIN, LABELS_MIN = 50, 20
+"""Users of each arm, and labels that the canary's lists might have had, before a head may stop it."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,17 @@ def outcomes(
 def decide(canary: Outcome, control: Outcome, utilities: Mapping[str, float], *, lists_min: int, users_min: int) -> tuple[str, str]:
     """What is to happen with a canary, and why: STOP where users do less of what they should, or more of what they should not, and chance
     does not explain it; GO_ON until both arms have lists and users enough; else PROMOTE.
+
+    A head says nothing of a canary that could hardly have had LABELS_MIN of its labels: a bootstrap of users without any has no width.
     """
     for head, (difference, low, high) in canary.differences.items():
         sign = np.sign(utilities.get(head, 0.0))
+        expected = canary.lists * max(control.per_list[head], canary.per_list[head])
+        if min(canary.users, control.users) < HARM_USERS_MIN or not expected >= LABELS_MIN:
+            continue
         if (sign > 0 and high < 0) or (sign < 0 and low > 0):
             return STOP, f"{head}: {difference:+.4f} a list ({low:+.4f} to {high:+.4f})"
+    users_min = max(users_min, HARM_USERS_MIN)
     for arm in (canary, control):
         name = arm.arm or "the control"
         if arm.lists < lists_min or arm.users < users_min:

@@ -23,12 +23,12 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from features.domain import Domain
+from features.domain import Domain, ModelSettings
 from features.erasures import NOBODY, Erased
 from features.logs import is_served_log
 from features.tables import TableSet
 from features.tensors import tensor_fingerprint
-from inference.calibration import calibrate
+from inference.calibration import Calibration, calibrate
 from inference.checkpoints import WEIGHTS, Checkpoints, Passed, State
 from inference.checkpoints import TrainError as TrainError
 from inference.dataset import Dataset, build_dataset, split_times
@@ -61,7 +61,7 @@ class TrainOptions:
     patience: int = 2
     """Epochs without a better validation loss before training stops."""
     seconds_max: float | None = None
-    """Budget in seconds, packing included; the cosine then follows whichever ends first, steps or time."""
+    """Budget in seconds, behind packing and across interruptions; the cosine then follows whichever ends first, steps or time."""
     seed: int = 0
     threads: int = 2
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
@@ -134,7 +134,6 @@ def train(
         DatasetError, TableError, LogError: see there.
     """
     options = options or TrainOptions()
-    started = time.monotonic()
     out = Path(out)
     torch.set_num_threads(threads_each(options.threads))
     with joined() as ranks, TrainingLog(out if ranks.is_first else None, shown=options.progress and ranks.is_first) as log_of_run:
@@ -150,6 +149,7 @@ def train(
             parts = (0, *split_times(domain, ranker_name, log, options.fractions), TIME_MS_MAX)
         run = _Run(domain, ranker_name, dataset, parts, options, out, log_of_run, tables.generations, ranks, start, log)
         state = run.resume() if resume else run.start()
+        started = time.monotonic() - state.seconds - state.passed.seconds
         while not ranks.from_first(lambda: run.finished(state, time.monotonic() - started)):
             figures = run.epoch(state, started, after_step)
             after_epoch(figures)
@@ -217,6 +217,7 @@ class _Run:
         for name, part in self.parts.items():
             if not len(part):
                 raise TrainError(f"the {name} part is empty: {limits} ms of {len(dataset)} requests; give it more")
+        _check_positions(domain.ranker[ranker_name].model, dataset, self.parts["train"])
         torch.manual_seed(options.seed)
         self.model = TransActRanker(domain, ranker_name, use_sequence=options.use_sequence)
         self._continues = start is not None
@@ -244,6 +245,8 @@ class _Run:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
             raise TrainError(f"the weights to go on from are of another model: {error}") from error
+        if self.model.calibration is not None:  # it is fitted at the end, to what comes out in front of it
+            self.model.calibration = Calibration(self.model.calibration.kind, len(self.model.head_names))
 
     def start(self) -> State:
         """A fresh run: earlier checkpoints in the folder go."""
@@ -389,6 +392,17 @@ class _Run:
         times = self.dataset.request_time_ms[part]
         rows = int(np.diff(self.dataset.starts)[part].sum())
         return {"requests": len(part), "rows": rows, "from_ms": int(times[0]), "until_ms": int(times[-1])}
+
+
+def _check_positions(settings: ModelSettings, dataset: Dataset, part: I64) -> None:
+    """Raises TrainError: no candidate stood where all of them stand when they are served, so that place's row would be what it began as."""
+    if settings.position_max:
+        position = dataset.of_candidate["position"][dataset.candidate_rows(part)]
+        if not (np.minimum(position, settings.position_max - 1) == settings.position_served).any():
+            raise TrainError(
+                f"position_max: no candidate of the training part stood at place {settings.position_served} (position_served); "
+                "the log may have no positions"
+            )
 
 
 def _identity(weights: Mapping[str, Tensor]) -> str:

@@ -24,8 +24,8 @@ from features.domain import DAY_MS, Domain
 from features.encodings import read_action
 from features.erasures import LEDGER, Erased, Erasure, append_lines, erased_before_ms, erased_users, read_ledger
 from features.ids import user_key
-from features.log_erasure import drop_past
-from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log
+from features.log_erasure import drop_packed, drop_past
+from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log, unnamed_parts
 from features.samples import WARM, drop_samples
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.ranking_pb2 import RankingRecord
@@ -216,6 +216,8 @@ class _Run:
         imported = {path.parent.absolute() for path in logs.glob(f"*/{ACTIONS}")}
         folders = sorted(imported | {path.parent.absolute() for path in logs.glob(f"*/{SUMMARY}") if is_served_log(path.parent)})
         folders = [folder for folder in folders if not any(source in (folder, folder / ACTIONS, *folder.parents) for source in held)]
+        for folder in logs.glob("*"):
+            drop_packed(folder, self.ledger)  # also of a history
         for folder in folders:
             self.progress(f"searching {folder}")
         return sum(drop_past(folder, self.ledger) for folder in folders) if folders else None
@@ -254,6 +256,8 @@ class _Run:
         left_over = [
             *home.glob("logs/*/.*.part"),
             *home.glob(f"logs/*/{LABEL_WORK}"),
+            *home.glob("logs/*/*/.*.part"),
+            *unnamed_parts(home / "logs"),
             *home.glob(f"logs/*/{PACKED}/.*.part"),
             *home.glob("tables/*/.writing-*"),
             *_set_aside(home),
@@ -287,7 +291,7 @@ class _Run:
         view_there = (home / "view" / str(last.partition)).exists()
         self._set(entry, "view", purged if view_there else "absent", "with the state" if view_there and waiting else "")
         self._set(entry, "standby", "absent", "a standby's own home has its own job and audit")
-        self._set(entry, "training arrays", "absent", "packed in memory by each training, without the erased past, and never stored")
+        self._set(entry, "training arrays", "absent", "packed under this ledger, or not at all")
         self._judge_snapshots(entry)
         held = {place: first_ms is not None and first_ms <= last.append_time_ms for place, first_ms in self.oldest_ms.items()}
         if self.job.kafka is not None:  # a log that is not the topic's any more is in no topic

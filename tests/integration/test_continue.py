@@ -7,7 +7,7 @@ import torch
 from test_training import DOMAIN, DOMAIN_TEXT, OPTIONS, START_MS, intent_log
 
 from deploy.learn import Workspace, continue_ranker, release
-from features.domain import DAY_MS
+from features.domain import DAY_MS, parse_domain
 from inference.checkpoints import TrainError
 from inference.dataset import build_dataset, split_times
 from inference.decay import DAILY, FROZEN, WITHOUT, decay, decay_table, half_time_ms
@@ -106,3 +106,23 @@ def test_a_model_ages_by_the_day(work, tmp_path):
     later_ms = until_ms + 1000 * DAY_MS
     with pytest.raises(TrainError, match="no day from"):
         decay(DOMAIN, "home", work.log, work.tables, tmp_path, OPTIONS, generations=generations, until_ms=later_ms)
+
+
+def test_calibration_is_fitted_to_the_weights_that_go_on(work, first, tmp_path):
+    """It corrects what comes out of the new weights, not what the old correction has made of it."""
+    domain = parse_domain(DOMAIN_TEXT.replace("model = { ", 'model = { calibration = "platt", '), source="toy")
+    half_ms = first.manifest["trained"]["before_ms"]
+    parts = (0, half_ms - DAY_MS, half_ms, TIME_MS_MAX)
+    given = {"generations": first.generations, "parts": parts}
+    base = train(domain, "home", work.log, work.tables, tmp_path / "base", OPTIONS, **given)
+    same = replace(OPTIONS, epochs=1, learning_rate=1e-9)
+    start = base.model.state_dict()
+    again = train(domain, "home", work.log, work.tables, tmp_path / "again", same, start=start, **given)
+    for name in ("calibration.slope", "calibration.offset"):
+        torch.testing.assert_close(again.model.state_dict()[name], start[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_place_that_the_log_never_has_is_refused(work, tmp_path):
+    domain = parse_domain(DOMAIN_TEXT.replace("model = { ", "model = { position_max = 20, position_served = 15, "), source="toy")
+    with pytest.raises(TrainError, match="position_served"):
+        train(domain, "home", work.log, work.tables, tmp_path, OPTIONS)

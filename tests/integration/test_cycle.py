@@ -115,7 +115,7 @@ class World:
         if not self.released:
             return {}
         return {
-            "release/home": ReleaseAnnouncement(ranker="home", release_id=self.released[-1], announced_time_ms=NOW_MS).SerializeToString()
+            "release/home": ReleaseAnnouncement(ranker="home", release_id=self.released[-1], announced_time_ms=LATER_MS).SerializeToString()
         }
 
     def announce_release(self, _, ranker, release_id, _now_ms):
@@ -150,8 +150,8 @@ def events_of(rows):
 
 @pytest.fixture(scope="module")
 def first_home(tmp_path_factory):
-    """A home folder whose first release was trained on the first 400 of 1,000 served requests."""
-    world = World(tmp_path_factory.mktemp("first"), intent_log(users=100))
+    """A home folder whose first release was trained on the first 400 of 2,000 served requests."""
+    world = World(tmp_path_factory.mktemp("first"), intent_log(users=200))
     world.write(400)
     train_ranker(world.work, "home", OPTIONS)
     release(world.work, "home")
@@ -164,7 +164,7 @@ def world(first_home, tmp_path, monkeypatch):
 
     home = tmp_path / "home"
     shutil.copytree(first_home, home)
-    world = World(home, intent_log(users=100))
+    world = World(home, intent_log(users=200))
     for name, fake in (
         ("announced", world.announced),
         ("announce_release", world.announce_release),
@@ -181,7 +181,7 @@ def in_experiment(world, *, clicks: float) -> None:
     state = json.loads((world.home / "cycle" / "home.json").read_text())
     for row in world.log.impressions[400 * 8 :]:
         canary = row["user_id"] % 2 == 0
-        world.arms[row["request_id"]] = (state["experiment"], *(("canary", state["release_id"]) if canary else ("", "first")))
+        world.arms[row["request_id"]] = (state["experiment"], *(("canary", state["release_id"]) if canary else ("", state["incumbent"])))
         if canary and random.random() > clicks:
             row["labels"] = []
         if canary and clicks > 1 and not row["labels"] and random.random() < 0.2:
@@ -217,7 +217,7 @@ def test_a_new_model_passes_the_gate_and_becomes_a_canary(world):
 def test_what_its_users_do_decides(world, clicks, what):
     canary = started(world)
     in_experiment(world, clicks=clicks)
-    world.write(1000)
+    world.write(2000)
     if what == PROMOTED:
         assert world.tick(NOW_MS + DAY_MS // 2).what == WAITING, "its time is not over"
     found = world.tick(NOW_MS + DAY_MS)
@@ -225,8 +225,7 @@ def test_what_its_users_do_decides(world, clicks, what):
     assert world.experiment is None
     assert world.released == ([canary] if what == PROMOTED else [])
     assert {arm.arm: arm.lists > 100 for arm in found.arms} == {"": True, "canary": True}
-    after = world.tick(NOW_MS + DAY_MS)
-    assert after.what == NOTHING, "what was tried is not tried again before there is more"
+    assert world.tick(NOW_MS + DAY_MS, requests_min=5_000).what == NOTHING
     assert found.refused == (what == STOPPED)
 
 
@@ -246,12 +245,12 @@ def test_a_tick_that_was_cut_off_is_made_good(world, cut):
 def test_a_promotion_that_was_cut_off_is_made_good(world):
     canary = started(world)
     in_experiment(world, clicks=1.5)
-    world.write(1000)
+    world.write(2000)
     world.cut = "released"
     with pytest.raises(KeyboardInterrupt):
         world.tick(NOW_MS + DAY_MS)
     assert world.tick(NOW_MS + DAY_MS).what == PROMOTED
-    assert world.released == [canary, canary]
+    assert world.released == [canary]
     assert world.experiment is None
 
 
@@ -302,3 +301,37 @@ def test_a_due_training_starts_from_scratch(world):
     first = {path.name for path in (world.home / "tables").glob("*/*")}
     assert world.tick(LATER_MS, full_every_ms=1).what in (STARTED, REFUSED)
     assert {path.name for path in (world.home / "tables").glob("*/*")} > first, "with new embeddings"
+
+
+def test_a_canary_that_is_served_already_is_promoted(world):
+    canary = started(world)
+    in_experiment(world, clicks=0.3)  # what its users do does not matter any more
+    world.write(2000)
+    world.released.append(canary)
+    assert world.tick(NOW_MS + 1).what == PROMOTED
+    assert world.experiment is None
+
+
+def test_a_canary_whose_rival_has_changed_is_stopped(world):
+    started(world)
+    other = release(world.work, "home")  # somebody publishes
+    world.released.append(other.release_id)
+    found = world.tick(NOW_MS + 1)
+    assert found.what == STOPPED
+    assert "has changed" in found.why
+    assert world.experiment is None
+
+
+def test_a_canary_that_nobody_ever_got_is_stopped_in_the_end(world):
+    started(world)
+    assert world.tick(NOW_MS + 2 * DAY_MS).what == WAITING
+    assert world.tick(NOW_MS + 3 * DAY_MS).what == STOPPED
+
+
+def test_faulty_labels_do_not_keep_a_bad_canary_alive(world):
+    started(world)
+    in_experiment(world, clicks=0.2)
+    world.write(2000)
+    world.report = LabelReport(differs=1, unproved=1)
+    found = world.tick(NOW_MS + DAY_MS)
+    assert found.what == STOPPED, found

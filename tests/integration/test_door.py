@@ -203,7 +203,7 @@ def test_one_client_does_not_take_all_places(world, token):
     waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)]}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         held = [pool.submit(world.rank, token, **waiting) for _ in range(AT_ONCE)]
-        until_s = time.monotonic() + 20
+        until_s = time.monotonic() + 60
         while world.keeper.statistics()["calls"] < AT_ONCE:
             assert time.monotonic() < until_s
         code, text = world.code(token=token)
@@ -226,7 +226,7 @@ def test_refused_calls_are_counted_by_reason(world):
     waiting = {"after": [Position(0, partition_of(user_key(USER), 4), 11)]}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         held = [pool.submit(world.rank, **waiting) for _ in range(AT_ONCE)]
-        until_s = time.monotonic() + 20
+        until_s = time.monotonic() + 60
         while world.keeper.statistics()["calls"] < AT_ONCE:
             assert time.monotonic() < until_s
         assert world.code()[0] == grpc.StatusCode.RESOURCE_EXHAUSTED

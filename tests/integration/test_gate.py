@@ -142,3 +142,11 @@ def test_a_release_says_what_it_was_trained_on(world, tmp_path):
     noop = replace(good, model=NoopRanker(DOMAIN, "home"))
     assert judged(world, good, noop).passed
     assert np.isfinite(judged(world, good, found).heads["click"]["auc"]["with"])
+
+
+def test_an_incumbent_that_cannot_be_asked_any_more_is_no_reason_to_pass(world):
+    *_, good, bad = world
+    gone = replace(bad, generations={**bad.generations, "items": "20000101T000000000Z-00000000"})
+    verdict = judged(world, good, gone)
+    assert verdict.decision == UNKNOWN
+    assert "not there any more" in verdict.reasons[0]

@@ -63,3 +63,12 @@ def test_an_arm_without_lists_goes_on():
     assert decide(canary[1], canary[0], UTILITIES, **ENOUGH)[0] == GO_ON
     assert np.isnan(canary[1].differences["click"]).all()
     assert outcomes_table([control, canary[1]], "t").row_count == 4
+
+
+def test_few_users_without_a_rare_label_stop_nobody():
+    """A bootstrap of users who all have none has no width: that is not "beyond chance"."""
+    for lists in (4, 120, 400):
+        rare = arm("canary", lists=lists, click=1.0, hide=0.0, seed=2, first_user=10**6)
+        rare[2][:, 0] = 0  # nobody clicked
+        control, canary = of(arm("", lists=4000, click=0.02, hide=0.05, seed=1, first_user=0), rare)
+        assert decide(canary, control, UTILITIES, **ENOUGH)[0] == GO_ON
