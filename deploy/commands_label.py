@@ -56,8 +56,8 @@ def label(
     from deploy.replay import replay_options
     from features.domain import load_domain
 
-    if until_ms is not None and until_ms > time.time_ns() // 1_000_000:
-        raise typer.BadParameter("is in the future: days would be closed before their actions are there", param_hint="--until-ms")
+    if until_ms is not None and until_ms > time.time_ns() // 1_000_000 + _UNITS_MS["d"]:
+        raise typer.BadParameter("is far in the future: days would be closed before their actions are there", param_hint="--until-ms")
     settings = settings_for(home, domain)
     out = served_folder(settings.home, load_domain(settings.domain))
     report = label_logs(
