@@ -300,7 +300,7 @@ def test_a_deadline_too_short_for_the_model_gets_a_lower_tier(stack):
     assert {answer.code for answer in answers if isinstance(answer, RankError)} <= {grpc.StatusCode.DEADLINE_EXCEEDED}
     ranking = next((answer for answer in answers if not isinstance(answer, RankError)), None)
     assert ranking is not None
-    assert ranking.tier == "embedding"
+    assert ranking.tier in ("fewer", "embedding")  # which, the machine of the day decides
     assert ranking.head_scores == {}
     assert stack.eventually_tier("model")  # a caller in a hurry does not take the model from others
 
