@@ -148,9 +148,7 @@ def _column(field: str, feature: Feature, column: FeatureColumn, count: int) -> 
         vectors = _counted(f"{field}.number", column.number, np.dtype("<f4"), count * feature.dimension)
         if np.isinf(vectors).any():
             raise RequestError(f"{field}.number", "values must be finite, or NaN for missing")
-        vectors = vectors.reshape(count, feature.dimension).copy()
-        vectors[np.isnan(vectors).any(1)] = np.nan  # as an import has it: a vector is there, or it is not
-        return Column(number=vectors)
+        return Column(number=vectors.reshape(count, feature.dimension))
     lengths = _counted(f"{field}.list_length", column.list_length, np.dtype("<u4"), count)
     if lengths.max(initial=0) > LIST_VALUES_MAX:
         raise RequestError(f"{field}.list_length", f"{lengths.max()} values for one candidate; at most {LIST_VALUES_MAX}")

@@ -77,7 +77,7 @@ def generations(
     first_ms, last_ms = int(times_ms[0]), int(times_ms[-1])
     yield first_ms, items, known.copy()
     done = 0
-    for moment_ms in range((first_ms // refresh.every_ms + 1) * refresh.every_ms, last_ms + 1, refresh.every_ms):
+    for moment_ms in range((first_ms // refresh.every_ms + 1) * refresh.every_ms, last_ms + refresh.every_ms + 1, refresh.every_ms):
         since, until = (int(place) for place in times_ms.searchsorted([moment_ms - refresh.window_ms, moment_ms]))
         if until == done:
             continue  # nothing came: the generation before is as good
