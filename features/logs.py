@@ -531,7 +531,8 @@ def _weighted(column: pa.Array) -> FeatureColumn:
 
 def unnamed_parts(logs: Path) -> list[Path]:
     """Files of parts below the folders of `logs` that no summary names: of a pass that is under way, or was given up."""
-    named = {path for folder in logs.glob("*") for name in (ACTIONS, IMPRESSIONS, SERVED) for path in log_files(folder, name)}
+    folders = [path.parent for path in logs.glob(f"*/{SUMMARY}")]
+    named = {path for folder in folders for name in (ACTIONS, IMPRESSIONS, SERVED) for path in log_files(folder, name)}
     return [path for name in ("actions", "impressions", "served") for path in logs.glob(f"*/{name}/[!.]*.parquet") if path not in named]
 
 
