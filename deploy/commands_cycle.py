@@ -2,15 +2,16 @@
 
 import json
 import os
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from deploy.commands_label import label_logs, parse_duration
+from deploy.commands_label import label_logs
 from deploy.commands_releases import GATE_REFUSED
 from deploy.options import DomainFile, Home, Json, RankerName, console, settings_for, workspace
-from deploy.wording import now_ms
+from deploy.wording import now_ms, parse_duration
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +34,7 @@ def cycle(
     positives_min: Annotated[int, typer.Option(help="Labels that a head needs in the gate, to be judged.")] = 50,
     auc_loss_max: Annotated[float, typer.Option(help="How much lower a head's AUC may be where chance explains it.")] = 0.005,
     window: Annotated[str, typer.Option(help="As for `freshrank label`.")] = "1h",
-    grace: Annotated[str, typer.Option(help="As for `freshrank label`.")] = "10min",
+    grace: Annotated[str, typer.Option(help="As for `freshrank label`.")] = "10m",
     late: Annotated[str, typer.Option(help="As for `freshrank label`.")] = "7d",
     all_seen: Annotated[bool, typer.Option("--all-seen", help="As for `freshrank label`.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on where labelling or the gate refuses; the manifest says so.")] = False,
@@ -65,26 +66,18 @@ def cycle(
         train=TrainOptions(epochs=epochs, seconds_max=seconds, learning_rate=1e-3, threads=os.cpu_count() or 1),
         limits=Limits(requests_min=gate_requests_min, positives_min=positives_min, auc_loss_max=auc_loss_max),
         canary_percent=canary,
-        canary_ms_min=parse_duration(canary_time),
+        canary_ms_min=parse_duration(canary_time, "--canary-time"),
         lists_min=lists_min,
         users_min=users_min,
         requests_min=requests_min,
-        full_every_ms=parse_duration(full_every),
+        full_every_ms=parse_duration(full_every, "--full-every"),
         days=days,
         force=force,
     )
-    times_ms = {"window_ms": parse_duration(window), "grace_ms": parse_duration(grace), "late_ms": parse_duration(late)}
-    rules = {"unseen_max": 2**31 if all_seen else 50, "without_id": True}
-    replay = replay_options(settings, None, "")
-    one = Cycle(
-        settings,
-        work,
-        name,
-        options,
-        label=lambda: label_logs(settings, times_ms, rules, replay=replay, until_ms=now_ms(), all_seen=all_seen),
-        say=lambda text: console.print(text, markup=False, highlight=False),
-    )
-    found = one.tick(now_ms())
+    rules: dict[str, Any] = {"window": window, "grace": grace, "late": late, "all_seen": all_seen}
+    label = partial(label_logs, settings, **rules, replay=replay_options(settings, None, ""), until_ms=now_ms())
+    say = partial(console.print, markup=False, highlight=False)
+    found = Cycle(settings, work, name, options, label, say).tick(now_ms())
     if found.arms:
         Console(stderr=True).print(outcomes_table(found.arms, f"{name}: lists by arm"))
     said = {"what": found.what, "why": found.why, "arms": [arm.as_dict() for arm in found.arms]}

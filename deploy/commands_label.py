@@ -1,8 +1,6 @@
 """`freshrank label`: what was served becomes what is trained on."""
 
 import json
-import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +8,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.options import DomainFile, Home, console, settings_for
+from deploy.wording import now_ms, parse_duration
 
 if TYPE_CHECKING:
     from deploy.label_report import LabelReport
     from deploy.settings import Settings
-
-_UNITS_MS = {"s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def register(app: typer.Typer) -> None:
@@ -24,8 +21,8 @@ def register(app: typer.Typer) -> None:
 
 
 def label(
-    window: Annotated[str, typer.Option(help="How long after its request an action may answer a list: 90s, 15min, 1h, 2d.")] = "1h",
-    grace: Annotated[str, typer.Option(help="How long after its window a list is waited for; what comes later is late.")] = "10min",
+    window: Annotated[str, typer.Option(help="How long after its request an action may answer a list: 90s, 15m, 1h, 2d.")] = "1h",
+    grace: Annotated[str, typer.Option(help="How long after its window a list is waited for; what comes later is late.")] = "10m",
     late: Annotated[str, typer.Option(help="How long after its window a list takes late actions, in a later pass.")] = "7d",
     unseen: Annotated[int, typer.Option(min=1, help="Most candidates of a list that are kept although nobody saw them.")] = 50,
     strict: Annotated[bool, typer.Option("--strict", help="Actions without a request id answer nothing; they are counted.")] = False,
@@ -50,25 +47,28 @@ def label(
 
     Exits with 1 where inputs differ from those that were served, cannot be rebuilt, or something else must be looked at.
 
-    Example: `freshrank label --window 30min`, then `freshrank train --served`
+    Example: `freshrank label --window 30m`, then `freshrank train --served`
     """
     from deploy.labelling import served_folder
     from deploy.replay import replay_options
-    from features.domain import load_domain
+    from features.domain import DAY_MS, load_domain
 
-    if until_ms is not None and until_ms > time.time_ns() // 1_000_000 + _UNITS_MS["d"]:
+    if until_ms is not None and until_ms > now_ms() + DAY_MS:
         raise typer.BadParameter("is far in the future: days would be closed before their actions are there", param_hint="--until-ms")
     settings = settings_for(home, domain)
     out = served_folder(settings.home, load_domain(settings.domain))
     report = label_logs(
         settings,
-        {"window_ms": parse_duration(window), "grace_ms": parse_duration(grace), "late_ms": parse_duration(late)},
-        {"unseen_max": 2**31 if all_seen else unseen, "without_id": not strict},
+        window=window,
+        grace=grace,
+        late=late,
+        unseen=unseen,
+        strict=strict,
+        all_seen=all_seen,
         replay=replay_options(settings, archive, history),
-        until_ms=time.time_ns() // 1_000_000 if until_ms is None else until_ms,
+        until_ms=now_ms() if until_ms is None else until_ms,
         memory_bytes=memory << 20,
         keep_days=keep_days,
-        all_seen=all_seen,
         rebuild=rebuild,
     )
     print(report.to_text())
@@ -79,8 +79,10 @@ def label(
     raise typer.Exit(0 if report.ok else 1)
 
 
-def label_logs(settings: "Settings", times_ms: dict[str, Any], rules: dict[str, Any], **options: Any) -> "LabelReport":
-    """Makes a pass over a home folder's logs, with a progress bar. times_ms: window_ms, grace_ms, late_ms; options: of `LabelOptions`."""
+def label_logs(
+    settings: "Settings", *, window: str, grace: str, late: str, all_seen: bool, unseen: int = 50, strict: bool = False, **options: Any
+) -> "LabelReport":
+    """Makes a pass over a home folder's logs, with a progress bar: `freshrank label` with these options, the rest being `LabelOptions`'."""
     from deploy.labelling import LabelOptions, label, served_folder
     from features.domain import load_domain
     from features.erasures import LEDGER
@@ -95,14 +97,13 @@ def label_logs(settings: "Settings", times_ms: dict[str, Any], rules: dict[str, 
             bars.start_task(tasks[name])
             bars.update(tasks[name], completed=done, total=total)
 
-        found = Rules.of(product, **times_ms, **rules)
+        found = Rules.of(
+            product,
+            window_ms=parse_duration(window, "--window"),
+            grace_ms=parse_duration(grace, "--grace"),
+            late_ms=parse_duration(late, "--late"),
+            unseen_max=2**31 if all_seen else unseen,
+            without_id=not strict,
+        )
         where: dict[str, Any] = {"domain": product, "out": served_folder(settings.home, product), "ledger": settings.home / LEDGER}
-        return label(LabelOptions(rules=found, progress=progress, **where, **options))
-
-
-def parse_duration(text: str) -> int:
-    """Milliseconds of a number with its unit, as a person types it."""
-    found = re.fullmatch(r"(\d+) ?(s|min|h|d)", text.strip())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is not a number with a unit: s, min, h or d, such as 30min")
-    return int(found[1]) * _UNITS_MS[found[2]]
+        return label(LabelOptions(rules=found, progress=progress, all_seen=all_seen, **where, **options))

@@ -21,12 +21,11 @@ from deploy.label_report import LabelReport
 from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from deploy.settings import Settings
 from features.domain import DAY_MS
-from features.logs import is_served_log, read_requests
+from features.logs import Served, is_served_log
 from features.tensors import tensor_fingerprint
 from inference.announced import options as servable
-from inference.dataset import labels_of
 from inference.gate import Limits
-from inference.outcomes import GO_ON, PROMOTE, Outcome, decide, outcomes
+from inference.outcomes import GO_ON, PROMOTE, Outcome, decide, outcomes_of_log
 from inference.release import Release, open_release, release_folder
 from inference.served_examples import served_requests
 from inference.train import TrainOptions
@@ -244,27 +243,14 @@ class Cycle:
         return {name: head.utility for name, head in self._work.domain.ranker[self._ranker].heads.items()}
 
     def _outcomes(self, state: State) -> tuple[Outcome, ...]:
-        """Of the lists that were served in the experiment: whoever has its arm, from the release that it should come from."""
-        domain = self._work.domain
-        arms, users, counts = [], [], []
-        for batch in read_requests(self._work.log, domain):
-            assert batch.served is not None
-            assert batch.seen is not None
-            served = batch.served
+        """Of the lists that were served in the experiment, each from the release that its arm should have."""
+
+        def arms_of(served: Served) -> tuple[Any, Any]:
             arm = np.asarray(served.column("arm"))
-            chosen = (served.column("ranker") == self._ranker) & (served.column("experiment") == state.experiment)
-            chosen &= served.column("release_id") == np.where(arm == CANARY, state.release_id, state.incumbent)
-            rows = np.repeat(np.arange(len(batch)), np.diff(batch.starts))
-            chosen &= np.bincount(rows[batch.seen], minlength=len(batch)) > 0
-            labels, _ = labels_of(domain, self._ranker, batch)
-            of_head = [np.bincount(rows, labels[:, i] & batch.seen, minlength=len(batch)) for i in range(labels.shape[1])]
-            arms.append(arm[chosen])
-            users.append(batch.user_id[chosen])
-            counts.append(np.stack(of_head, 1).astype(np.int64)[chosen])
-        if not arms:
-            return ()
-        heads = list(domain.ranker[self._ranker].heads)
-        return tuple(outcomes(np.concatenate(arms), np.concatenate(users), np.concatenate(counts), heads, self._utilities()))
+            release_id = np.where(arm == CANARY, state.release_id, state.incumbent)
+            return arm, (served.column("experiment") == state.experiment) & (served.column("release_id") == release_id)
+
+        return tuple(outcomes_of_log(self._work.domain, self._ranker, self._work.log, arms_of))
 
     def _read(self) -> State:
         try:

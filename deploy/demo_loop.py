@@ -6,7 +6,7 @@ has lost its request id.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 from deploy.announcing import announce_release
 from deploy.demo import SEED, Live, connect, replay_report
@@ -34,9 +32,10 @@ from features.actions import EVENT_DTYPE
 from features.domain import Domain
 from features.erasures import LEDGER
 from features.labels import Rules
-from features.logs import read_requests
+from features.logs import Served
 from inference.client import Ranking, feature_column
 from inference.gate import gate_table
+from inference.outcomes import Outcome, outcomes_of_log, outcomes_table
 from inference.train import TrainOptions
 from protos.v1.ranking_pb2 import RankRequest
 
@@ -51,7 +50,6 @@ LATER_FROM_MS = SERVED_FROM_MS + (_TRAFFIC_DAYS + 1) * DAY_MS
 """By the simulator's clock; the traffic of each takes _TRAFFIC_DAYS, and is labelled at the end of the day after."""
 _SWITCH_S_MAX = 60.0
 _TIMEOUT_S = 10.0
-_DRAWS = 2_000
 
 
 def run_loop(settings: Settings, seconds: float, console: Console) -> int:
@@ -95,12 +93,14 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
             count = traffic.run(LATER, from_ms=LATER_FROM_MS)
             report = _label(stack.settings, domain, until_ms=LATER_FROM_MS + (_TRAFFIC_DAYS + 1) * DAY_MS)
             console.print(f"[bold]5[/bold]  both served {count:,} later requests, half of the users each")
-            compared = compare_arms(domain, served.log, (second, first), from_ms=LATER_FROM_MS)
+            names = {first: "first", second: "second"}
+            compared = compare_arms(domain, ranker, served.log, names, from_ms=LATER_FROM_MS, control="first")
         finally:
             live.producer.close()
             live.client.close()
         parity = replay_report(stack.settings)
-    show_arms(console, compared, ("second", "first"))
+    console.print(outcomes_table(compared, "lists of the later requests, by the model that ranked them"))
+    console.print(_clicks_say(compared))
     console.print(
         f"parity: {parity['rankings_replayed']} rankings replayed, {parity['bytes_different']} bytes different ({parity['verdict']})"
     )
@@ -207,61 +207,19 @@ def _switch(settings: Settings, live: Live, ranker: str, first: str, second: str
         found = {answer.release_id for answer in asked}
 
 
-# What users did with each release's lists
+def compare_arms(domain: Domain, ranker: str, log: Path, names: Mapping[str, str], *, from_ms: int, control: str) -> list[Outcome]:
+    """What users did with each release's lists; `names`: what a release is called."""
+
+    def arms_of(served: Served) -> tuple[Any, Any]:
+        releases = served.column("release_id").tolist()
+        called = np.array([names.get(release_id, "") for release_id in releases], object)
+        return called, called != ""
+
+    return outcomes_of_log(domain, ranker, log, arms_of, from_ms=from_ms, control=control)
 
 
-def _of_arms(domain: Domain, log: Path, from_ms: int) -> Iterator[tuple[str, int, int, bool]]:
-    """(release, user, clicks, whether anything was clicked) of each list that was seen."""
-    click = domain.actions["click"].id
-    for batch in read_requests(log, domain):
-        if batch.served is None or batch.seen is None:
-            continue
-        starts, releases = batch.starts[:-1], batch.served.column("release_id")
-        seen = np.add.reduceat(batch.seen.astype(np.int64), starts)
-        clicks = np.add.reduceat(batch.label(click).astype(np.int64), starts)
-        for i in np.flatnonzero((seen > 0) & (batch.request_time_ms >= from_ms)).tolist():
-            yield str(releases[i]), int(batch.user_id[i]), int(clicks[i]), bool(clicks[i])
-
-
-def compare_arms(domain: Domain, log: Path, releases: tuple[str, str], *, from_ms: int) -> dict[str, Any]:
-    """Clicks a seen list and the share of seen lists with a click, by release, and their differences with an interval over users.
-
-    Each user has one arm, so a user's lists are drawn together. `releases`: the difference is the first less the second.
-    """
-    lists = list(_of_arms(domain, log, from_ms))
-    figures: dict[str, Any] = {"releases": releases}
-    for name, column in (("clicks a list", 2), ("lists with a click", 3)):
-        arms = [_by_user([(user, row[column]) for row in lists for user in [row[1]] if row[0] == one]) for one in releases]
-        means = [sums.sum() / max(1, counts.sum()) for sums, counts in arms]
-        random, draws = np.random.default_rng(SEED), np.zeros((2, _DRAWS))
-        for arm, (sums, counts) in enumerate(arms):
-            for draw in range(_DRAWS if len(sums) else 0):
-                chosen = random.integers(0, len(sums), len(sums))
-                draws[arm, draw] = sums[chosen].sum() / counts[chosen].sum()
-        low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
-        figures[name] = {"means": means, "difference": means[0] - means[1], "low": float(low), "high": float(high)}
-        figures["lists"] = [int(counts.sum()) for _, counts in arms]
-        figures["users"] = [len(counts) for _, counts in arms]
-    return figures
-
-
-def _by_user(values: list[tuple[int, Any]]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(sum, count) by user."""
-    if not values:
-        return np.zeros(0), np.zeros(0)
-    _, place = np.unique([user for user, _ in values], return_inverse=True)
-    sums = np.bincount(place, np.array([value for _, value in values], np.float64)).astype(np.float64)
-    return sums, np.bincount(place).astype(np.float64)
-
-
-def show_arms(console: Console, figures: dict[str, Any], names: tuple[str, str]) -> None:
-    """The comparison as a table, and what may be concluded."""
-    table = Table("", *(f"{name} ({figures['lists'][n]} lists, {figures['users'][n]} users)" for n, name in enumerate(names)), "difference")
-    for name in ("clicks a list", "lists with a click"):
-        row = figures[name]
-        interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        table.add_row(name, *(f"{mean:.3f}" for mean in row["means"]), interval)
-    console.print(table)
-    row = figures["clicks a list"]
-    better = names[0] if row["low"] > 0 else names[1] if row["high"] < 0 else None
-    console.print("no difference of clicks is shown" if better is None else f"users click more on the lists of the {better} model")
+def _clicks_say(found: list[Outcome]) -> str:
+    """What may be concluded of the second arm against the first, the control."""
+    _, low, high = found[-1].differences["click"]
+    better = found[-1].arm if low > 0 else found[0].arm if high < 0 else None
+    return "no difference of clicks is shown" if better is None else f"users click more on the lists of the {better} model"

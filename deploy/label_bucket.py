@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from google.protobuf.message import DecodeError
 
 from deploy.replay import ACTIONS, RANKINGS, Rebuilt, ReplayOptions, replay
-from features.actions import EVENT_DTYPE, decode_batch
+from features.actions import EVENT_DTYPE
 from features.domain import Domain, Feature
 from features.erasures import Erasure
 from features.ids import U64
@@ -27,7 +27,7 @@ from features.sequence import NEVER_ERASED
 from inference.experiments import Choice
 from inference.release import Release, ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import FeatureColumn, RankingRecord
-from streams.archive import ParquetLog
+from streams.archive import DecodingRules, ParquetLog, decode_records
 from streams.log_buckets import bucket_of, logged_actions
 
 KNOWN = "known.parquet"
@@ -209,17 +209,7 @@ def _read_actions(work: Work, number: int, folder: Path, lists: Lists) -> Logged
     named_users, parts = np.unique(lists.who), []
     for partition in sorted(log.partitions):
         for records in log.read(partition):
-            batch = decode_batch(
-                log_epoch=log.log_epoch,
-                partition=partition,
-                offsets=records.offsets,
-                keys=records.keys,
-                values=records.values,
-                append_times_ms=records.append_time_ms,
-                future_tolerance_ms=work.domain.future_tolerance_ms,
-                partition_count=len(log.partitions),
-                encodings=work.domain.encodings,
-            )
+            batch = decode_records(log, partition, records, DecodingRules.of(work.domain))
             found = logged_actions(batch)
             parts.append(_take(found, (bucket_of(found.users, work.buckets) == number) | np.isin(found.users, named_users)))
     return concatenated(parts)

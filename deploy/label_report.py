@@ -68,18 +68,7 @@ class LabelReport:
 
     def add(self, counts: dict[str, Any], action_names: dict[int, str]) -> None:
         """Adds a bucket's counts, as `deploy.label_bucket` leaves them."""
-        for name in (
-            "lists",
-            "new",
-            "added",
-            "only_seen",
-            "rows_known",
-            "rows_inline",
-            "rows_rebuilt",
-            "differs",
-            "unproved",
-            "undecodable",
-        ):
+        for name in _ADDED:
             setattr(self, name, getattr(self, name) + counts[name])
         outcomes = dict(zip(OUTCOMES, counts["outcomes"], strict=True))
         labels = {action_names[int(number)]: count for number, count in counts["labels"].items()}

@@ -65,9 +65,10 @@ from features.logs import (
     write_summary,
 )
 from features.runs import merge_runs
+from features.tables import sync_path
 from inference.release import ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import RankingRecord
-from streams.archive import KafkaLog, ParquetLog, RecordLog, Span, write_manifest
+from streams.archive import DecodingRules, KafkaLog, ParquetLog, RecordLog, Span, write_manifest
 from streams.erasure import LABEL_WORK
 from streams.log_buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 
@@ -357,8 +358,8 @@ class _Pass:
                     erasures.append(LoggedActions(*(column[found.erase] for column in vars(found).values())))
                 read(len(batch))
 
-            own = self.domain.future_tolerance_ms, self.domain.encodings
-            rules = [own, *sorted({(found.future_tolerance_ms, found.encodings) for found in self._domains(reading)} - {own})]
+            own = DecodingRules.of(self.domain)
+            rules = [own, *sorted({DecodingRules.of(found) for found in self._domains(reading)} - {own})]
             clock_ms = 0 if base is None else base.clock_ms
             archives = [folder / ACTIONS_ARCHIVE for folder in folders]
             spill_actions(log, archives, reading, rules, clock_ms, decoded, self.options.memory_bytes)
@@ -463,12 +464,12 @@ class _Pass:
             self.report.parts = {name: len(found) for name, found in parts.items()}
             folders = [self.out / name for name in ("actions", "impressions", "served") if (self.out / name).is_dir()]
             for path in (*(path for paths in mine.values() for path in paths), *folders):
-                _sync(path)
+                sync_path(path)
             summary = {"domain": self.domain.name, "domain_version": self.domain.version, "parts": parts}
             before = {} if self.options.rebuild else self.summary["label"]
             has_seen = before.get("has_seen", False) or self.options.all_seen or self.report.only_seen > 0
             write_summary(self.out, summary | {"label": asdict(made) | {"has_seen": has_seen}, "report": self.report.as_json()})
-            _sync(self.out)  # before the parts that the old one names go
+            sync_path(self.out)  # before the parts that the old one names go
 
     # 6. Sweep
 
@@ -524,11 +525,3 @@ def _write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(value, indent=1), "utf-8")
     partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

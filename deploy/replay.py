@@ -18,9 +18,8 @@ from google.protobuf.message import DecodeError
 from deploy.base_file import read_base_file, write_base_file
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings
-from features.actions import FORGOTTEN, REJECTED, decode_batch
+from features.actions import REJECTED
 from features.base import Base, BaseError, BaseRecords
-from features.domain import Encoding
 from features.ids import partition_of, string_id, user_key
 from features.pack import Packed, Packer, RankInputs
 from features.parity import PartitionLog, Report, Tally, missing_events
@@ -31,7 +30,7 @@ from features.tables import TableError, TableSet
 from inference.release import Release, ReleaseError, open_release, release_folder
 from protos.v1.actions_pb2 import Position
 from protos.v1.ranking_pb2 import SEQUENCE_SOURCE_NONE, TIER_MODEL, RankingRecord
-from streams.archive import KafkaLog, ParquetLog, RecordLog, write_archive
+from streams.archive import DecodingRules, KafkaLog, ParquetLog, RecordLog, decode_records, write_archive
 from streams.history import open_base, read_base
 from streams.kafka import KafkaConfig, Topics
 
@@ -139,14 +138,6 @@ class Rebuilt:
     inputs: RankInputs
     packed: Packed
     agree: bool
-
-
-_Rules = tuple[int, tuple[Encoding, ...]]
-"""What a domain says of which records count: future_tolerance_ms and encodings."""
-
-
-def _rules(release: Release) -> _Rules:
-    return release.domain.future_tolerance_ms, release.domain.encodings
 
 
 class _Excluded(Exception):  # noqa: N818 - not an error: it carries a reason up to where it is counted
@@ -330,30 +321,18 @@ class _Replay:
         self.report.reading_s += time.monotonic() - started
         for rules, log in logs.items():
             for user_id, parts in users.items():
-                mine = [part for part in parts if _rules(self._release(part[0].record)) == rules]
+                mine = [part for part in parts if DecodingRules.of(self._release(part[0].record).domain) == rules]
                 self._rebuild_user(log, user_id, mine)
 
-    def _read_actions(self, partition: int, users: dict[int, list[tuple[_Logged, int]]]) -> dict[_Rules, PartitionLog]:
+    def _read_actions(self, partition: int, users: dict[int, list[tuple[_Logged, int]]]) -> dict[DecodingRules, PartitionLog]:
         """The partition's records of these users, decoded by the rules of each release that they were ranked with."""
-        of_releases = {_rules(self._release(logged.record)) for parts in users.values() for logged, _ in parts}
+        of_releases = {DecodingRules.of(self._release(logged.record).domain) for parts in users.values() for logged, _ in parts}
         logs = {rules: self._partition_log(partition, users) for rules in sorted(of_releases)}
         start, end = self.actions.partitions[partition]
         found = 0
         for records in self.actions.read(partition):
-            for (tolerance_ms, encodings), log in logs.items():
-                batch = decode_batch(
-                    log_epoch=self.actions.log_epoch,
-                    partition=partition,
-                    offsets=records.offsets,
-                    keys=records.keys,
-                    values=records.values,
-                    append_times_ms=records.append_time_ms,
-                    future_tolerance_ms=tolerance_ms,
-                    partition_count=len(self.actions.partitions),
-                    encodings=encodings,
-                )
-                if records.forgotten is not None:
-                    batch.verdict[records.forgotten] = FORGOTTEN
+            for rules, log in logs.items():
+                batch = decode_records(self.actions, partition, records, rules)
                 log.add(batch)
             found += len(records)
             self.report.events_read += len(records)

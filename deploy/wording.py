@@ -82,8 +82,8 @@ def parse_time(text: str, now: int, option: str) -> int:
         typer.BadParameter: it is none of them.
     """
     text = text.strip()
-    if age := _AGE.fullmatch(text):
-        return now - int(float(age[1]) * _UNITS_S[age[2]] * 1000)
+    if _AGE.fullmatch(text):
+        return now - parse_duration(text, option)
     if text.isdecimal() and len(text) >= 12:
         return int(text)
     try:
@@ -93,6 +93,14 @@ def parse_time(text: str, now: int, option: str) -> int:
             f"{text!r} is no time: give 2026-07-01T12:00:00Z, or an age such as 15m, 2h, 3d", param_hint=option
         ) from None
     return int(found.replace(tzinfo=found.tzinfo or UTC).timestamp() * 1000)
+
+
+def parse_duration(text: str, option: str) -> int:
+    """Milliseconds of a number with its unit, as a person types it. Raises typer.BadParameter for `option`."""
+    found = _AGE.fullmatch(text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a number with a unit: 90s, 15m, 2h or 7d", param_hint=option)
+    return int(float(found[1]) * _UNITS_S[found[2]] * 1000)
 
 
 def name_of(known: Mapping[str, int], number: int) -> str:

@@ -112,10 +112,12 @@ class Served:
         offsets = column.offsets.to_numpy()
         return column.values.to_numpy()[offsets[0] : offsets[-1]], np.repeat(np.arange(len(column)), np.diff(offsets))
 
-    def sequence(self, i: int) -> tuple[Events, int]:
-        """The person's sequence and erased_before_ms as `pack()` got them for request i."""
-        events: Events = np.frombuffer(self.table["events"][i].as_py(), EVENT_DTYPE)
-        return events, int(self.table["erased_before_ms"][i].as_py())
+    def sequences(self) -> tuple[Events, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Every request's sequence: (events, starts int64 [r + 1], erased_before_ms int64 [r]), as `pack()` got them."""
+        column = self.table["events"].combine_chunks()
+        offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+        data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+        return data.view(EVENT_DTYPE), (offsets - offsets[0]) // EVENT_DTYPE.itemsize, self.column("erased_before_ms")
 
 
 @dataclass(frozen=True)

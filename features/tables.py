@@ -149,7 +149,7 @@ def write_generation(
         )
         _seal(folder, meta)
         folder.rename(target)
-        _sync(parent)
+        sync_path(parent)
         return target
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone after a rename
@@ -187,7 +187,7 @@ def drop_users(root: str | Path, space: str, generation: str, erased: Erased) ->
         _seal(fresh, meta.model_copy(update={"rows": left, "files": files, "users_dropped": dropped, "files_written": meta.checksums}))
         folder.rename(aside / folder.name)
         fresh.rename(folder)
-        _sync(folder.parent)
+        sync_path(folder.parent)
         return int(gone.sum())
     finally:
         if not folder.exists():
@@ -218,7 +218,7 @@ def _seal(folder: Path, meta: _Meta) -> None:
     (folder / "meta.json").write_text(meta.model_dump_json(indent=1) + "\n", "utf-8")
     folder.chmod(0o755)  # mkdtemp's folder is private; the server may be another user
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync_path(path)
 
 
 def _moment(time_ms: int) -> str:
@@ -297,7 +297,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Makes a file's contents, or a folder's names, outlast a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

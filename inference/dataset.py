@@ -23,10 +23,10 @@ from torch import Tensor
 from features.domain import Domain, Head
 from features.erasures import NOBODY, Erased, erased_before_ms, ledger_fingerprint
 from features.logs import FeatureColumn, LoggedRequests, is_served_log, read_requests
-from features.pack import Column, ManyInputs, Packer, RankInputs
+from features.pack import Column, ManyInputs, Packer
 from features.tables import TableSet, generations_of, open_generation
 from features.tensors import tensor_table
-from inference.history import DatasetError, History, LoggedSequences, Sequences, ragged, rows_of, starts_of
+from inference.history import DatasetError, History, LoggedSequences, Sequences, ragged, rows_of, starts_of, with_rows
 from inference.packed import PackedWriter, fingerprint_of, forget_others, packed_folder, read_packed
 from inference.served_examples import ServedSequences, served_requests
 
@@ -362,50 +362,8 @@ def _where(domain: Domain, ranker_name: str) -> str:
 
 
 def _chosen(batch: LoggedRequests, requests: I64) -> LoggedRequests:
-    """Some requests of a batch, with their rows."""
-    rows = ragged(batch.starts, requests)
-    return LoggedRequests(
-        starts=starts_of(np.diff(batch.starts)[requests]),
-        request_id=batch.request_id[requests],
-        user_id=batch.user_id[requests],
-        request_time_ms=batch.request_time_ms[requests],
-        surface=batch.surface[requests],
-        entity_kind=batch.entity_kind[rows],
-        entity_id=batch.entity_id[rows],
-        position=batch.position[rows],
-        labels=batch.labels[ragged(batch.label_starts, rows)],
-        label_starts=starts_of(np.diff(batch.label_starts)[rows]),
-        features={name: rows_of(column, rows) for name, column in batch.features.items()},
-    )
-
-
-def _inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, history: History | None) -> Iterator[RankInputs]:
-    """What `_many_inputs` gives at once, one request after the other: the plain form, which tests compare with."""
-    wanted = {name: domain.features[name].side for name in domain.ranker[ranker_name].features if name in batch.features}
-    list_starts = {name: starts_of(column.lengths) for name, column in batch.features.items() if column.lengths is not None}
-
-    def columns(side: str, low: int, high: int) -> dict[str, Column]:
-        return {
-            name: _column(batch.features[name], list_starts.get(name), low, high) for name, of_side in wanted.items() if of_side == side
-        }
-
-    for i in range(len(batch)):
-        low, high = int(batch.starts[i]), int(batch.starts[i + 1])
-        user_id, time_ms = int(batch.user_id[i]), int(batch.request_time_ms[i])
-        if batch.served is not None:
-            events, erased_before_ms = batch.served.sequence(i)
-        elif history is not None:
-            events, erased_before_ms = history.before(user_id, time_ms)
-        yield RankInputs(
-            user_id=user_id,
-            request_time_ms=time_ms,
-            events=events,
-            candidate_ids=batch.entity_id[low:high],
-            candidate_kinds=batch.entity_kind[low:high],
-            candidate_features=columns("candidate", low, high),
-            request_features=columns("request", low, low + 1),
-            erased_before_ms=erased_before_ms,
-        )
+    """Some requests of a batch, ascending, with their rows."""
+    return with_rows(batch, ragged(batch.starts, requests))
 
 
 def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequences: Sequences, first: int) -> ManyInputs:
@@ -413,13 +371,8 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
     wanted = {name: domain.features[name] for name in domain.ranker[ranker_name].features if name in batch.features}
 
     def columns(side: str, rows: I64 | None) -> dict[str, Column]:
-        found = {}
-        for name, feature in wanted.items():
-            if feature.side == side:
-                column = batch.features[name] if rows is None else rows_of(batch.features[name], rows)
-                starts = None if column.lengths is None else starts_of(column.lengths)
-                found[name] = _column(column, starts, 0, len(batch.entity_id if rows is None else rows))
-        return found
+        found = {name: batch.features[name] for name, feature in wanted.items() if feature.side == side}
+        return {name: _column(of if rows is None else rows_of(of, rows)) for name, of in found.items()}
 
     bounds = sequences.starts[first : first + len(batch) + 1]
     return ManyInputs(
@@ -436,13 +389,10 @@ def _many_inputs(domain: Domain, ranker_name: str, batch: LoggedRequests, sequen
     )
 
 
-def _column(column: FeatureColumn, list_starts: I64 | None, low: int, high: int) -> Column:
-    if list_starts is not None and column.lengths is not None:
-        part = slice(list_starts[low], list_starts[high])
-        weights = None if column.weights is None else column.weights[part]
-        return Column(category=column.values[part], lengths=column.lengths[low:high].astype(np.uint32), weights=weights)
-    values = column.values[low:high]  # [n], of a vector [n, dimension]
-    return Column(number=values) if values.dtype == np.float32 else Column(category=values)
+def _column(column: FeatureColumn) -> Column:
+    if column.lengths is not None:
+        return Column(category=column.values, lengths=column.lengths.astype(np.uint32), weights=column.weights)
+    return Column(number=column.values) if column.values.dtype == np.float32 else Column(category=column.values)
 
 
 def labels_of(domain: Domain, ranker_name: str, batch: LoggedRequests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:

@@ -20,14 +20,15 @@ from features.domain import Domain
 from features.erasures import NOBODY, Erased
 from features.logs import LogError
 from features.tables import TableError
-from inference.dataset import build_dataset
-from inference.evaluate import compare
+from inference.dataset import Dataset, build_dataset
+from inference.evaluate import Scored, compare, scores_of
 from inference.history import DatasetError
 from inference.packed import default_cache
 from inference.release import Release, load_model
-from inference.train import EVALUATION_ROWS, TIME_MS_MAX
+from inference.train import TIME_MS_MAX
 from inference.transact import NoopRanker, TransActRanker
 
+I64 = npt.NDArray[np.int64]
 PASSED, REFUSED, UNKNOWN = "passed", "refused", "cannot be judged"
 
 
@@ -121,18 +122,19 @@ def judge(
     if unknown is not None:
         return Verdict(UNKNOWN, (f"{unknown} does not say which requests it was trained on",), **said)
     from_ms = max(int(who.trained_before_ms or 0) for who in (candidate, incumbent))
-    mine = _scored(ranker, candidate, log, tables_root, from_ms, erased)
+    mine = _later(ranker, candidate, log, tables_root, from_ms, erased)
     try:
-        theirs = _scored(ranker, incumbent, log, tables_root, from_ms, erased)
+        theirs = _later(ranker, incumbent, log, tables_root, from_ms, erased)
     except (DatasetError, LogError, TableError) as error:
         return Verdict(UNKNOWN, (f"what {incumbent.name} needs is not there any more: {error}",), from_ms=from_ms, **said)
-    about: dict[str, Any] = {"requests": len(mine.users), "from_ms": from_ms, **said}
-    if len(mine.users) < limits.requests_min:
-        reason = f"{len(mine.users)} requests that neither was trained on; {limits.requests_min} are needed"
-        return Verdict(UNKNOWN, (reason,), **about)
-    if any(not np.array_equal(getattr(mine, name), getattr(theirs, name)) for name in ("users", "times_ms", "request_row")):
+    count = len(mine[1])
+    about: dict[str, Any] = {"requests": count, "from_ms": from_ms, **said}
+    if count < limits.requests_min:
+        return Verdict(UNKNOWN, (f"{count} requests that neither was trained on; {limits.requests_min} are needed",), **about)
+    if not all(np.array_equal(*pair) for pair in zip(_which(*mine), _which(*theirs), strict=True)):
         return Verdict(UNKNOWN, ("the two have different requests: their surfaces differ",), **about)
-    return _decide(mine, theirs, limits, about)
+    scored = scores_of(candidate.model, *mine), scores_of(incumbent.model, *theirs)
+    return _decide(*scored, (candidate.model, incumbent.model), limits, about)
 
 
 def gate_table(verdict: Verdict) -> Table:
@@ -150,54 +152,31 @@ def gate_table(verdict: Verdict) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Later requests in the order of time: users uint64 [R], times_ms int64 [R], request_row int64 [N], probabilities float32 [N, H],
-    labels bool [N, H].
-    """
-
-    heads: tuple[str, ...]
-    users: npt.NDArray[np.uint64]
-    times_ms: npt.NDArray[np.int64]
-    request_row: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.bool_]
+def _later(ranker: str, who: Contender, log: str | Path, tables_root: str | Path, from_ms: int, erased: Erased) -> tuple[Dataset, I64]:
+    """The log as a contender packs it, and its requests from `from_ms` on."""
+    generations, cache = who.generations, default_cache(log)
+    dataset, _ = build_dataset(who.domain, ranker, log, tables_root, generations=generations, erased=erased, cache=cache)
+    return dataset, dataset.part(from_ms, TIME_MS_MAX)
 
 
-def _scored(ranker: str, who: Contender, log: str | Path, tables_root: str | Path, from_ms: int, erased: Erased) -> _Scored:
-    """The log's requests from `from_ms` on, as a contender packs and scores them."""
-    assert isinstance(who.model, TransActRanker)
-    dataset, _ = build_dataset(who.domain, ranker, log, tables_root, generations=who.generations, erased=erased, cache=default_cache(log))
-    part = dataset.part(from_ms, TIME_MS_MAX)
-    sizes = np.diff(dataset.starts)[part]
-    rows = np.zeros((int(sizes.sum()), len(who.model.head_names)), np.float32)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    for chosen in dataset.batches(part, EVALUATION_ROWS, None):  # by sequence length, which the contenders need not share
-        batch = dataset.batch(chosen)
-        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in (chosen - part[0]).tolist()])
-        rows[places] = who.model.probabilities(batch.tensors, batch.request_row).numpy()
-    return _Scored(
-        heads=who.model.head_names,
-        users=dataset.user_id[part],
-        times_ms=dataset.request_time_ms[part],
-        request_row=np.repeat(np.arange(len(part)), sizes),
-        probabilities=rows,
-        labels=dataset.labels[dataset.candidate_rows(part)],
-    )
+def _which(dataset: Dataset, part: I64) -> tuple[npt.NDArray[Any], ...]:
+    """What tells requests apart: users, times, numbers of candidates."""
+    return dataset.user_id[part], dataset.request_time_ms[part], np.diff(dataset.starts)[part]
 
 
-def _decide(mine: _Scored, theirs: _Scored, limits: Limits, about: dict[str, Any]) -> Verdict:
+def _decide(mine: Scored, theirs: Scored, models: tuple[TransActRanker, TransActRanker], limits: Limits, about: dict[str, Any]) -> Verdict:
     """The verdict over requests that both have. Labels are those of the candidate's domain file."""
-    reasons = [f"head {head}: the incumbent has it, the candidate not" for head in theirs.heads if head not in mine.heads]
+    own, others_heads = (model.head_names for model in models)
+    reasons = [f"head {head}: the incumbent has it, the candidate not" for head in others_heads if head not in own]
     if not np.isfinite(mine.probabilities).all():
         reasons.append("its scores are not all finite")
     heads: dict[str, Any] = {}
     judged = []
-    for column, head in enumerate(mine.heads):
+    for column, head in enumerate(own):
         labels = mine.labels[:, column]
-        if head not in theirs.heads or labels.all() or not labels.any():
+        if head not in others_heads or labels.all() or not labels.any():
             continue
-        others = theirs.probabilities[:, theirs.heads.index(head)]
+        others = theirs.probabilities[:, others_heads.index(head)]
         heads[head] = compare(np.nan_to_num(mine.probabilities[:, column]), others, labels, mine.request_row, mine.users)
         if min(labels.sum(), (~labels).sum()) < limits.positives_min:
             continue

@@ -206,3 +206,24 @@ def rows_of(column: FeatureColumn, rows: I64) -> FeatureColumn:
         return FeatureColumn(column.values[rows], None)
     places = ragged(starts_of(column.lengths), rows)
     return FeatureColumn(column.values[places], column.lengths[rows], None if column.weights is None else column.weights[places])
+
+
+def with_rows(batch: LoggedRequests, rows: I64) -> LoggedRequests:
+    """Some candidates, ascending, and the requests that have any of them."""
+    owner = np.repeat(np.arange(len(batch)), np.diff(batch.starts))[rows]
+    requests, sizes = np.unique(owner, return_counts=True)
+    return LoggedRequests(
+        starts=starts_of(sizes),
+        request_id=batch.request_id[requests],
+        user_id=batch.user_id[requests],
+        request_time_ms=batch.request_time_ms[requests],
+        surface=batch.surface[requests],
+        entity_kind=batch.entity_kind[rows],
+        entity_id=batch.entity_id[rows],
+        position=batch.position[rows],
+        labels=batch.labels[ragged(batch.label_starts, rows)],
+        label_starts=starts_of(np.diff(batch.label_starts)[rows]),
+        features={name: rows_of(column, rows) for name, column in batch.features.items()},
+        seen=None if batch.seen is None else batch.seen[rows],
+        served=None if batch.served is None else batch.served.take(requests),
+    )

@@ -5,15 +5,21 @@ different users, so the interval of a difference comes from a bootstrap that dra
 stops a good one by chance more often than the interval says; that is the cheaper mistake.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from features.domain import Domain
+from features.logs import LogError, Served, read_requests
+from inference.dataset import labels_of
 from inference.metrics import user_means
+
+Array = npt.NDArray[Any]
 
 PROMOTE, STOP, GO_ON = "promote", "stop", "go on"
 DRAWS = 1000
@@ -81,6 +87,40 @@ def outcomes(
             )
         )
     return found
+
+
+def outcomes_of_log(
+    domain: Domain,
+    ranker_name: str,
+    log: str | Path,
+    arms_of: Callable[[Served], tuple[Array, Array]],
+    *,
+    from_ms: int = 0,
+    control: str = "",
+) -> list[Outcome]:
+    """`outcomes` of a served log's lists from `from_ms` on of which anything was seen.
+
+    arms_of: the arm of each request of `Served` [r], and which of them count, bool [r].
+
+    Raises:
+        LogError: it is no served log, or cannot be read.
+    """
+    heads = domain.ranker[ranker_name].heads
+    arms: list[Array] = [np.zeros(0, object)]
+    users, counts = [np.zeros(0, np.uint64)], [np.zeros((0, len(heads)), np.int64)]
+    for batch in read_requests(log, domain):
+        if batch.served is None or batch.seen is None:
+            raise LogError(f"{log}: not a served log")
+        arm, chosen = arms_of(batch.served)
+        rows = np.repeat(np.arange(len(batch)), np.diff(batch.starts))
+        seen = np.bincount(rows[batch.seen], minlength=len(batch)) > 0
+        chosen = chosen & seen & (batch.served.column("ranker") == ranker_name) & (batch.request_time_ms >= from_ms)
+        labels = labels_of(domain, ranker_name, batch)[0] & batch.seen[:, None]
+        arms.append(arm[chosen])
+        users.append(batch.user_id[chosen])
+        counts.append(np.stack([np.bincount(rows, column, minlength=len(batch)) for column in labels.T], 1).astype(np.int64)[chosen])
+    utilities = {name: head.utility for name, head in heads.items()}
+    return outcomes(np.concatenate(arms), np.concatenate(users), np.concatenate(counts), list(heads), utilities, control=control)
 
 
 def decide(canary: Outcome, control: Outcome, utilities: Mapping[str, float], *, lists_min: int, users_min: int) -> tuple[str, str]:

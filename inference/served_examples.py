@@ -13,7 +13,7 @@ import numpy.typing as npt
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.logs import LogError, LoggedRequests, Served, read_requests, read_summary
-from inference.history import Sequences, ragged, rows_of, starts_of
+from inference.history import Sequences, with_rows
 from protos.v1.ranking_pb2 import SEQUENCE_SOURCE_NONE
 
 I64 = npt.NDArray[np.int64]
@@ -34,7 +34,7 @@ def served_requests(domain: Domain, ranker_name: str, log: str | Path, erased: E
         chosen = batch.served.column("ranker") == ranker_name
         chosen &= batch.served.column("sequence_source") != SEQUENCE_SOURCE_NONE
         chosen &= ~_names_erased(batch, batch.served, erased)
-        found = _taken(batch, np.flatnonzero(batch.seen & np.repeat(chosen, np.diff(batch.starts))))
+        found = with_rows(batch, np.flatnonzero(batch.seen & np.repeat(chosen, np.diff(batch.starts))))
         if len(found):
             yield found
 
@@ -46,12 +46,7 @@ class ServedSequences:
         """Of the batch's requests in their order, all at once: they are there already. Raises LogError: it is no served log's."""
         if batch.served is None:
             raise LogError("requests without what they were served with")
-        found = [batch.served.sequence(i) for i in range(len(batch))]
-        yield Sequences(
-            np.concatenate([events for events, _ in found]),
-            starts_of(np.array([len(events) for events, _ in found], np.int64)),
-            np.array([erased_ms for _, erased_ms in found], np.int64),
-        )
+        yield Sequences(*batch.served.sequences())
 
 
 def _names_erased(batch: LoggedRequests, served: Served, erased: Erased) -> Bools:
@@ -61,25 +56,3 @@ def _names_erased(batch: LoggedRequests, served: Served, erased: Erased) -> Bool
     names = np.zeros(len(batch), bool)
     names[of[first_ms[of] <= erased_before_ms(erased, who)]] = True
     return names
-
-
-def _taken(batch: LoggedRequests, rows: I64) -> LoggedRequests:
-    """Some candidates, ascending, and the requests that have any of them."""
-    owner = np.repeat(np.arange(len(batch)), np.diff(batch.starts))[rows]
-    requests, sizes = np.unique(owner, return_counts=True)
-
-    return LoggedRequests(
-        starts=starts_of(sizes),
-        request_id=batch.request_id[requests],
-        user_id=batch.user_id[requests],
-        request_time_ms=batch.request_time_ms[requests],
-        surface=batch.surface[requests],
-        entity_kind=batch.entity_kind[rows],
-        entity_id=batch.entity_id[rows],
-        position=batch.position[rows],
-        labels=batch.labels[ragged(batch.label_starts, rows)],
-        label_starts=starts_of(np.diff(batch.label_starts)[rows]),
-        features={name: rows_of(column, rows) for name, column in batch.features.items()},
-        seen=None if batch.seen is None else batch.seen[rows],
-        served=None if batch.served is None else batch.served.take(requests),
-    )

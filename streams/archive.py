@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.actions import append_time_ms
+from features.actions import FORGOTTEN, Batch, append_time_ms, decode_batch
+from features.domain import Domain, Encoding
 from streams.errors import KafkaUnavailableError
 from streams.kafka import KafkaConfig, KafkaError, KafkaException, Message, TopicPartition, answering, log_identity, log_range, new_reader
 
@@ -40,6 +41,18 @@ SCHEMA = pa.schema(
 
 class ArchiveError(ValueError):
     """An archive that cannot be read or written; names the file, what was found and what was expected."""
+
+
+class DecodingRules(NamedTuple):
+    """What of a domain file decides which records of the actions count."""
+
+    future_tolerance_ms: int
+    encodings: tuple[Encoding, ...]
+
+    @classmethod
+    def of(cls, domain: Domain) -> "DecodingRules":
+        """A domain file's."""
+        return cls(domain.future_tolerance_ms, domain.encodings)
 
 
 class Span(NamedTuple):
@@ -98,6 +111,24 @@ class RecordLog(Protocol):
     def close(self) -> None:
         """Releases what is held."""
         ...
+
+
+def decode_records(log: RecordLog, partition: int, records: Records, rules: DecodingRules) -> Batch:
+    """Records of a log of actions, as a worker decodes them."""
+    batch = decode_batch(
+        log_epoch=log.log_epoch,
+        partition=partition,
+        offsets=records.offsets,
+        keys=records.keys,
+        values=records.values,
+        append_times_ms=records.append_time_ms,
+        future_tolerance_ms=rules.future_tolerance_ms,
+        partition_count=len(log.partitions),
+        encodings=rules.encodings,
+    )
+    if records.forgotten is not None:
+        batch.verdict[records.forgotten] = FORGOTTEN
+    return batch
 
 
 class KafkaLog:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from features.actions import ACTION, ERASE, REJECTED, Batch, decode_batch, encode_action
+from features.actions import ACTION, ERASE, REJECTED, encode_action
 from features.base import Base
 from features.domain import DAY_MS, Domain
 from features.encodings import read_action
@@ -29,7 +29,7 @@ from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log, unnamed_parts
 from features.samples import WARM, drop_samples
 from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
 from protos.v1.ranking_pb2 import RankingRecord
-from streams.archive import MANIFEST, KafkaLog, ParquetLog, RecordLog, Records, Span, rewrite_archive
+from streams.archive import MANIFEST, DecodingRules, KafkaLog, ParquetLog, RecordLog, Records, Span, decode_records, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
 from streams.errors import StreamError
 from streams.history import History
@@ -181,11 +181,10 @@ class _Run:
     def _search(self, log: RecordLog, partition: int, span: Span) -> list[Erasure]:
         known = {(erasure.log_epoch, erasure.partition, erasure.offset) for erasure in self.ledger}
         found = []
-        partition_count = len(log.partitions)
         if isinstance(log, KafkaLog):
             log.partitions = {**log.partitions, partition: span}
         for records in log.read(partition):
-            batch = _decode(log, partition, records, self.job.domain, partition_count)
+            batch = decode_records(log, partition, records, DecodingRules.of(self.job.domain))
             for i in np.flatnonzero(batch.verdict == ERASE).tolist():
                 message = read_action(records.values[i] or b"")
                 assert not isinstance(message, str), "the decoder read it"
@@ -358,7 +357,7 @@ class _ForgetActions:
         self.count = 0
 
     def __call__(self, partition: int, records: Records) -> Records | None:
-        batch = _decode(self._log, partition, records, self._domain, len(self._log.partitions))
+        batch = decode_records(self._log, partition, records, DecodingRules.of(self._domain))
         forgotten = np.zeros(len(records), bool) if records.forgotten is None else records.forgotten.copy()
         keys, values = list(records.keys), list(records.values)
         before = self.count
@@ -435,20 +434,6 @@ class _ForgetRankings:
         own = {erasure.partition for erasure in self._erasures if erasure.user_id == user}
         offsets = {at.log_epoch: _last_offsets(self._erasures, at.log_epoch).get(user, -1) for at in watermark}
         return any(at.partition in own and at.offset < offsets[at.log_epoch] for at in watermark)
-
-
-def _decode(log: RecordLog, partition: int, records: Records, domain: Domain, partition_count: int) -> Batch:
-    return decode_batch(
-        log_epoch=log.log_epoch,
-        partition=partition,
-        offsets=records.offsets,
-        keys=records.keys,
-        values=records.values,
-        append_times_ms=records.append_time_ms,
-        future_tolerance_ms=domain.future_tolerance_ms,
-        partition_count=partition_count,
-        encodings=domain.encodings,
-    )
 
 
 def _says_nothing(user: int) -> bytes:

@@ -18,16 +18,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from google.protobuf.message import DecodeError
 
-from features.actions import ACTION, ERASE, FORGOTTEN, REJECTED, Batch, decode_batch
-from features.domain import Encoding
+from features.actions import ACTION, ERASE, REJECTED, Batch
 from features.ids import U64
 from features.logs import LoggedActions
 from protos.v1.ranking_pb2 import RankingRecord
-from streams.archive import SCHEMA, RecordLog, Records, file_name, table_of
+from streams.archive import SCHEMA, DecodingRules, RecordLog, Records, decode_records, file_name, table_of
 
 I64 = npt.NDArray[np.int64]
-Rules = tuple[int, tuple[Encoding, ...]]
-"""future_tolerance_ms and encodings: what decides which records count."""
 
 
 def bucket_of(users: U64, count: int) -> I64:
@@ -108,7 +105,7 @@ def spill_actions(
     log: RecordLog,
     folders: Seq[Path],
     reading: Reading,
-    rules: Collection[Rules],
+    rules: Collection[DecodingRules],
     clock_ms: int,
     decoded: Callable[[Batch], None],
     memory_bytes: int,
@@ -123,7 +120,7 @@ def spill_actions(
         seen = 0
         with _Writers(folders, partition, memory_bytes) as writers:
             for records in log.read(partition):
-                batches = [_decode(log, partition, records, each) for each in rules]
+                batches = [decode_records(log, partition, records, each) for each in rules]
                 decoded(batches[0])
                 rows, buckets = _records_of(batches, reading)
                 # A watermark counts for the last record up to it, which may be one of the piece before.
@@ -139,23 +136,6 @@ def spill_actions(
                 for clock in clocks:
                     clock.advance(records)
             _carry(clocks, [noted["bucket"][seen:]] * len(clocks), writers)
-
-
-def _decode(log: RecordLog, partition: int, records: Records, rules: Rules) -> Batch:
-    batch = decode_batch(
-        log_epoch=log.log_epoch,
-        partition=partition,
-        offsets=records.offsets,
-        keys=records.keys,
-        values=records.values,
-        append_times_ms=records.append_time_ms,
-        future_tolerance_ms=rules[0],
-        partition_count=len(log.partitions),
-        encodings=rules[1],
-    )
-    if records.forgotten is not None:
-        batch.verdict[records.forgotten] = FORGOTTEN
-    return batch
 
 
 def _records_of(batches: Seq[Batch], reading: Reading) -> tuple[I64, I64]:

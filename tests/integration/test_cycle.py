@@ -4,6 +4,7 @@ Real training, gate, releases and served log; announcements are kept in memory (
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,11 +17,12 @@ from deploy.cycle import NOTHING, PROMOTED, PUBLISHED, REFUSED, STARTED, STOPPED
 from deploy.label_report import LabelReport
 from deploy.learn import Workspace, release, train_ranker
 from deploy.settings import Settings
+from features.actions import EVENT_DTYPE
 from features.domain import DAY_MS
 from features.logs import ACTIONS, IMPRESSIONS, SERVED, LogWriter, actions_schema, impressions_schema, served_schema, write_summary
 from features.sequence import NEVER_ERASED, definition, law
 from inference.gate import Limits
-from protos.v1.ranking_pb2 import ReleaseAnnouncement
+from protos.v1.ranking_pb2 import Experiment, ReleaseAnnouncement
 
 NOW_MS = START_MS + 100 * DAY_MS
 LATER_MS = 4_102_444_800_000  # 2100: behind the time that releases of the test are made at
@@ -139,8 +141,6 @@ class World:
 
 
 def events_of(rows):
-    from features.actions import EVENT_DTYPE
-
     events = np.zeros(len(rows), EVENT_DTYPE)
     for i, row in enumerate(rows):
         for name in EVENT_DTYPE.names:
@@ -160,8 +160,6 @@ def first_home(tmp_path_factory):
 
 @pytest.fixture
 def world(first_home, tmp_path, monkeypatch):
-    import shutil
-
     home = tmp_path / "home"
     shutil.copytree(first_home, home)
     world = World(home, intent_log(users=200))
@@ -270,8 +268,6 @@ def test_without_a_canary_it_is_served_to_everybody(world):
 
 
 def test_somebody_else_s_experiment_is_left_alone(world):
-    from protos.v1.ranking_pb2 import Experiment
-
     world.write(900)
     world.experiment = Experiment(ranker="home", name="theirs")
     found = world.tick()

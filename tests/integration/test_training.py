@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from plain_inputs import plain_inputs
 
 from deploy.learn import Workspace, evaluate_ranker, import_data, release, train_ranker, train_without_sequence
 from deploy.simulator import Simulator
@@ -19,7 +20,7 @@ from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impre
 from features.pack import Packer
 from features.sequence import NEVER_ERASED, definition, law
 from features.tables import USER, Member, TableSet, generation_names, item_member, open_generation, write_generation
-from inference.dataset import Dataset, History, _inputs, build_dataset, split_times
+from inference.dataset import Dataset, History, build_dataset, split_times
 from inference.embeddings import EmbeddingError, publish_embeddings
 from inference.evaluate import comparison_table, evaluate
 from inference.metrics import auc
@@ -261,7 +262,7 @@ def test_a_batch_holds_what_pack_made(world: tuple[Path, Path]) -> None:
     requests = next(iter(read_requests(world[0], DOMAIN)))
     newest = int(split_times(DOMAIN, "home", world[0], OPTIONS.fractions)[0])
     packer = Packer(DOMAIN, "home", tables)
-    expected = [packer.pack(inputs).tensors for inputs in _inputs(DOMAIN, "home", requests, History(DOMAIN, "home", world[0]))]
+    expected = [packer.pack(inputs).tensors for inputs in plain_inputs(DOMAIN, "home", requests, History(DOMAIN, "home", world[0]))]
     chosen = dataset.part(newest, 2**62)[[5, 0, 9]]
     batch = dataset.batch(chosen)
     for place, request in enumerate(chosen):
@@ -319,7 +320,7 @@ def test_each_ranker_has_the_requests_of_its_surfaces(tmp_path: Path) -> None:
         dataset, tables = build_dataset(domain, ranker, work.log, work.tables)
         assert dataset.request_time_ms.tolist() == batch.request_time_ms[own].tolist()
         packer, history = Packer(domain, ranker, tables), History(domain, ranker, work.log)
-        everything = [packer.pack(inputs).tensors for inputs in _inputs(domain, ranker, batch, history)]
+        everything = [packer.pack(inputs).tensors for inputs in plain_inputs(domain, ranker, batch, history)]
         for name, values in dataset.of_candidate.items():
             np.testing.assert_array_equal(values, np.concatenate([everything[i][name] for i in own]), err_msg=name)
         label = np.concatenate([batch.label(domain.actions["click"].id)[batch.starts[i] : batch.starts[i + 1]] for i in own])
@@ -478,7 +479,7 @@ def test_a_second_training_leaves_the_served_release_as_it_is(work: Workspace) -
             await releases.close()
             await triton.close()
 
-    *_, inputs = _inputs(DOMAIN, "home", next(iter(read_requests(work.log, DOMAIN))), History(DOMAIN, "home", work.log))
+    *_, inputs = plain_inputs(DOMAIN, "home", next(iter(read_requests(work.log, DOMAIN))), History(DOMAIN, "home", work.log))
     first = train_ranker(work, "home", QUICK)
     packed = build_dataset(DOMAIN, "home", work.log, work.tables, generations=first.generations)[0].of_request["user_embedding"]
     written = release(work, "home")

@@ -28,6 +28,7 @@ from label_world import (
     rules_of,
     until,
 )
+from plain_inputs import plain_inputs
 from test_replay import USERS, MemoryLog
 
 from deploy.demo_loop import compare_arms
@@ -39,7 +40,7 @@ from features.log_erasure import drop_past
 from features.logs import LogError, log_files, read_actions, read_requests, read_summary, write_summary
 from features.pack import Column, Packer
 from features.tables import TableSet
-from inference.dataset import History, _inputs, build_dataset, split_times
+from inference.dataset import History, build_dataset, split_times
 from inference.served_examples import served_requests
 from protos.v1.ranking_pb2 import SEQUENCE_SOURCE_NONE
 from streams.archive import ParquetLog
@@ -145,7 +146,7 @@ def test_every_list_is_packed_again_to_the_logged_digest(world, labelled):
     packers = {}
     history = History(domain, "home", folder)
     for batch in read_requests(folder, domain, batch_rows=200):
-        for i, inputs in enumerate(_inputs(domain, "home", batch, None)):
+        for i, inputs in enumerate(plain_inputs(domain, "home", batch, None)):
             generations = batch.served.table["generations"][i].as_py()
             if generations not in packers:
                 packers[generations] = Packer(domain, "home", TableSet.open(world.tables, domain, "home", json.loads(generations)))
@@ -202,7 +203,7 @@ def test_training_takes_what_was_seen_of_its_own_ranker(world, labelled):
     assert START_MS < validation_ms < test_ms
     packer, at = Packer(domain, "home", tables), 0
     for batch in served_requests(domain, "home", folder):
-        for i, inputs in enumerate(_inputs(domain, "home", batch, None)):
+        for i, inputs in enumerate(plain_inputs(domain, "home", batch, None)):
             expected, found = packer.pack(inputs).tensors, dataset.request(at + i)
             count = int(expected["sequence_count"][0])
             for name, values in found.items():
@@ -361,17 +362,15 @@ def test_an_erasure_that_is_asked_for_during_a_pass_is_done_at_its_commit(world,
 
 def test_arms_are_compared_by_what_users_did(world, labelled):
     _, folder = labelled
-    domain, release_id = domain_of(world), world.release_id
-    seen = [rows for rows in logged_lists(folder, domain).values() if any(row[1] for row in rows)]
-    clicks = [sum(CLICK in row[2] for row in rows) for rows in seen]
-    figures = compare_arms(domain, folder, (release_id, "other"), from_ms=START_MS)
-    assert figures["lists"] == [len(seen), 0]
-    assert figures["clicks a list"]["means"] == [pytest.approx(sum(clicks) / len(seen)), 0.0]
-    row = figures["lists with a click"]
-    assert row["low"] < row["difference"] < row["high"]
-    assert row["difference"] == pytest.approx(sum(map(bool, clicks)) / len(seen))
-    late = compare_arms(domain, folder, (release_id, release_id), from_ms=END_MS)
-    assert late["lists"] == [0, 0]
+    domain, names = domain_of(world), {world.release_id: "one"}
+    clicks = dict[int, list[int]]()
+    for key, rows in logged_lists(folder, domain).items():
+        if any(row[1] for row in rows):
+            clicks.setdefault(key[0], []).append(sum(CLICK in row[2] for row in rows if row[1]))
+    none, one = compare_arms(domain, "home", folder, names, from_ms=START_MS, control="none")
+    assert (none.lists, one.lists, one.users) == (0, sum(map(len, clicks.values())), len(clicks))
+    assert one.per_list["click"] == pytest.approx(np.mean([np.mean(of) for of in clicks.values()]))
+    assert [found.lists for found in compare_arms(domain, "home", folder, names, from_ms=END_MS, control="one")] == [0]
 
 
 def test_a_bucket_replays_as_the_whole_does(world, tmp_path):
@@ -399,8 +398,11 @@ def test_parts_are_a_log_like_any_other(world, labelled):
     assert set(read_summary(folder)["parts"]) == {"actions.parquet", "impressions.parquet", "served.parquet"}
     times = np.concatenate([batch.request_time_ms for batch in read_requests(folder, domain, batch_rows=7)])
     assert (np.diff(times) >= 0).all()
-    events, erased_before_ms = next(read_requests(folder, domain)).served.sequence(0)
-    assert events.dtype == EVENT_DTYPE
-    assert isinstance(erased_before_ms, int)
+    served = next(read_requests(folder, domain)).served
+    events, starts, erased_before_ms = served.sequences()
+    assert (events.dtype, starts[0], starts[-1]) == (EVENT_DTYPE, 0, len(events))
+    assert len(starts) - 1 == len(erased_before_ms) == len(served.table)
+    part = served.take(np.arange(2, 5)).sequences()[0]
+    assert part.tobytes() == events[starts[2] : starts[5]].tobytes()
     assert CLICK in np.concatenate([batch.labels for batch in read_requests(folder, domain)])
     assert Path(folder, "summary.json").exists()

@@ -3,17 +3,17 @@
 import pytest
 import typer
 
-from deploy.commands_label import parse_duration
 from deploy.label_report import LabelReport
+from deploy.wording import parse_duration
 from features.labels import OUTCOMES
 from features.parity import EXCLUSIONS
 
 
 def test_durations_are_numbers_with_units():
-    assert [parse_duration(text) for text in ("90s", "15 min", "1h", "7d")] == [90_000, 900_000, 3_600_000, 604_800_000]
-    for wrong in ("", "1", "h", "-1h", "1.5h", "1 week"):
+    assert [parse_duration(text, "--window") for text in ("90s", "15m", "1h", "7d")] == [90_000, 900_000, 3_600_000, 604_800_000]
+    for wrong in ("", "1", "h", "-1h", "15min", "1 week"):
         with pytest.raises(typer.BadParameter, match="number with a unit"):
-            parse_duration(wrong)
+            parse_duration(wrong, "--window")
 
 
 def counts(**more):
