@@ -149,7 +149,7 @@ class Cycle:
             return self._end(state, STOPPED, f"{state.release_id}: the served release has changed, to {served}")
         if running is None and state.announced:
             self._say(f"canary {state.experiment} was stopped by somebody")
-            self._write(State(full_ms=state.full_ms, tried_until_ms=state.tried_until_ms))
+            self._forget_canary(state)
             return None
         if running is None:
             self._announce_canary(state, now_ms)
@@ -176,8 +176,11 @@ class Cycle:
     def _end(self, state: State, what: str, why: str, arms: tuple[Outcome, ...] = ()) -> Ticked:
         """The canary is over."""
         announce_experiment(self._settings, self._ranker, None)
-        self._write(State(full_ms=state.full_ms, tried_until_ms=state.tried_until_ms))
+        self._forget_canary(state)
         return Ticked(what, why, arms)
+
+    def _forget_canary(self, state: State) -> None:
+        self._write(State(full_ms=state.full_ms, tried_until_ms=state.tried_until_ms))
 
     def _train(self, state: State, now_ms: int) -> Ticked:
         options, work = self._options, self._work
@@ -188,7 +191,8 @@ class Cycle:
         if new < options.requests_min:
             return Ticked(NOTHING, f"{new} requests are new; a training needs {options.requests_min}")
         same_model = incumbent.manifest["tensor_fingerprint"] == tensor_fingerprint(work.domain, self._ranker)
-        due = now_ms - (state.full_ms or incumbent.created_ms) >= options.full_every_ms
+        state.full_ms = state.full_ms or incumbent.created_ms
+        due = now_ms - state.full_ms >= options.full_every_ms
         scratch = before_ms is None or not same_model or due
         if scratch:
             self._say("train from scratch")
@@ -202,13 +206,10 @@ class Cycle:
         why = "; ".join(verdict.reasons)
         if not verdict.passed and not options.force:
             return Ticked(REFUSED, f"gate: {verdict.decision}: {why}")
-        gate = {
-            "decision": verdict.decision,
-            "reasons": list(verdict.reasons),
-            "incumbent": verdict.incumbent,
-            "forced": not verdict.passed,
-        }
-        written = release(work, self._ranker, gate, only=True)
+        written = release(work, self._ranker, verdict.for_manifest(), only=True)
+        if scratch:
+            state.full_ms = now_ms
+            self._write(state)
         if not options.canary_percent:
             announce_release(self._settings, self._ranker, written.release_id, now_ms)
             return Ticked(PUBLISHED, f"{written.release_id}: {why}")

@@ -292,11 +292,28 @@ def test_a_faulty_label_pass_ends_the_tick_and_two_ticks_never_run_at_once(world
         one.tick(NOW_MS)
 
 
-def test_a_due_training_starts_from_scratch(world):
+def state_of(world):
+    return json.loads((world.home / "cycle" / "home.json").read_text())
+
+
+def test_a_due_training_starts_from_scratch_and_the_next_one_goes_on(world):
     world.write(900)
-    first = {path.name for path in (world.home / "tables").glob("*/*")}
-    assert world.tick(LATER_MS, full_every_ms=1).what in (STARTED, REFUSED)
-    assert {path.name for path in (world.home / "tables").glob("*/*")} > first, "with new embeddings"
+    tables = {path.name for path in (world.home / "tables").glob("*/*")}
+    assert world.tick(LATER_MS, full_every_ms=DAY_MS, canary_percent=0, force=True).what == PUBLISHED
+    with_new = {path.name for path in (world.home / "tables").glob("*/*")}
+    assert with_new > tables, "with new embeddings"
+    assert state_of(world)["full_ms"] == LATER_MS
+    world.released.clear()  # the release of the test's clock
+    world.write(2000)
+    assert world.tick(LATER_MS + 1, full_every_ms=DAY_MS, force=True).what == STARTED
+    assert {path.name for path in (world.home / "tables").glob("*/*")} == with_new
+
+
+def test_the_time_of_the_first_release_counts_until_there_was_a_whole_training(world):
+    world.write(900)
+    world.tick(limits=Limits(requests_min=10**6))
+    (first,) = (world.home / "releases").glob("*/manifest.json")
+    assert state_of(world)["full_ms"] == json.loads(first.read_text())["created_ms"]
 
 
 def test_a_canary_that_is_served_already_is_promoted(world):
