@@ -29,6 +29,8 @@ from inference.packed import default_cache
 from inference.report import reliability_bins
 from inference.train import TrainOptions, train
 
+FAR = 2**60
+"""Ids near to each other that a float64 cannot tell apart."""
 SCRIPT = Path(__file__).parents[1] / "training_process.py"
 STEADY = DOMAIN_TEXT.replace("first_k = 3", "first_k = 3, dropout = 0.0")
 QUICK = {"epochs": 2, "batch_rows": 256, "seed": 3, "threads": 1, "patience": 2, "progress": False}
@@ -155,12 +157,12 @@ def test_sequences_of_a_batch_are_those_of_each_request(tmp_path: Path, monkeypa
     log = Log()
     for _ in range(600):
         append_ms = START_MS + int(random.integers(0, 1000))
-        user, erase = int(random.integers(0, 6)), random.random() < 0.01
+        user, erase = int(random.integers(2, 8)), random.random() < 0.01
         late_ms, action = int(random.integers(0, 200)), int(random.choice([SHOWN, CLICK, HIDE]))
-        log.act(user, int(random.integers(0, 9)), action, append_ms - late_ms, append_ms=append_ms, erase=erase and user < 2)
+        log.act(FAR + user, int(random.integers(0, 9)), action, append_ms - late_ms, append_ms=append_ms, erase=erase and user > 5)
     for time_ms in sorted(random.integers(0, 1100, 200).tolist()):
-        log.request(int(random.integers(0, 8)), START_MS + time_ms, {1: []})
-    folder, erased = log.write(tmp_path), {3: START_MS + 300, 7: START_MS + 5}
+        log.request(FAR + int(random.integers(0, 8)), START_MS + time_ms, {1: []})  # two of them never acted
+    folder, erased = log.write(tmp_path), {FAR + 5: START_MS + 300, FAR + 1: START_MS + 5}
     (batch,) = read_requests(folder, DOMAIN)
     one_by_one = History(DOMAIN, "home", folder, erased)
     expected = [one_by_one.before(int(user), int(at)) for user, at in zip(batch.user_id, batch.request_time_ms, strict=True)]
