@@ -13,7 +13,7 @@ from features.ids import partition_of, user_key
 from features.parity import PartitionLog
 from features.sequence import definition
 from protos.v1.ranking_pb2 import RankingRecord
-from streams.archive import ParquetLog, Records, Span, write_manifest
+from streams.archive import DecodingRules, ParquetLog, Records, Span, write_manifest
 from streams.log_buckets import bucket_of, spill_actions, spill_rankings
 
 PARTITIONS, EPOCH = 2, 9
@@ -115,7 +115,8 @@ def test_a_bucket_gives_its_users_rows_as_the_whole_does(both, count, memory_byt
     seen, decoded = [], []
     reading = spill_rankings(rankings, folders.rankings, lambda _: True, seen.append, memory_bytes)
     tolerances_ms = (1_000, 10_000)
-    spill_actions(actions, folders.actions, reading, [(ms, ()) for ms in tolerances_ms], 0, decoded.append, memory_bytes)
+    rules = [DecodingRules(ms, DOMAIN.encodings) for ms in tolerances_ms]
+    spill_actions(actions, folders.actions, reading, rules, 0, decoded.append, memory_bytes)
     assert sum(seen) == sum(map(len, rankings.records.values()))
     assert sum(map(len, decoded)) == sum(map(len, actions.records.values()))
     read = 0
