@@ -7,7 +7,6 @@ weights as initialised: what a ranking costs does not depend on what the weights
 import contextlib
 import os
 import platform
-import re
 import statistics
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from deploy.bench_ingest import bench_ingest
 from deploy.bench_large import bench_large
 from deploy.kafka_jars import kafka_version
 from deploy.learn import now_ms
+from deploy.paper_size import SIMULATOR, paper_size
 from deploy.processes import kafka_config, topics
 from deploy.replay import ReplayOptions
 from deploy.replay import replay as replay_logs
@@ -51,8 +51,6 @@ USERS, ITEMS, HISTORY = 1_000, 10_000, 100
 EVENTS_PER_S = 1_000
 RANK_S, RANKINGS_PER_S, CANDIDATES = 30.0, 5, 100
 REPLAY_RANKINGS, REPLAY_CANDIDATES = 1_500, 20
-SIMULATOR = Path(__file__).parents[1] / "domains" / "simulator.toml"
-_PAPER_SIZE = ((r"sequence_length = 16\b", "sequence_length = 100"), (r", cross_rank = 64, first_k = 5", ""))
 _UNITS = (
     ("bytes_", "bytes"),
     ("_ms", "ms"),
@@ -90,6 +88,7 @@ BENCHES = {
     "overload": "deploy.bench_overload:bench_overload",
     "service": "deploy.bench_service:bench_service",
     "model": "deploy.bench_model:bench_model",
+    "model-cuda": "deploy.bench_model_cuda:bench_model_cuda",
     "train": "deploy.bench_train:bench_train",
     "curve": "deploy.bench_curve:bench_curve",
     "scale": "deploy.bench_scale:bench_scale",
@@ -230,15 +229,6 @@ def world(
             yield World(stack, domain, producer, random, items, user_ids)
         finally:
             producer.close()
-
-
-def paper_size(domain_toml: str) -> str:
-    """The simulator's domain file with rankers in the paper's size. Raises ValueError: the file no longer says what is replaced."""
-    for pattern, replacement in _PAPER_SIZE:
-        domain_toml, count = re.subn(pattern, replacement, domain_toml)
-        if not count:
-            raise ValueError(f"{SIMULATOR}: {pattern} is not there any more; correct deploy/bench.py")
-    return domain_toml
 
 
 def write_untrained_release(

@@ -16,17 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from deploy.bench import CANDIDATES, SIMULATOR, paper_size, world
+from deploy.bench import CANDIDATES, world
 from deploy.bench_service import WARM_S, Measured, answered, measured_server, requests_of
 from deploy.load import Load, closed_loop
-from features.domain import Domain, parse_domain
+from deploy.paper_size import make_request, paper_domain
 from inference.encoders import EncoderLayer
-from inference.release import blank_request
 from inference.transact import SequenceEncoder, TransActRanker
 
 THREADS = 2
@@ -112,7 +110,7 @@ def _encoders(console: Console) -> dict[str, float]:
     figures = {}
     for count, rounds in ROUNDS.items():
         tensors = make_request(domain, model, count)
-        candidate = tensors["candidate_embedding"].float() * model.vector_scale
+        candidate = model.candidate_vectors(tensors)
         row = torch.zeros(count, dtype=torch.int64)
         calls: dict[str, Callable[[], Tensor]] = {
             "plain": partial(plain, tensors, candidate),
@@ -135,7 +133,7 @@ def _in_process(console: Console) -> dict[str, float]:
     domain = paper_domain()
     model = TransActRanker(domain, "home").eval()
     tensors = make_request(domain, model, CANDIDATES)
-    candidate = tensors["candidate_embedding"].float() * model.vector_scale
+    candidate = model.candidate_vectors(tensors)
     row = torch.zeros(CANDIDATES, dtype=torch.int64)
     x = model.fast_sequence(tensors, candidate, row)
     calls: dict[str, Callable[[], Tensor]] = {
@@ -190,22 +188,3 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
             if i >= 2:  # the first two warm up
                 found_ms[name].append((time.perf_counter() - begin_s) * 1e3)
     return {name: statistics.median(values) for name, values in found_ms.items()}
-
-
-def make_request(domain: Domain, model: TransActRanker, candidates: int) -> dict[str, Tensor]:
-    """Stacked tensors of one request with a full sequence of random items."""
-    random = np.random.default_rng(1)
-    tensors = {name: torch.from_numpy(value) for name, value in blank_request(domain, "home", candidates).items()}
-    for name in ("sequence_embedding", "candidate_embedding"):
-        vectors = random.standard_normal(tensors[name].shape) / np.sqrt(tensors[name].shape[-1])
-        tensors[name] = torch.from_numpy(vectors.astype(np.float16))
-    tensors["sequence_action"].random_(1, 4, generator=torch.Generator().manual_seed(1))
-    return {name: value if model.per_candidate[name] else value[None] for name, value in tensors.items()}
-
-
-def paper_domain(*, attributes: bool = True) -> Domain:
-    """The simulator's domain in the paper's size; without attributes of actions a token is [action, item, candidate], 96 wide."""
-    text = paper_size(SIMULATOR.read_text("utf-8"))
-    if not attributes:
-        text = re.sub(r"sequence_attributes = .*", "", text)
-    return parse_domain(text, source=str(SIMULATOR))

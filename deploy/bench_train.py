@@ -23,9 +23,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from deploy.bench import SIMULATOR, paper_size
 from deploy.bench_model import LIBRARY_NAMES
 from deploy.learn import Workspace, import_data
+from deploy.paper_size import SIMULATOR, paper_size
 from deploy.simulator import Simulator
 from features.domain import Domain
 from inference.dataset import Dataset, build_dataset, split_times
@@ -66,7 +66,7 @@ class PlainRanker(TransActRanker):
         assert request_row is not None
         if window_ms is None:
             window_ms = self.sequence.draw_window_ms(len(request_row), generator)
-        candidate = self._candidate(tensors)
+        candidate = self.candidate_vectors(tensors)
         return self.behind_sequence(tensors, candidate, request_row, self.plain(self.sequence, tensors, candidate, window_ms))
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -256,6 +256,9 @@ def replay(
     users_share: Annotated[float, typer.Option(min=0, max=1, help="Share of users, by hash.")] = 1.0,
     history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    served_on: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where the models ran: a GPU's scores may be further apart.")
+    ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     home: Home = None,
 ) -> None:
@@ -268,7 +271,8 @@ def replay(
     from deploy.replay import archive_logs, replay_options
     from deploy.replay import replay as replay_logs
 
-    options = replay_options(settings_for(home), archive, history, users_share=users_share, score_sample=score_sample, seed=seed)
+    scored = {"score_sample": score_sample, "seed": seed, "served_on": served_on}
+    options = replay_options(settings_for(home), archive, history, users_share=users_share, **scored)
     if write_archive is not None:
         archive_logs(options, write_archive)
     report = replay_logs(options)
@@ -316,9 +320,10 @@ def bench(
         str,
         typer.Argument(
             help="ingest, large (its second half alone), decode, peers, freshness, read, restore, scale, growth, bootstrap, rank, service, "
-            "model, curve, overload, drain, release, feast or replay."
+            "model, train, curve, overload, drain, release, feast or replay."
         ),
     ],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model runs; cuda: model alone.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     runs: Annotated[int, typer.Option(help="Repetitions: median and spread come from them.")] = 3,
     plot: Annotated[Path | None, typer.Option(help="growth and curve: draw it into this PNG; beside the JSON where absent.")] = None,
@@ -331,7 +336,7 @@ def bench(
     from deploy.bench import run_bench
 
     quiet()
-    result = run_bench(name, runs, console)
+    result = run_bench(name if device == "cpu" else f"{name}-{device}", runs, console)
     table = Table("figure", "median", "min", "max", "unit", title=f"{name} on {result['machine']}")
     for figure, row in result["figures"].items():
         table.add_row(figure, *(f"{row[key]:.4g}" for key in ("median", "min", "max")), row["unit"])

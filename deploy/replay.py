@@ -48,7 +48,8 @@ class ReplayOptions:
     releases, tables: folders of the release files. archive: folder that `archive_logs` wrote. users_share: share of users, chosen by the
     hash of their key, so that all rankings of a chosen user are replayed. base, history: the base that the state stands on, and where its
     history is; the log says which base it must be. score_sample: how many rankings are scored again, chosen by
-    `seed`; device: where ("cpu", "cuda"). progress: called with (events read, events there are). only: which records are replayed, of all
+    `seed`; device: where ("cpu", "cuda"); served_on: where they were computed ("cpu", "cuda", "auto"), which says how far scores may be
+    apart. progress: called with (events read, events there are). only: which records are replayed, of all
     others nothing is counted; on_rebuilt: called with each as it was rebuilt.
     """
 
@@ -63,6 +64,7 @@ class ReplayOptions:
     score_sample: int = 100
     seed: int = 0
     device: str = "cpu"
+    served_on: str = "auto"
     progress: Callable[[int, int], None] | None = None
     only: Callable[[RankingRecord], bool] | None = None
     on_rebuilt: Callable[["Rebuilt"], None] | None = None
@@ -411,5 +413,5 @@ class _Replay:
         from inference.rescore import Rescorer  # PyTorch takes seconds and 300 MB: only where scores are asked for
 
         if release.release_id not in self._rescorers:
-            self._rescorers[release.release_id] = Rescorer(release, device=self.options.device)
+            self._rescorers[release.release_id] = Rescorer(release, device=self.options.device, served_on=self.options.served_on)
         return self._rescorers[release.release_id]

@@ -13,6 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from features.tensors import output_table, tensor_table
 from inference.release import blank_request, load_model, open_release
+from inference.transact import TransActRanker
 
 WARM_CANDIDATES = (1, 100, 129)
 """Candidate counts of the warm-up: one, a usual request, and one that is cut in two."""
@@ -28,14 +29,24 @@ class TritonPythonModel:
         device = parameters["device"]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
         self.release = open_release(Path(parameters["release_folder"]))
         self.inputs = tensor_table(self.release.domain, self.release.ranker)
         (self.output,) = output_table(self.release.domain, self.release.ranker)
-        self.model = load_model(self.release, device=device)
+        self.model, self.device = self._served(device, int(json.loads(args["model_config"])["max_batch_size"]))
         for candidates in WARM_CANDIDATES:
             blank = blank_request(self.release.domain, self.release.ranker, candidates)
             self._run([{name: torch.from_numpy(value)[None] for name, value in blank.items()}])
+
+    def _served(self, device: str, requests_max: int) -> tuple[Any, str]:
+        """The model, and where its tensors are expected."""
+        model = load_model(self.release)
+        if device == "cpu":
+            return model, device
+        from inference.transact_cuda import CudaRanker  # needs Triton, the language, which only a machine with a GPU is sure to have
+
+        if isinstance(model, TransActRanker) and CudaRanker.serves(model):
+            return CudaRanker(model, self.release.domain, self.release.ranker, requests_max=max(1, requests_max), device=device), "cpu"
+        return load_model(self.release, device=device), device
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers the requests that Triton has joined, all at once. One that fails gets its error; the others are not touched."""

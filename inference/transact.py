@@ -13,7 +13,7 @@ by a transformer in `inference.end_to_end`, corrected probabilities in `inferenc
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import cast
 
@@ -36,6 +36,8 @@ NORMALISED_MAX = 10.0
 RAW_MAX = 1000.0
 POSITION_DIMENSION = 8
 CANDIDATES_AT_ONCE = 128
+Encode = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
+"""Stacked tensors, candidates [N, D] and `request_row` [N] to the compressed sequences, [N, (K + 1) E]."""
 
 
 class TransActRanker(nn.Module):
@@ -98,8 +100,8 @@ class TransActRanker(nn.Module):
             window_ms: windows that have been drawn, float64 [R, 1], in place of `generator`.
         """
         if request_row is None:
-            tensors, request_row = self._stacked(tensors)
-        candidate = self._candidate(tensors)
+            tensors, request_row = self.stacked(tensors)
+        candidate = self.candidate_vectors(tensors)
         compressed = None
         if self.use_sequence:
             if self.training and window_ms is None:
@@ -108,12 +110,23 @@ class TransActRanker(nn.Module):
             compressed = encode(tensors, candidate, request_row, window_ms)
         return self.behind_sequence(tensors, candidate, request_row, compressed)
 
-    def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def logits(self, tensors: Mapping[str, Tensor], request_row: Tensor, encode: Encode) -> Tensor:
+        """Logits as `forward` gives them, float32 [N, H], with another form of the sequence encoder."""
+        candidate = self.candidate_vectors(tensors)
+        compressed = encode(tensors, candidate, request_row) if self.use_sequence else None
+        return self.behind_sequence(tensors, candidate, request_row, compressed)
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Probabilities, float32 [N, H]."""
+        return torch.sigmoid(logits if self.calibration is None else self.calibration(logits))
+
+    def stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """One request's tensors as a stack of one, and the `request_row` of its candidates."""
         stacked = {name: value if self.per_candidate[name] else value[None] for name, value in tensors.items()}
         return stacked, torch.zeros_like(stacked["candidate_embedding"][:, 0], dtype=torch.int64)
 
-    def _candidate(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def candidate_vectors(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As the model takes them, float32 [N, D]."""
         return tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
 
     def behind_sequence(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
@@ -156,7 +169,7 @@ class TransActRanker(nn.Module):
         sequence goes through `FastEncoder` where that pays.
         """
         if request_row is None:
-            tensors, request_row = self._stacked(tensors)
+            tensors, request_row = self.stacked(tensors)
         count = tensors["candidate_embedding"].shape[0]
         on_cpu = tensors["candidate_embedding"].device.type == "cpu"
         fast = self.use_sequence and self.sequence.has_fast and not self.training and on_cpu
@@ -167,12 +180,8 @@ class TransActRanker(nn.Module):
             first = int(rows[0])
             requests, rows = slice(first, int(rows[-1]) + 1), rows - first
             part = {name: value[piece if self.per_candidate[name] else requests] for name, value in tensors.items()}
-            if fast and self.fast_sequence.pays(part, rows):
-                candidate = self._candidate(part)
-                logits = self.behind_sequence(part, candidate, rows, self.fast_sequence(part, candidate, rows))
-            else:
-                logits = self(part, rows)
-            pieces.append(torch.sigmoid(logits if self.calibration is None else self.calibration(logits)))
+            quick = fast and self.fast_sequence.pays(part, rows)
+            pieces.append(self.calibrated(self.logits(part, rows, self.fast_sequence) if quick else self(part, rows)))
         return torch.cat(pieces) if pieces else torch.zeros(0, len(self.head_names), device=tensors["candidate_embedding"].device)
 
     @torch.no_grad()
@@ -213,14 +222,16 @@ class SequenceEncoder(nn.Module):
     """Early fusion, two post-norm transformer layers without positions, first K and max pool: [N, (K + 1) E].
 
     Paper: sections 3.2 and 3.3; the concatenation is its best early fusion. Where the domain file asks for another form (`other`), the
-    tokens are made here and the rest is that form's. `widths` are those of the parts of the output.
+    tokens are made here and the rest is that form's. `widths` are those of the parts of the output. `whole`: S is L, whatever the batch
+    holds, so that shapes do not depend on it.
     """
 
     def __init__(self, domain: Domain, ranker_name: str) -> None:
         super().__init__()
         ranker = domain.ranker[ranker_name]
         settings = ranker.model
-        self.first_k, self.output = settings.first_k, settings.output
+        self.length, self.first_k, self.output = ranker.sequence_length, settings.first_k, settings.output
+        self.whole = False
         self.window_ms_max = settings.time_window_hours_max * HOUR_MS
         history_width = ranker.embedding_dimension
         self.has_action = settings.action_types
@@ -267,7 +278,7 @@ class SequenceEncoder(nn.Module):
         """Which of the S first places hold an action, bool [R, S]; S is at least 1."""
         count = tensors["sequence_count"].reshape(-1, 1)  # [R, 1]
         # Rows behind the longest sequence are padding in every request and cost as much as real ones.
-        S = max(1, int(count.max())) if count.numel() else 1
+        S = self.length if self.whole else max(1, int(count.max())) if count.numel() else 1
         return torch.arange(S, device=count.device) < count
 
     def tokens(self, tensors: Mapping[str, Tensor], valid: Tensor) -> Tensor:

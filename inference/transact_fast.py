@@ -130,8 +130,8 @@ class FastEncoder:
             self._folded = _Folded(
                 layers[0].heads,
                 _fold_first(layers[0], self._encoder.item_width),
-                [_fold_later(layer) for layer in layers[1:]],
-                [_fold_behind(layer) for layer in layers],
+                [fold_later(layer) for layer in layers[1:]],
+                [fold_behind(layer) for layer in layers],
                 [weight.detach() for weight in weights],
                 state,
             )
@@ -198,7 +198,8 @@ def _fold_first(layer: "EncoderLayer", D: int) -> _First:
     )
 
 
-def _fold_later(layer: "EncoderLayer") -> _Later:
+def fold_later(layer: "EncoderLayer") -> _Later:
+    """Attention of a layer as it is computed here."""
     h, E = layer.heads, layer.out.in_features
     (q, k, v), (q_bias, _, v_bias), scale = *_parts(layer), (E // h) ** -0.5
     out, dtype = layer.out.weight.double(), layer.out.weight.dtype
@@ -210,7 +211,8 @@ def _fold_later(layer: "EncoderLayer") -> _Later:
     return _Later(*_as(dtype, project, bias, out.T, out_bias))
 
 
-def _fold_behind(layer: "EncoderLayer") -> _Behind:
+def fold_behind(layer: "EncoderLayer") -> _Behind:
+    """What stands behind the attention of a layer."""
     norm, last, dtype = layer.norm_attention, layer.norm_feedforward, layer.out.weight.dtype
     wide, bias = layer.wide.weight.double(), layer.narrow.bias.double()
     return _Behind(

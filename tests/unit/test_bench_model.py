@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from deploy.bench_model import PlainEncoder, make_request, paper_domain
+from deploy.bench_model import PlainEncoder
+from deploy.paper_size import make_request, paper_domain
 from inference.transact import TransActRanker
 
 

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from deploy import cli, options
-from deploy.bench import paper_size
+from deploy.paper_size import paper_size
 from deploy.settings import SettingsError, load_settings
 from deploy.stack import StackNotRunningError, running
 from features.domain import parse_domain
