@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
-from features.logs import ACTIONS, IMPRESSIONS, SUMMARY
+from features.logs import ACTIONS, IMPRESSIONS, SUMMARY, is_served_log
 from inference.ablations import CELLS, AblationError, AblationTable, Cell, configured
 from inference.baseline import Columns, boosted, columns_of
 from inference.checkpoints import TrainError
@@ -116,7 +116,9 @@ def ablate(
             report(f"{run.name}, seed {run.seed}: AUC {auc}; {result['seconds']:.0f} s")
             bar.advance(task)
     found = {(run.name, run.seed): (world.result(run) or {}, np.load(world.folder(run) / SCORES)["probabilities"]) for run in runs}
-    return Results(world.truth, found, skipped, world.about | {"seeds": seeds})
+    sampled = None if domain.log is None or is_served_log(log) else domain.log.negatives
+    about = world.about | {"seeds": seeds, "negatives": None if sampled is None else sampled.model_dump()}
+    return Results(world.truth, found, skipped, about)
 
 
 def planned(
