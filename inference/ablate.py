@@ -288,10 +288,11 @@ class _World:
     def _boosted(self, run: Run, dataset: Dataset, parts: Mapping[str, npt.NDArray[np.int64]]) -> tuple[Scored, dict[str, Any]]:
         if self._columns is None:
             self._columns = columns_of(run.domain, self.ranker_name, self.log, dataset, erased=self.erased)
+        columns = self._columns if run.cell.vectors else self._columns.without_cosines()
         heads = tuple(run.domain.ranker[self.ranker_name].heads)
         seconds_max = self.options.seconds_max or 60.0
         probabilities, about = boosted(
-            run.cell.baseline, self._columns, dataset, parts, heads, seconds_max=seconds_max, seed=run.seed, threads=self.options.threads
+            run.cell.baseline, columns, dataset, parts, heads, seconds_max=seconds_max, seed=run.seed, threads=self.options.threads
         )
         test = np.sort(parts["test"])
         rows = dataset.candidate_rows(test)
