@@ -1,4 +1,4 @@
-"""`freshrank publish`, `releases`, `rollback` and `formula`: what is served and how its scores are made, changed while servers run."""
+"""`freshrank publish`, `releases`, `rollback`, `refresh` and `formula`: what is served and how it scores, changed while servers run."""
 
 import json
 import time
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command()(publish)
     app.command()(releases)
     app.command()(rollback)
+    app.command()(refresh)
     app.command()(formula)
 
 
@@ -144,6 +145,41 @@ def rollback(
         raise ValueError(f"--to: {target} is a release of ranker {release.ranker!r}, not of {name!r}")
     announce_release(settings, name, target, _now_ms())
     print(f"{present.release_id if present is not None else 'nothing announced'} -> {target}")
+
+
+def refresh(ranker: RankerName = None, as_json: Json = False, home: Home = None, domain: DomainFile = None) -> None:
+    """Make the item vectors of the present hour from what users did, and serve them: of a ranker with `refresh`. One tick.
+
+    Call it from a scheduler, some minutes past every hour. What is there already is not made again, so a tick may be repeated, and one that
+    was cut off is made good by the next.
+
+    Example: `freshrank refresh --ranker news`
+    """
+    from deploy.announcing import announce_release, announced, releases_of
+    from deploy.learn import now_ms, refresh_tables
+    from deploy.options import workspace
+    from deploy.processes import kafka_config, topics
+    from deploy.stack import running
+    from inference.announced import options
+    from streams.archive import KafkaLog
+
+    settings = running(settings_for(home, domain), needs="kafka")
+    work = workspace(settings)
+    name = work.domain.ranker_name(ranker)
+    served = options(work.releases, releases_of(announced(settings))).get(name)
+    if served is None:
+        raise ValueError(f"refresh: no release of {name} is there; publish one first")
+    log = KafkaLog(kafka_config(settings), topics(settings).actions, topics(settings).base)
+    try:
+        newest = refresh_tables(work, _open(settings, served[0].release_id), log, now_ms())
+    finally:
+        log.close()
+    now = options(work.releases, releases_of(announced(settings)))[name][0]
+    is_served = now.release_id == served[0].release_id and newest.items() <= dict(now.generations).items()
+    if now.release_id == served[0].release_id and not is_served:
+        announce_release(settings, name, now.release_id, now_ms(), {**now.generations, **newest})
+    said = {"release_id": now.release_id, "generations": newest, "announced": not is_served}
+    print(json.dumps(said) if as_json else "\n".join(f"{space}: {generation}" for space, generation in newest.items()))
 
 
 def formula(

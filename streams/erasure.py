@@ -27,7 +27,8 @@ from features.ids import user_key
 from features.log_erasure import drop_packed, drop_past
 from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log, unnamed_parts
 from features.samples import WARM, drop_samples
-from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
+from features.table_erasure import drop_users, recover_drops
+from features.tables import USER, generation_names, open_generation
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, DecodingRules, KafkaLog, ParquetLog, RecordLog, Records, Span, decode_records, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
