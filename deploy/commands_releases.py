@@ -156,29 +156,31 @@ def refresh(ranker: RankerName = None, as_json: Json = False, home: Home = None,
     Example: `freshrank refresh --ranker news`
     """
     from deploy.announcing import announce_release, announced, releases_of
-    from deploy.learn import now_ms, refresh_tables
-    from deploy.options import workspace
-    from deploy.processes import kafka_config, topics
+    from deploy.experiments import announced_experiments
+    from deploy.learn import now_ms
     from deploy.stack import running
+    from features.domain import load_domain
     from inference.announced import options
-    from streams.archive import KafkaLog
+    from inference.embeddings import EmbeddingError
+    from inference.experiments import needed
 
     settings = running(settings_for(home, domain), needs="kafka")
-    work = workspace(settings)
-    name = work.domain.ranker_name(ranker)
-    served = options(work.releases, releases_of(announced(settings))).get(name)
+    name = load_domain(settings.domain).ranker_name(ranker)
+    served = options(settings.home / "releases", releases_of(announced(settings))).get(name)
     if served is None:
         raise ValueError(f"refresh: no release of {name} is there; publish one first")
-    log = KafkaLog(kafka_config(settings), topics(settings).actions, topics(settings).base)
-    try:
-        newest = refresh_tables(work, _open(settings, served[0].release_id), log, now_ms())
-    finally:
-        log.close()
-    now = options(work.releases, releases_of(announced(settings)))[name][0]
-    is_served = now.release_id == served[0].release_id and newest.items() <= dict(now.generations).items()
-    if now.release_id == served[0].release_id and not is_served:
-        announce_release(settings, name, now.release_id, now_ms(), {**now.generations, **newest})
-    said = {"release_id": now.release_id, "generations": newest, "announced": not is_served}
+    release_id, experiment = served[0].release_id, announced_experiments(settings).get(name)
+    for beside in sorted((set() if experiment is None else needed(experiment)) - {release_id}):
+        try:  # first: servers open the newest vectors of these when the served release gets others
+            _refreshed(settings, beside)
+        except EmbeddingError as error:
+            Console(stderr=True).print(f"of the experiment: {error}", markup=False)
+    newest = _refreshed(settings, release_id)
+    now = options(settings.home / "releases", releases_of(announced(settings)))[name][0]  # somebody may have gone back meanwhile
+    tell = now.release_id == release_id and not newest.items() <= dict(now.generations).items()
+    if tell:
+        announce_release(settings, name, release_id, now_ms(), {**now.generations, **newest})
+    said = {"release_id": release_id, "generations": newest, "announced": tell}
     print(json.dumps(said) if as_json else "\n".join(f"{space}: {generation}" for space, generation in newest.items()))
 
 
@@ -211,6 +213,20 @@ def formula(
         Formula(release.domain, name, text)
     announce_formula(settings, name, text, _now_ms())
     print(f"{name}: {text}" if text else f"{name}: the domain file's")
+
+
+def _refreshed(settings: "Settings", release_id: str) -> dict[str, str]:
+    """Makes the present hour's vectors for a release; the newest generations of its spaces. Raises what `refresh_tables` raises."""
+    from deploy.learn import now_ms, refresh_tables
+    from deploy.options import workspace
+    from deploy.processes import kafka_config, topics
+    from streams.archive import KafkaLog
+
+    log = KafkaLog(kafka_config(settings), topics(settings).actions, topics(settings).base)
+    try:
+        return refresh_tables(workspace(settings), _open(settings, release_id), log, now_ms())
+    finally:
+        log.close()
 
 
 def _promote(settings: "Settings", stack: "Settings | None", ranker: str, release_id: str) -> None:

@@ -22,20 +22,32 @@ import inference.refreshed as refreshed
 from deploy import cli
 from deploy.announcing import News, announce_release
 from deploy.bench_release import Proof, distinct_model
+from deploy.experiments import announce_experiment, make_experiment
 from deploy.load import Load, run_load
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings, load_settings
 from deploy.stack import StackNotRunningError
 from deploy.triton_server import TritonServer
 from features.actions import EVENT_DTYPE
-from features.domain import DAY_MS, Refresh, parse_domain
+from features.domain import DAY_MS, Domain, Refresh, parse_domain
 from features.logs import LoggedActions
-from features.tables import USER, Generation, Member, generation_names, lineage_of, open_generation, write_generation
+from features.tables import (
+    USER,
+    Generation,
+    Member,
+    generation_names,
+    generations_of,
+    lineage_of,
+    open_generation,
+    time_of,
+    write_generation,
+)
 from inference.embeddings import EmbeddingError
 from inference.refreshed import COUNTED, SETTLED_MS, publish_present, publish_refreshed
 from inference.release import Release, write_release
 from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import RankingRecord, RankRequest
+from streams.archive import KafkaLog, Span
 from streams.broadcast import Announcements
 from streams.kafka import ensure_topics
 from streams.producer import ActionProducer
@@ -279,6 +291,21 @@ def request(user: int, rows: npt.NDArray[np.int64]) -> RankRequest:
     return RankRequest(ranker="home", user_id=user, candidate_ids=candidates.tobytes(), request_time_ms=int(rows[-1, 2]))
 
 
+def released_apart(home: Settings, domain: Domain, log: Path) -> Release:
+    """A release of another lineage, for experiments only."""
+    made = publish_refreshed(domain, "home", log, home.home / "tables", seed=1)
+    return write_release(
+        home.home / "releases",
+        model=distinct_model(domain, "home", 2),
+        domain_toml=DOMAIN,
+        ranker="home",
+        created_ms=T,
+        generations={"together": made[-1].name},
+        metrics={},
+        only=True,
+    )
+
+
 @pytest.fixture
 def home(kafka, tmp_path: Path) -> Settings:
     """A home folder whose ranker was released TRAINED_HOURS after the log's begin, which is so that its last hour is the present one."""
@@ -313,6 +340,7 @@ def test_the_command_serves_the_present_hour_while_requests_are_answered(home: S
     erased = int(since.users[-1])
     producer.erase(erased, "asked for", event_id=1)
     producer.flush()
+    producer.close()
     news = News()
     topic = Announcements(kafka_config(home), home.topic_announcements, on_change=news.take)
     with serving(home, triton) as (address, server, sink), closing(topic):
@@ -345,8 +373,38 @@ def test_the_command_serves_the_present_hour_while_requests_are_answered(home: S
         switches = server.releases.switches
         assert refresh(home) == said | {"announced": False}
         assert server.releases.switches == switches, "a tick that finds all done changes nothing"
+        # A canary of another training has vectors of its own lineage.
+        canary = released_apart(home, domain, log)
+        announce_experiment(home, "home", make_experiment("home", "try", [f"canary={canary.release_id}:5%"], (), now_ms))
+        assert refresh(home) == said | {"announced": False}
+        of_canary = open_generation(home.home / "tables", "together", canary.generations["together"])
+        newest = next(generations_of(home.home / "tables", "together", of_canary.lineage))
+        assert (of_canary.lineage != held.lineage, time_of(newest)) == (True, held.created_ms)
         announce_release(home, "home", release.release_id, now_ms, first)  # as a tick that was cut off would leave it
         assert refresh(home) == said
         eventually(lambda: server.releases.served["home"].generations["together"] == held.name)
     with pytest.raises(StackNotRunningError):
         refresh(home.model_copy(update={"kafka_bootstrap": "", "home": tmp_path / "nothing"}))
+
+
+def test_a_log_is_read_from_a_time_on(home: Settings) -> None:
+    producer = ActionProducer(kafka_config(home), parse_domain(DOMAIN, source="news.toml"), home.topic_actions)
+    click: dict[str, Any] = {"entity_kind": "article", "action": "click", "user_id": 1}
+    placed = []
+    for item in range(3):
+        placed.append(producer.produce(**click, entity_id=item))
+        producer.flush()
+        since_s = time.monotonic()
+        eventually(lambda since_s=since_s: time.monotonic() - since_s > 0.002)  # the next one is of a later millisecond
+    producer.close()
+    partition = placed[0].result(1).partition
+    log = KafkaLog(kafka_config(home), home.topic_actions)
+    with closing(log):
+        (records,) = log.read(partition)
+        times = records.append_time_ms.tolist()
+        assert len(set(times)) == 3
+        for time_ms, start in ((times[0], 0), (times[1], 1), (times[2], 2), (times[2] + 1, 3), (times[0], 3)):
+            log.begin_at(time_ms)
+            assert log.partitions[partition] == Span(start, 3), "it never goes back"
+            assert log.partitions[1 - partition] == Span(0, 0)
+            assert [len(found) for found in log.read(partition)] == ([3 - start] if start < 3 else [])
