@@ -82,15 +82,36 @@ def generations(
     times_ms = positives.append_time_ms
     first_ms, last_ms = int(times_ms[0]), int(times_ms[-1])
     yield first_ms, items, known.copy()
-    done = 0
-    for moment_ms in [*range((first_ms // refresh.every_ms + 1) * refresh.every_ms, last_ms + 1, refresh.every_ms), last_ms + 1]:
-        since, until = (int(place) for place in times_ms.searchsorted([moment_ms - refresh.window_ms, moment_ms]))
+    moments_ms = [*range((first_ms // refresh.every_ms + 1) * refresh.every_ms, last_ms + 1, refresh.every_ms), last_ms + 1]
+    for moment_ms, made, _ in _hours(positives, items, known, moments_ms, first_ms, refresh.window_ms, seed):
+        yield moment_ms, made, known.copy()
+
+
+def _hours(
+    positives: Positives,
+    items: ItemVectors,
+    known: npt.NDArray[np.bool_],
+    moments_ms: Iterable[int],
+    done_ms: int,
+    window_ms: int,
+    seed: int,
+) -> Iterator[tuple[int, ItemVectors, bool]]:
+    """Moment, items, and whether its window had an item that was known before; `known` is brought up to date. `items` are of `done_ms`."""
+    times_ms, row = positives.append_time_ms, items.row
+    done = int(times_ms.searchsorted(done_ms))
+    for moment_ms in moments_ms:
+        since, until = (int(place) for place in times_ms.searchsorted([moment_ms - window_ms, moment_ms]))
         if until == done:
             continue  # nothing came: the generation before is as good
         done = until
-        items = _renewed(items, known, positives.users[since:until], row[since:until], seed)
-        known[row[:until]] = True
-        yield moment_ms, items, known.copy()
+        seen, local = np.unique(row[since:until], return_inverse=True)
+        fresh = factorised(positives.users[since:until], local.reshape(-1), len(seen), items.vectors.shape[1], seed=seed)
+        shared = known[seen]
+        vectors = items.vectors.copy()
+        vectors[seen] = fresh @ rotation(fresh[shared], vectors[seen[shared]])
+        items = replace(items, vectors=vectors)
+        known[seen] = True
+        yield moment_ms, items, bool(shared.any())
 
 
 def rotation(new: F32, old: F32) -> F32:
@@ -115,12 +136,13 @@ def publish_present(
     space of the ranker.
 
     They are of the begin of the hour (of `every_ms`) and know what the log held strictly before it. Where one of this moment or a later one
-    is there it stays, so that a tick may be repeated, and one that was cut off is made good by the next. Where nothing came since the
-    newest one, that is as good. Users get what they did since theirs were made added to the mean.
+    is there it stays, so that a tick may be repeated, and one that was cut off is made good by the next. Hours that were missed are gone
+    through, but not written: nobody was served with them. Where nothing came since the newest one, that is as good. Users get what they did
+    since theirs were made added to the mean.
 
-    `actions(since_ms)`: what the log holds that was appended from then on, or more, each user's in the log's order. `since_ms` is the
-    begin of the window, or when the users' vectors were made where that is earlier. Memory is for the positive actions since then and for
-    the tables.
+    `actions(since_ms)`: what the log holds that was appended from then on, or more, each user's in the log's order. `since_ms` is the begin
+    of the window of the first hour to be made, or when the users' vectors were made where that is earlier. Memory is for the positive
+    actions since then and for the tables.
 
     Raises:
         EmbeddingError: the domain file asks for no refresh, or for another one than the release was trained with; or no item of the window
@@ -138,22 +160,20 @@ def publish_present(
     before = found[ranker.item_space].before
     if before is None or not due:
         return newest
-    window_ms = moment_ms - refresh.window_ms
-    since_ms = min(window_ms, *(of.users_since_ms(moment_ms) for of in due.values()))
+    moments_ms = range((before.created_ms // refresh.every_ms + 1) * refresh.every_ms, moment_ms + 1, refresh.every_ms)
+    since_ms = min(moments_ms[0] - refresh.window_ms, *(of.users_since_ms(moment_ms) for of in due.values()))
     told = dict(erased)
     positives = _by_time(positives_of(domain, _noting(actions(since_ms), told), moment_ms, erased, since_ms=since_ms))
     if not (positives.append_time_ms >= before.created_ms).any():
         return newest
     items, known = _merged(domain, before, positives)
-    in_window = positives.append_time_ms >= window_ms
-    row = items.row[in_window]
-    if not known[row].any():
-        raise EmbeddingError(
-            f"{before.folder}: has a vector of none of the items of the {refresh.window_ms} ms before {moment_ms}: nothing would make "
-            "theirs comparable with those that the release was trained with; train and publish anew"
-        )
-    items = _renewed(items, known, positives.users[in_window], row, seed)
-    known[row] = True
+    for hour_ms, made, comparable in _hours(positives, items, known, moments_ms, before.created_ms, refresh.window_ms, seed):
+        items = made
+        if not comparable:
+            raise EmbeddingError(
+                f"{before.folder}: none of the items of the {refresh.window_ms} ms before {hour_ms} has a vector yet: nothing would make "
+                "theirs comparable with those that the release was trained with; train and publish anew"
+            )
     for space, of in due.items():
         members = _item_members(domain, items, known) if of.has_items else {}
         if of.has_users:
@@ -247,16 +267,6 @@ def _merged(domain: Domain, before: Generation, positives: Positives) -> tuple[I
         vectors[held] = np.concatenate([table[1:] for _, _, table in members if table is not None])
     known[held] = True
     return ItemVectors(distinct[:, 0].astype(np.uint8), distinct[:, 1], vectors, row), known
-
-
-def _renewed(items: ItemVectors, known: npt.NDArray[np.bool_], users: npt.NDArray[np.uint64], row: I64, seed: int) -> ItemVectors:
-    """The items with new vectors of those in a window, whose positive actions are `users` and `row`, turned onto those that are `known`."""
-    seen, local = np.unique(row, return_inverse=True)
-    fresh = factorised(users, local.reshape(-1), len(seen), items.vectors.shape[1], seed=seed)
-    shared = known[seen]
-    vectors = items.vectors.copy()
-    vectors[seen] = fresh @ rotation(fresh[shared], vectors[seen[shared]])
-    return replace(items, vectors=vectors)
 
 
 def _item_members(domain: Domain, items: ItemVectors, known: npt.NDArray[np.bool_]) -> dict[str, Member]:

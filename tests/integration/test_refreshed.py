@@ -9,12 +9,13 @@ import pytest
 
 from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from features.domain import Domain, Refresh, parse_domain
-from features.tables import USER, Generation, generations_of, lineage_of, open_generation, time_of
+from features.logs import read_actions
+from features.tables import USER, Generation, generation_names, generations_of, lineage_of, open_generation, time_of
 from features.tensors import tensor_fingerprint
 from inference.dataset import _Packers, build_dataset
 from inference.embeddings import EmbeddingError, Positives
 from inference.gate import Contender, Limits, judge
-from inference.refreshed import generations, publish_refreshed, rotation
+from inference.refreshed import SETTLED_MS, generations, publish_present, publish_refreshed, rotation
 from inference.release import load_model
 from inference.train import TrainOptions
 from streams.importer import import_log
@@ -197,9 +198,12 @@ def test_a_ranker_is_trained_on_and_judged_with_the_vectors_of_the_hours_since(t
         == rows[rows[:, 2] < T + 25 * HOUR_MS, 2].max() + 1
     )
     hold(T + 40 * HOUR_MS)
+    # A running stack has made an hour since; its vectors are comparable, and what it serves with.
+    publish_present(work.domain, "home", first, lambda _: read_actions(work.log, work.domain), work.tables, T + 41 * HOUR_MS + SETTLED_MS)
     generations = continue_ranker(work, "home", first, options).generations
     newest = open_generation(work.tables, "together", generations["together"])
-    assert newest.created_ms == rows[-1, 2] + 1
+    assert newest.created_ms == T + 41 * HOUR_MS
+    assert rows[-1, 2] + 1 in map(time_of, generation_names(work.tables, "together")), "the hours of the log are made as well"
     assert newest.lineage == lineage_of(work.tables, "together", first.generations["together"])
     verdict = judge_trained(work, "home", first, Limits(requests_min=50, positives_min=20, auc_loss_max=0.5))
     assert verdict.passed
