@@ -62,7 +62,7 @@ def _apart(domain: Domain, noise: float, console: Console) -> float:
     model = TransActRanker(domain, "home").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += noise * torch.randn_like(parameter)
+            parameter.add_(noise * torch.randn_like(parameter))
     count = BUCKETS[-1]
     tensors, row = make_request(domain, model, count), torch.zeros(count, dtype=torch.int64)
     wanted = model.probabilities(tensors, row)

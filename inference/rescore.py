@@ -18,8 +18,8 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 6e-2}
 
 Features are exact; a sum of floats depends on the order in which a kernel, a number of threads or a machine adds. cpu: measured over 2,000
 candidates of a model with large weights, one thread against two differed by up to 2.7e-6, AVX-512 against AVX2 by 4.9e-6 and against no
-vector unit by 8.5e-6. cuda: products there are bf16; `freshrank
-bench model --device cuda` measured up to 4e-2 where most probabilities are near 0 or 1 (on average 2e-3), 4e-3 where their deviation is .12.
+vector unit by 8.5e-6. cuda: products there are bf16; `freshrank bench model --device cuda` measured up to 4e-2 where most probabilities are
+near 0 or 1 (2e-3 on average), 4e-3 where their standard deviation is .12.
 """
 
 
