@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ from streams.erasure import LABEL_WORK
 from streams.log_buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 
 BUCKETS_MAX = 256
+SMALL_PARTS_MAX, SMALL_PART_ROWS = 64, 1 << 20
+"""Of the actions: so many small parts in a row, of fewer rows each, become one. Who reads a log has all of its parts open."""
 _RANKING_BYTES, _ACTION_BYTES = 3_000, 300
 _PLAN, _SPILLED, _ERASURES, _IDENTITIES = "plan.json", "spilled.json", "erasures.npz", "identities.npy"
 
@@ -137,7 +140,8 @@ class _Plan:
     """What a pass is: the same plan on the same logs gives the same parts. Stands in the work folder, and at the end in summary.json.
 
     spans: offsets of each partition by log ("rankings", "actions"). closed_before_ms: lists from before it are in parts that stay. actions:
-    first offset by partition that is not in the log yet. before_ms: `until_ms` of the pass before; 0: none.
+    first offset by partition that is not in the log yet. merged: parts of the actions whose rows go in front of this pass's. before_ms:
+    `until_ms` of the pass before; 0: none.
     """
 
     number: int
@@ -150,6 +154,7 @@ class _Plan:
     epochs: dict[str, str]
     spans: dict[str, dict[str, list[int]]]
     actions: dict[str, int]
+    merged: list[str]
 
 
 class _Pass:
@@ -241,7 +246,14 @@ class _Pass:
             epochs=epochs,
             spans={name: {str(p): list(span) for p, span in sorted(log.partitions.items())} for name, log in self.logs.items()},
             actions=made.get("actions", {}) if made.get("epochs", epochs)["actions"] == epochs["actions"] else {},
+            merged=self._small_parts(),
         )
+
+    def _small_parts(self) -> list[str]:
+        """The log's newest parts of the actions, where they are small and many: nothing else. Each pass adds one."""
+        newest = reversed([] if self.options.rebuild else self.summary["parts"].get(ACTIONS, []))
+        small = [*takewhile(lambda part: pq.read_metadata(self.out / part).num_rows < SMALL_PART_ROWS, newest)]
+        return small[::-1] if len(small) >= SMALL_PARTS_MAX else []
 
     def _closed_by_cut(self, made: Mapping[str, Any]) -> int:
         """Where later lists begin. Retention may have reached days that are open: they are closed as they are, since a join of what is left
@@ -344,11 +356,14 @@ class _Pass:
         return [part for part in self.summary["parts"].get(SERVED, []) if _begin_ms(part) >= self.plan.closed_before_ms]
 
     def _spill_actions(self, folders: list[Path], reading: Reading) -> LoggedActions:
-        """Also writes the records that the log has not yet as its next part; returns the erasures among all."""
+        """Also writes the records that the log has not yet as its next part, behind the parts that it takes the place of; returns the
+        erasures among all."""
         log, base = self.logs["actions"], self.options.replay.base
         erasures: list[LoggedActions] = []
         read = self._advance("actions", log)
         with LogWriter(self.out / "actions", self._part_name(), actions_schema(self.domain, order="offset")) as writer:
+            for part in self.plan.merged:
+                writer.copy(self.out / part)
 
             def decoded(batch: Batch) -> None:
                 found = logged_actions(batch)
@@ -410,7 +425,7 @@ class _Pass:
     def _merge(self, folders: list[Path]) -> dict[str, list[str]]:
         """Writes the parts of the open days; returns all of the log's."""
         kept = {} if self.options.rebuild else self.summary["parts"]
-        parts: dict[str, list[str]] = {name: list(kept.get(name, [])) for name in (ACTIONS, IMPRESSIONS, SERVED)}
+        parts = {name: [part for part in kept.get(name, []) if part not in self.plan.merged] for name in (ACTIONS, IMPRESSIONS, SERVED)}
         with pq.ParquetFile(self.out / "actions" / self._part_name()) as file:
             if file.metadata.num_rows:
                 parts[ACTIONS].append(f"actions/{self._part_name()}")
