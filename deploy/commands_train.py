@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -61,12 +62,14 @@ def train(
         checkpoint_s=checkpoint_s,
         threads=os.cpu_count() or 1,
     )
-    if start:
-        release = open_release(release_folder(work.releases, start))
-        result = continue_ranker(work, name, release, options, days=days, resume=resume)
-    else:
-        result = train_ranker(work, name, options, resume=resume)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one writes and speaks
+    with work.alone_with(name, "freshrank train") if is_first else nullcontext():
+        if start:
+            release = open_release(release_folder(work.releases, start))
+            result = continue_ranker(work, name, release, options, days=days, resume=resume)
+        else:
+            result = train_ranker(work, name, options, resume=resume)
+    if is_first:
         Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
         print(f"weights, metrics, curves and report: {result.folder}")
 
