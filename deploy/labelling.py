@@ -14,7 +14,6 @@ than BUCKETS_MAX (16 times `memory_bytes` of records each).
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 import time
@@ -70,14 +69,14 @@ from features.tables import sync_path
 from inference.release import ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import DecodingRules, KafkaLog, ParquetLog, RecordLog, Span, write_manifest
-from streams.erasure import LABEL_WORK
+from streams.erasure import LABEL_LOCK, LABEL_PLAN, LABEL_WORK, LEFT_OVER_MS
 from streams.log_buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 
 BUCKETS_MAX = 256
 SMALL_PARTS_MAX, SMALL_PART_ROWS = 64, 1 << 20
 """Of the actions: so many small parts in a row, of fewer rows each, become one. Who reads a log has all of its parts open."""
 _RANKING_BYTES, _ACTION_BYTES = 3_000, 300
-_PLAN, _SPILLED, _ERASURES, _IDENTITIES = "plan.json", "spilled.json", "erasures.npz", "identities.npy"
+_SPILLED, _ERASURES, _IDENTITIES = "spilled.json", "erasures.npz", "identities.npy"
 
 
 class LabelError(ValueError):
@@ -123,11 +122,11 @@ def label(options: LabelOptions) -> LabelReport:
     options.out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with ExitStack() as stack:
-        lock = stack.enter_context((options.out / ".label.lock").open("ab"))
+        lock = stack.enter_context((options.out / LABEL_LOCK).open("ab"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LabelError(f"{options.out}: another run of `freshrank label` is under way") from None
+            raise LabelError(f"{options.out}: another run of `freshrank label` is under way, or the erasure job tidies up") from None
         rankings, actions = stack.enter_context(open_logs(options.replay))
         report = _Pass(options, rankings, actions).run()
     report.seconds["all"] = round(time.monotonic() - started_s, 3)
@@ -186,8 +185,6 @@ class _Pass:
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
         self.options.step(name)
-        if self.work.exists():
-            os.utime(self.work)  # the erasure job removes what was not touched for a day
         started_s = time.monotonic()
         yield
         self.report.seconds[name] = round(time.monotonic() - started_s, 3)
@@ -214,7 +211,7 @@ class _Pass:
         number = self.summary["label"].get("number", 0) + 1
         plan = self._next_plan(number)
         try:
-            kept = _Plan(**json.loads((self.work / _PLAN).read_text("utf-8")))
+            kept = _Plan(**json.loads((self.work / LABEL_PLAN).read_text("utf-8")))
         except (OSError, TypeError, ValueError):
             kept = None
         if kept is not None and self._continues(kept, plan):
@@ -224,7 +221,7 @@ class _Pass:
             self.options.step("plan")
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
-            _write_json(self.work / _PLAN, asdict(plan))
+            _write_json(self.work / LABEL_PLAN, asdict(plan))
         for name, log in self.logs.items():
             if isinstance(log, KafkaLog):  # what came since is for the next pass
                 log.partitions = {int(partition): Span(*span) for partition, span in plan.spans[name].items()}
@@ -278,9 +275,10 @@ class _Pass:
         return closed_ms
 
     def _continues(self, kept: _Plan, plan: _Plan) -> bool:
-        """Whether a pass that was cut off can go on: it is the next one, its rules are these, and the logs still have what it reads."""
+        """Whether a pass that was cut off can go on: it is the next one, its rules are these, and the logs still have what it reads. Not
+        where it is old: what it has made may hold records that retention or an erasure has taken since."""
         same = ("number", "rules", "columns", "epochs", "before_ms")
-        if any(getattr(kept, name) != getattr(plan, name) for name in same):
+        if any(getattr(kept, name) != getattr(plan, name) for name in same) or plan.until_ms - kept.until_ms > LEFT_OVER_MS:
             return False
         for name, log in self.logs.items():
             for partition, (start, end) in kept.spans[name].items():
@@ -416,7 +414,6 @@ class _Pass:
         for number, folder in enumerate(folders):
             if not (folder / DONE).exists():
                 options.step(f"fold {number}")
-                os.utime(self.work)
                 fold_bucket(work, number, folder, lambda *_: None)
             options.progress("fold", number + 1, len(folders))
 
