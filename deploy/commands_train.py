@@ -26,6 +26,7 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="At the end of the warm-up; 0.003, or 0.001 with --from.", show_default=False)
     ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Candidates of a step.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
@@ -57,6 +58,7 @@ def train(
         epochs=epochs or (2 if start else 10),
         seconds_max=seconds,
         learning_rate=learning_rate or (1e-3 if start else 3e-3),
+        batch_rows=batch_rows,
         seed=seed,
         bf16=bf16,
         checkpoint_s=checkpoint_s,
