@@ -70,18 +70,19 @@ def publish(
         return
     served = options(work.releases, said).get(name)
     limits = Limits(requests_min=requests_min, positives_min=positives_min, auc_loss_max=auc_loss_max)
-    try:
-        verdict = judge_trained(work, name, None if served is None else _open(settings, served[0].release_id), limits)
-    except ReleaseError as error:
-        verdict = Verdict(UNKNOWN, (f"what is served cannot be opened: {error}",))
-    console = Console(stderr=True)
-    if verdict.heads:
-        console.print(gate_table(verdict))
-    console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}", soft_wrap=True, markup=False)
-    if not verdict.passed and not force:
-        console.print("nothing was published; --force publishes it all the same", markup=False)
-        raise typer.Exit(GATE_REFUSED)
-    written = release(work, name, verdict.for_manifest(), only=only)
+    with work.alone_with(name, "freshrank publish"):
+        try:
+            verdict = judge_trained(work, name, None if served is None else _open(settings, served[0].release_id), limits)
+        except ReleaseError as error:
+            verdict = Verdict(UNKNOWN, (f"what is served cannot be opened: {error}",))
+        console = Console(stderr=True)
+        if verdict.heads:
+            console.print(gate_table(verdict))
+        console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}", soft_wrap=True, markup=False)
+        if not verdict.passed and not force:
+            console.print("nothing was published; --force publishes it all the same", markup=False)
+            raise typer.Exit(GATE_REFUSED)
+        written = release(work, name, verdict.for_manifest(), only=only)
     print(written.release_id)
     if only:
         return

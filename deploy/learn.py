@@ -5,8 +5,11 @@ training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker
 train and show, never released).
 """
 
+import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,26 @@ class Workspace:
     def training(self, ranker: str) -> Path:
         """Where a ranker's training writes to."""
         return self.home / "training" / ranker
+
+    @contextmanager
+    def alone_with(self, ranker: str, who: str) -> Iterator[None]:
+        """Held by the command `who` while it writes a ranker's training, and from judging it to its release: what was judged is released.
+
+        Raises:
+            TrainError: another process holds it, and which.
+        """
+        folder = self.training(ranker)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f"{ranker}.lock").open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise TrainError(f"{folder} is in use by {lock.read() or 'another process'}: wait for its end, or stop it") from None
+            lock.truncate(0)
+            lock.write(f"`{who}` (process {os.getpid()})")
+            lock.flush()
+            yield
 
 
 def import_data(work: Workspace, data: Path, console: Console | None = None) -> dict[str, Any]:

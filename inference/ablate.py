@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from features.domain import Domain
 from features.erasures import NOBODY, Erased
-from features.logs import ACTIONS, IMPRESSIONS, SUMMARY
+from features.logs import ACTIONS, IMPRESSIONS, SUMMARY, is_served_log
 from inference.ablations import CELLS, AblationError, AblationTable, Cell, configured
 from inference.baseline import Columns, boosted, columns_of
 from inference.checkpoints import TrainError
@@ -116,7 +116,9 @@ def ablate(
             report(f"{run.name}, seed {run.seed}: AUC {auc}; {result['seconds']:.0f} s")
             bar.advance(task)
     found = {(run.name, run.seed): (world.result(run) or {}, np.load(world.folder(run) / SCORES)["probabilities"]) for run in runs}
-    return Results(world.truth, found, skipped, world.about | {"seeds": seeds})
+    sampled = None if domain.log is None or is_served_log(log) else domain.log.negatives
+    about = world.about | {"seeds": seeds, "negatives": None if sampled is None else sampled.model_dump()}
+    return Results(world.truth, found, skipped, about)
 
 
 def planned(
@@ -286,10 +288,11 @@ class _World:
     def _boosted(self, run: Run, dataset: Dataset, parts: Mapping[str, npt.NDArray[np.int64]]) -> tuple[Scored, dict[str, Any]]:
         if self._columns is None:
             self._columns = columns_of(run.domain, self.ranker_name, self.log, dataset, erased=self.erased)
+        columns = self._columns if run.cell.vectors else self._columns.without_cosines()
         heads = tuple(run.domain.ranker[self.ranker_name].heads)
         seconds_max = self.options.seconds_max or 60.0
         probabilities, about = boosted(
-            run.cell.baseline, self._columns, dataset, parts, heads, seconds_max=seconds_max, seed=run.seed, threads=self.options.threads
+            run.cell.baseline, columns, dataset, parts, heads, seconds_max=seconds_max, seed=run.seed, threads=self.options.threads
         )
         test = np.sort(parts["test"])
         rows = dataset.candidate_rows(test)

@@ -3,10 +3,12 @@
 The spread is the standard deviation over seeds. Intervals and p are of a bootstrap over users, paired: both cells have the same users, each
 with the mean over its seeds. So an interval says what other users could have changed, the spread what another seed could have.
 
-HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong.
+HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong. MRR's column is the mean over requests; its lift is
+that of the mean over users, as HIT@3's is: whoever asks more often counts no more.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from inference.ablations import UNKNOWN, AblationTable
 from inference.evaluate import auc_interval, lower_is_better
 
 F64 = npt.NDArray[np.float64]
+HOUR_MS = 3_600_000
 OF_HEAD = {
     "auc": "AUC",
     "grouped_auc": "grouped AUC",
@@ -29,21 +32,29 @@ OF_HEAD = {
     "calibration_error": "calibration error",
 }
 COLUMNS = [
-    *("cell", "AUC", "difference (95 %)", "p", "HIT@3", "lift % (95 %)", "p", "paper %", "grouped AUC", "NDCG@10", "MRR", "log loss"),
-    *("calibration error", "list distance", "entropy", "epochs"),
+    *("cell", "AUC", "difference (95 %)", "p", "HIT@3", "HIT@3 lift % (95 %)", "p", "paper %", "grouped AUC", "NDCG@10", "MRR"),
+    *("MRR lift % (95 %)", "p", "log loss", "calibration error", "list distance", "entropy", "epochs"),
 ]
+SHOWN = ("cell", "AUC", "difference (95 %)", "HIT@3 lift % (95 %)", "MRR lift % (95 %)", "paper %", "log loss")
+"""Of COLUMNS, those of the terminal."""
+OF_USER = {"hit": metrics.hits, "mrr": metrics.reciprocal_ranks}
+"""Figures of a request that are compared by user."""
+ByUser = Mapping[str, list[list[F64]]]
+"""A cell's figures by metric of OF_USER, head and seed: one a user."""
 
 
 def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[str, AblationTable]) -> dict[str, Any]:
     """Everything that ablation.json holds: figures by cell, and by table and head the differences to the reference."""
     heads = tuple(domain.ranker[ranker_name].heads)
     cells = dict.fromkeys(name for name, _ in results.of)
-    hits = {name: [_user_hits(results, name, head) for head in range(len(heads))] for name in cells}
+    by_user = {
+        name: {metric: [_by_user(results, name, head, metric) for head in range(len(heads))] for metric in OF_USER} for name in cells
+    }
     found: dict[str, Any] = {
         "about": results.about | {"lists_longer_than_hit_at": int(_long(results).sum())},
         "skipped": dict(results.skipped),
         "lower_is_better": [head for head in heads if lower_is_better(domain, ranker_name, head)],
-        "cells": {name: _cell(results, name, heads, hits[name]) for name in cells},
+        "cells": {name: _cell(results, name, heads, by_user[name]["hit"]) for name in cells},
         "tables": {},
     }
     differences: dict[tuple[str, str], dict[str, Any]] = {}
@@ -55,7 +66,7 @@ def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[
         for name in rows:
             if (name, table.reference) not in differences and name != table.reference:
                 differences[name, table.reference] = {
-                    head: _difference(results, name, table.reference, column, hits) for column, head in enumerate(heads)
+                    head: _difference(results, name, table.reference, column, by_user) for column, head in enumerate(heads)
                 }
         found["tables"][key] = {
             "title": table.title,
@@ -96,35 +107,37 @@ def _long(results: Results) -> npt.NDArray[np.bool_]:
     return np.asarray(np.bincount(results.truth.request_row) > metrics.HIT_AT)
 
 
-def _user_hits(results: Results, name: str, head: int) -> list[F64]:
-    """HIT@3 of each user with a list that is long enough, by seed; the same users in the same order for every cell."""
-    truth, long = results.truth, _long(results)
-    found = []
+def _by_user(results: Results, name: str, head: int, metric: str) -> list[F64]:
+    """A metric of OF_USER of each user who has a list for it, by seed; the same users in the same order for every cell."""
+    truth, found = results.truth, []
     for seed in _seeds(results, name):
-        per_request = metrics.hits(results.of[name, seed][1][:, head], truth.labels[:, head], truth.request_row)
-        found.append(metrics.user_means(np.where(long, per_request, np.nan), truth.users)[1])
+        per_request = OF_USER[metric](results.of[name, seed][1][:, head], truth.labels[:, head], truth.request_row)
+        if metric == "hit":
+            per_request = np.where(_long(results), per_request, np.nan)
+        found.append(metrics.user_means(per_request, truth.users)[1])
     return found
 
 
 def _difference(
-    results: Results, name: str, reference: str, head: int, hits: Mapping[str, list[list[F64]]]
+    results: Results, name: str, reference: str, head: int, by_user: Mapping[str, ByUser]
 ) -> dict[str, dict[str, float | None]]:
-    """AUC: difference; HIT@3: difference and lift in per cent of the reference's mean; with interval and p."""
+    """AUC: difference; metrics of OF_USER: difference, and lift in per cent of the reference's mean; with interval and p."""
     labels, user_of_row = results.truth.labels[:, head], results.truth.users[results.truth.request_row]
     seeds = [seed for seed in _seeds(results, name) if (reference, seed) in results.of]
     pairs = [(results.of[name, seed][1][:, head], results.of[reference, seed][1][:, head]) for seed in seeds]
     both = bool(labels.any() and not labels.all() and pairs)
-    nothing = metrics.Interval(*[float("nan")] * 4)
-    auc = auc_interval(pairs, labels, user_of_row) if both else nothing
-    own, other = np.mean(hits[name][head], 0), np.mean(hits[reference][head], 0)
-    hit = metrics.bootstrap(own - other)
-    base = float(other.mean()) if len(other) else 0.0
-    lift = {key: 100 * value / base if base else float("nan") for key, value in (("mean", hit.mean), ("low", hit.low), ("high", hit.high))}
-    return {
-        "auc": _known({"mean": auc.mean, "low": auc.low, "high": auc.high, "p": auc.p}),
-        "hit": _known({"mean": hit.mean, "low": hit.low, "high": hit.high, "p": hit.p}),
-        "hit_lift_percent": _known({**lift, "p": hit.p}),
-    }
+    found = {"auc": auc_interval(pairs, labels, user_of_row) if both else metrics.Interval(*[float("nan")] * 4)}
+    for metric in OF_USER:
+        own, other = np.mean(by_user[name][metric][head], 0), np.mean(by_user[reference][metric][head], 0)
+        found[metric] = metrics.bootstrap(own - other)
+        found[f"{metric}_lift_percent"] = _lift(found[metric], float(other.mean()) if len(other) else 0.0)
+    return {metric: _known(asdict(interval)) for metric, interval in found.items()}
+
+
+def _lift(difference: metrics.Interval, base: float) -> metrics.Interval:
+    """A difference in per cent of `base`."""
+    scale = 100 / base if base else float("nan")
+    return metrics.Interval(scale * difference.mean, scale * difference.low, scale * difference.high, difference.p)
 
 
 def _known(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -150,7 +163,10 @@ def rows_of(found: dict[str, Any], key: str, head: str) -> list[list[str]]:
                 _interval(against and against["hit_lift_percent"], "+.1f"),
                 _p(against and against["hit"]),
                 "" if paper is None else f"{paper:+.2f}",
-                *(_of(figures[metric]) for metric in ("grouped_auc", "ndcg", "mrr", "log_loss", "calibration_error")),
+                *(_of(figures[metric]) for metric in ("grouped_auc", "ndcg", "mrr")),
+                _interval(against and against["mrr_lift_percent"], "+.1f"),
+                _p(against and against["mrr"]),
+                *(_of(figures[metric]) for metric in ("log_loss", "calibration_error")),
                 *(_of(cell["diversity"][name], 3) for name in ("intra_list_distance", "category_entropy")),
                 f"{np.mean(epochs):.1f}" if epochs else "",
             ]
@@ -164,10 +180,9 @@ def terminal_tables(found: dict[str, Any]) -> list[Table]:
     for key, table in found["tables"].items():
         for head in next(iter(found["cells"].values()))["heads"]:
             shown = Table(title=f"{table['title']}; head {_head(found, head)}")
-            kept = [COLUMNS.index(column) for column in ("cell", "AUC", "difference (95 %)", "lift % (95 %)", "paper %", "log loss")]
+            kept = [COLUMNS.index(column) for column in SHOWN]
             for column in kept:
-                title = COLUMNS[column].replace("lift", "HIT@3 lift")
-                shown.add_column(title, justify="right" if column else "left", overflow="fold", no_wrap=not column)
+                shown.add_column(COLUMNS[column], justify="right" if column else "left", overflow="fold", no_wrap=not column)
             for row in rows_of(found, key, head):
                 shown.add_row(*(row[column] for column in kept))
             tables.append(shown)
@@ -181,7 +196,7 @@ def markdown(found: dict[str, Any], command: str) -> str:
         f"`{command}`",
         "",
         f"Ranker {about['ranker']}; {about['seeds']} seeds, {_budget(about)} a run, {about['threads']} threads. Test part (temporal):",
-        f"{about['requests']} requests of {about['users']} users, {about['candidates']} candidates as the log has them, none sampled;",
+        f"{about['requests']} requests of {about['users']} users, {about['candidates']} candidates{_candidates(about['negatives'])};",
         f"{about['lists_longer_than_hit_at']} lists of more than three, which HIT@3 is of. Mean over seeds ± their standard deviation;",
         "intervals and p: bootstrap over users, paired with the reference. `paper %`: lift of HIT@3 on the paper's own data.",
     ]
@@ -194,6 +209,14 @@ def markdown(found: dict[str, Any], command: str) -> str:
             lines += ["| " + " | ".join(row) + " |" for row in rows_of(found, key, head)]
         lines += ["", f"![{table['title']}]({key}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _candidates(negatives: Mapping[str, Any] | None) -> str:
+    """Where the candidates come from: the log, or its domain file's `negatives`."""
+    if negatives is None:
+        return " as the log has them, none sampled"
+    kinds = [f"{negatives[kind]} {how}" for kind, how in (("uniform", "by item"), ("popular", "by popularity")) if negatives[kind]]
+    return f": what was clicked, and sampled negatives, {' and '.join(kinds)}, of the {negatives['window_ms'] / HOUR_MS:g} h before"
 
 
 def _budget(about: Mapping[str, Any]) -> str:

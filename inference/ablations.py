@@ -25,13 +25,14 @@ class AblationError(ValueError):
 @dataclass(frozen=True)
 class Cell:
     """model: keys of [ranker.NAME.model]; ranker: other keys of [ranker.NAME]; positives: only positive actions are seen; baseline:
-    `inference.baseline` instead of a model ("lambdamart", "gbdt" or "rates").
+    `inference.baseline` instead of a model ("lambdamart", "gbdt" or "rates"); vectors: trees get cosines, too, which needs `refresh`.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     ranker: Mapping[str, Any] = field(default_factory=dict)
     positives: bool = False
     baseline: str = ""
+    vectors: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ CELLS: dict[str, Cell] = {
     "platt": Cell({"calibration": "platt"}),
     "isotonic": Cell({"calibration": "isotonic"}),
     "lambdamart": Cell(baseline="lambdamart"),
+    "lambdamart_vectors": Cell(baseline="lambdamart", vectors=True),
     "gbdt": Cell(baseline="gbdt"),
     "rates": Cell(baseline="rates"),
     **{f"length_{length}": Cell(ranker={"sequence_length": length}) for length in (10, 25, 50, 100)},
@@ -117,7 +119,7 @@ TABLES: dict[str, AblationTable] = {
     "baseline": AblationTable(
         "Models against boosted trees with counters",
         "lambdamart",
-        dict.fromkeys(("lambdamart", "gbdt", "rates", "no_sequence", "transact"), UNKNOWN),
+        dict.fromkeys(("lambdamart", "lambdamart_vectors", "gbdt", "rates", "no_sequence", "transact"), UNKNOWN),
     ),
 }
 
@@ -129,6 +131,8 @@ def configured(domain: Domain, ranker_name: str, cell: Cell) -> Domain:
         AblationError: the domain file does not allow them (a sequence longer than what the store keeps, say).
     """
     ranker = domain.ranker[ranker_name]
+    if cell.vectors and ranker.refresh is None:
+        raise AblationError("trees get vectors only where they are refreshed: others know answers of the training part")
     given = ranker.model_dump() | dict(cell.ranker)
     if cell.positives:
         seen = domain.actions if ranker.sequence_actions is None else ranker.sequence_actions
@@ -142,7 +146,7 @@ def configured(domain: Domain, ranker_name: str, cell: Cell) -> Domain:
 
 
 def read_tables(path: str | Path) -> tuple[dict[str, Cell], dict[str, AblationTable]]:
-    """Cells and tables of a TOML file, beside the ones above: [cell.NAME] with `model`, `ranker`, `positives`, `baseline`; [table.NAME]
+    """Cells and tables of a TOML file, beside the ones above: [cell.NAME] with the keys of `Cell`; [table.NAME]
     with `title`, `reference` and `rows`, a list of cells.
 
     Raises:

@@ -8,6 +8,7 @@ nothing: it is the sum of the logits of the item's and the user's smoothed rate.
 
 Embeddings are left out on purpose. They are factorised from the whole training part, so on its requests a dot product or cosine knows some
 of the answers; trees trust such a column on sight, and were worse with it than the sum of the rates (KuaiRand, AUC of click 0.678).
+Vectors of a ranker with `refresh` know nothing that came after: of these, cells that ask for them (`vectors`) get the cosines.
 
 LightGBM is optional: `pip install freshrank[baseline]`.
 
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features.as_of import AsOf
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.logs import read_actions, read_requests
@@ -32,6 +34,7 @@ from features.tensors import SIDES, feature_names
 from inference.calibration import fit_platt, logit
 from inference.dataset import Dataset
 from inference.evaluate import item_categories
+from inference.history import ragged, starts_of
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -51,6 +54,9 @@ CODES_MAX = 512
 LIST_ROWS_MIN = 4.0
 """Candidates a request, on average, from which LambdaMART compares within a request; below, within a user's day."""
 TREES_MAX, STOP_AFTER = 2000, 50
+COSINE = "cosine_"
+"""What the names of columns made of vectors begin with."""
+_REQUESTS_AT_ONCE = 512
 
 
 class BaselineError(ValueError):
@@ -65,28 +71,10 @@ class Columns:
     values: F32
     categories: tuple[str, ...]
 
-
-class AsOf:
-    """How many records a group had by a moment. group int64 [n] from 0, time int64 [n]: milliseconds, or any number that ascends."""
-
-    def __init__(self, group: I64, time: I64) -> None:
-        self._least = int(time.min(initial=0))
-        self._span = int(time.max(initial=0)) - self._least + 2
-        self._keys = np.sort(group * self._span + (time - self._least))
-
-    def before(self, group: I64, moment: I64) -> I64:
-        """Records of each group with a time below the moment: int64 [q]. A negative group has none."""
-        at = group * self._span + np.clip(moment - self._least, 0, self._span - 1)
-        return np.where(group < 0, 0, self._keys.searchsorted(at) - self._keys.searchsorted(group * self._span))
-
-    def first(self, group: I64) -> F64:
-        """Least time of each group, float64 [q]; NaN where it has no record."""
-        if not len(self._keys):
-            return np.full(len(group), np.nan)
-        place = self._keys.searchsorted(group * self._span)
-        key = self._keys[np.minimum(place, len(self._keys) - 1)] - group * self._span
-        has = (group >= 0) & (place < len(self._keys)) & (key < self._span)
-        return np.where(has, key + float(self._least), np.nan)
+    def without_cosines(self) -> "Columns":
+        """What a cell that does not ask for `vectors` is given."""
+        kept = [not name.startswith(COSINE) for name in self.names]
+        return Columns(tuple(name for name, keep in zip(self.names, kept, strict=True) if keep), self.values[:, kept], self.categories)
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,7 @@ class _Records:
 
 
 def columns_of(domain: Domain, ranker_name: str, log: str | Path, dataset: Dataset, *, erased: Erased = NOBODY) -> Columns:
-    """The inputs of every candidate of the dataset.
+    """The inputs of every candidate of the dataset; of a ranker with `refresh` the cosines among them.
 
     Raises:
         BaselineError: the log is not the one that the dataset was packed from.
@@ -113,6 +101,8 @@ def columns_of(domain: Domain, ranker_name: str, log: str | Path, dataset: Datas
     _add_rates(found, domain, ranker_name, records, moment)
     _add_overlap(found, domain, ranker_name, dataset, records, moment)
     categories = _add_features(found, domain, ranker_name, dataset)
+    if domain.ranker[ranker_name].refresh is not None:
+        _add_cosines(found, dataset)
     return Columns(tuple(found), np.stack([values.astype(np.float32) for values in found.values()], 1), categories)
 
 
@@ -174,10 +164,10 @@ def _add_rates(found: dict[str, Array], domain: Domain, ranker_name: str, record
         shown = AsOf(group[impressions], records.time_ms[impressions])
         acting = {name: AsOf(group[chosen], records.time_ms[chosen]) for name, chosen in acted.items()}
         for days in windows:
-            count = shown.before(asked, moment) - shown.before(asked, moment - days * DAY_MS)
+            count = shown.before(asked, moment, moment - days * DAY_MS)
             found[f"{side}_impressions_{days}d"] = np.log1p(count)
             for name, of in acting.items():
-                hits = of.before(asked, moment) - of.before(asked, moment - days * DAY_MS)
+                hits = of.before(asked, moment, moment - days * DAY_MS)
                 found[f"{side}_{name}_rate_{days}d"] = (hits + PRIOR * np.minimum(base[name], 1.0)) / (np.maximum(count, hits) + PRIOR)
     ever = AsOf(records.item, records.time_ms)
     found["item_records"] = np.log1p(ever.before(records.candidate_item, moment))
@@ -199,7 +189,7 @@ def _add_overlap(found: dict[str, Array], domain: Domain, ranker_name: str, data
         code = np.unique(pairs[:, 0] * (int(pairs[:, 1].max(initial=0)) + 2) + pairs[:, 1] + 1, return_inverse=True)[1].astype(np.int64)
         counts = AsOf(code[: len(of_record)], ordinal)
         asked = code[len(of_record) :]
-        return counts.before(asked, upto) - counts.before(asked, upto - LATEST)
+        return counts.before(asked, upto, upto - LATEST)
 
     found["same_item_of_latest"] = overlap(records.item, records.candidate_item)
     categories = item_categories(domain, ranker_name, dataset)
@@ -232,6 +222,39 @@ def _add_features(found: dict[str, Array], domain: Domain, ranker_name: str, dat
             values = of_side(side, f"{side}_vector_{name}")
             found |= {f"{name}.{i}": values[:, i] for i in range(values.shape[1])}
     return tuple(categories)
+
+
+def _add_cosines(found: dict[str, Array], dataset: Dataset) -> None:
+    """Cosine of the candidate with the user's vector, the newest action's, and the mean and the greatest over the sequence's; NaN where one
+    of both has no vector."""
+    candidate, sizes = _unit(dataset.of_candidate["candidate_embedding"]), np.diff(dataset.starts)
+    request = np.repeat(np.arange(len(dataset)), sizes)
+    if "user_embedding" in dataset.of_request:
+        found[f"{COSINE}user"] = (candidate * _unit(dataset.of_request["user_embedding"])[request]).sum(1)
+    of_sequence = {name: np.full(len(candidate), np.nan, np.float32) for name in ("newest", "mean", "greatest")}
+    for first in range(0, len(dataset), _REQUESTS_AT_ONCE):
+        last = min(first + _REQUESTS_AT_ONCE, len(dataset))
+        low, high = dataset.sequence_starts[[first, last]]
+        actions = _unit(dataset.of_sequence["sequence_embedding"][low:high])
+        has = ~np.isnan(actions).any(1)
+        starts = starts_of(has)[dataset.sequence_starts[first : last + 1] - low]  # of the actions that have a vector
+        rows = np.arange(*dataset.starts[[first, last]])
+        rows = rows[np.diff(starts)[request[rows] - first] > 0]
+        if len(rows):
+            own = request[rows] - first
+            cosines = (candidate[rows].repeat(np.diff(starts)[own], 0) * actions[has][ragged(starts, own)]).sum(1)
+            begins = starts_of(np.diff(starts)[own])[:-1]
+            of_sequence["newest"][rows] = cosines[begins]
+            of_sequence["mean"][rows] = np.add.reduceat(cosines, begins) / np.diff(starts)[own]
+            of_sequence["greatest"][rows] = np.maximum.reduceat(cosines, begins)
+    found |= {f"{COSINE}{name}": values for name, values in of_sequence.items()}
+
+
+def _unit(vectors: Array) -> F32:
+    """Rows [n, D] of length 1; NaN where a row is zero: there is no vector."""
+    values = vectors.astype(np.float32)
+    length = np.linalg.norm(values, axis=1, keepdims=True)
+    return np.where(length > 0, values / np.maximum(length, np.float32(1e-12)), np.float32(np.nan))
 
 
 def boosted(

@@ -114,22 +114,23 @@ def plot_ablation(found: dict[str, Any], key: str, path: str | Path) -> None:
     """One table of an ablation (`inference.ablation_report.summary`): a row of panels a head, the last one with the paper's lifts."""
     table, heads = found["tables"][key], list(next(iter(found["cells"].values()))["heads"])
     names = list(table["rows"])
-    figure = Figure(figsize=(13, (0.9 + 0.32 * len(names)) * len(heads) + 0.4), layout="constrained")
-    panels = figure.subplots(len(heads), 3, squeeze=False, sharey=True)
+    figure = Figure(figsize=(16, (0.9 + 0.32 * len(names)) * len(heads) + 0.4), layout="constrained")
+    panels = figure.subplots(len(heads), 4, squeeze=False, sharey=True)
     for axes, head in zip(panels, heads, strict=True):
         lower = head in found["lower_is_better"]
         for place, row in enumerate(table["rows"].values()):
             against = (row["against_reference"] or {}).get(head, {})
-            for axis, metric in zip(axes, ("auc", "hit_lift_percent"), strict=False):
+            for axis, metric in zip(axes, ("auc", "hit_lift_percent", "mrr_lift_percent"), strict=False):
                 measured = against.get(metric)
                 if measured and measured["mean"] is not None:
                     if measured["low"] is not None:
                         axis.plot([measured["low"], measured["high"]], [place, place], color="C0", linewidth=2)
                     axis.plot(measured["mean"], place, "o", color="C0")
             if row["paper"][lower] is not None:
-                axes[2].plot(row["paper"][lower], place, "D", color="C1")
+                axes[3].plot(row["paper"][lower], place, "D", color="C1")
         paper = "hide" if lower else "repin"
-        for axis, title in zip(axes, (f"{head}: AUC", f"{head}: HIT@3, lift %", f"paper: {paper} HIT@3, lift %"), strict=True):
+        titles = (f"{head}: AUC", f"{head}: HIT@3, lift %", f"{head}: MRR, lift %", f"paper: {paper} HIT@3, lift %")
+        for axis, title in zip(axes, titles, strict=True):
             axis.set_title(title, fontsize="small")
             axis.axvline(0, color="0.6", linestyle=":")
             axis.set_yticks(range(len(names)), names)

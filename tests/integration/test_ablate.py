@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_refreshed import clicks, imported
 from test_training import DOMAIN, DOMAIN_TEXT, OPTIONS, intent_log
 from typer.testing import CliRunner
 
@@ -18,7 +19,9 @@ from inference.ablation_report import COLUMNS, markdown, rows_of, summary, termi
 from inference.ablations import CELLS, TABLES, AblationError, AblationTable, Cell, configured, read_tables
 from inference.dataset import build_dataset, split_times
 from inference.embeddings import newest_generations, publish_embeddings
+from inference.metrics import reciprocal_ranks, user_means
 from inference.plots import plot_ablation
+from inference.refreshed import publish_refreshed
 
 QUICK = replace(OPTIONS, epochs=2, small=False)
 TOY = {
@@ -52,8 +55,8 @@ def results(world: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.T
 @pytest.mark.parametrize("name", sorted(CELLS))
 def test_every_cell_is_a_valid_ranker(name: str) -> None:
     cell = CELLS[name]
-    if name.startswith("length_"):
-        with pytest.raises(AblationError, match="sequence_length"):
+    if name.startswith("length_") or cell.vectors:  # the toy keeps few actions, and refreshes nothing
+        with pytest.raises(AblationError, match="refreshed" if cell.vectors else "sequence_length"):
             configured(DOMAIN, "home", cell)
         return
     ranker = configured(DOMAIN, "home", cell).ranker["home"]
@@ -146,18 +149,47 @@ def test_the_tables_say_what_was_measured(results: tuple[Path, Results], tmp_pat
     assert against["auc"]["mean"] == pytest.approx(click["auc"]["mean"] - base["auc"]["mean"])
     assert against["auc"]["low"] < against["auc"]["mean"] < against["auc"]["high"]
     assert against["hit_lift_percent"]["mean"] == pytest.approx(100 * (click["hit"]["mean"] / base["hit"]["mean"] - 1))
+    means = {}
+    for cell in ("transact", "no_sequence"):
+        ranks = [reciprocal_ranks(of.of[cell, seed][1][:, 0], of.truth.labels[:, 0], of.truth.request_row) for seed in range(2)]
+        means[cell] = np.mean([user_means(of_request, of.truth.users)[1].mean() for of_request in ranks])
+    assert against["mrr"]["mean"] == pytest.approx(means["transact"] - means["no_sequence"])
+    assert against["mrr_lift_percent"]["mean"] == pytest.approx(100 * (means["transact"] / means["no_sequence"] - 1))
+    assert against["mrr_lift_percent"]["low"] < against["mrr_lift_percent"]["mean"] < against["mrr_lift_percent"]["high"]
     assert found["lower_is_better"] == ["hide"]
     assert found["tables"]["toy"]["rows"]["no_sequence"]["against_reference"] is None
     rows = rows_of(found, "toy", "hide")
     assert [len(row) for row in rows] == [len(COLUMNS)] * 3
     assert [row[7] for row in rows] == ["+0.00", "-14.86", ""]
     assert [row[7] for row in rows_of(found, "toy", "click")] == ["+0.00", "+9.40", ""]
+    lifts = [row[COLUMNS.index("MRR lift % (95 %)")] for row in rows_of(found, "toy", "click")]
+    assert [" to " in lift for lift in lifts] == [False, True, True]
     text = markdown(found, "freshrank ablate --table toy")
+    assert "candidates as the log has them, none sampled;" in text
     assert "head hide (lower is better)" in text
     assert text.count("| transact |") == 2
     assert len(terminal_tables(found)) == 2
     plot_ablation(found, "toy", tmp_path / "toy.png")
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_say_which_candidates_were_drawn(tmp_path: Path) -> None:
+    domain, log = imported(tmp_path / "news", clicks(hours=12))
+    generations = newest_generations(publish_refreshed(domain, "home", log, tmp_path / "tables"))
+    tables = {"t": AblationTable("", "no_sequence", dict.fromkeys(("no_sequence",), (None, None)))}
+    of = ablate(
+        domain,
+        "home",
+        log,
+        tmp_path / "tables",
+        tmp_path / "out",
+        tables,
+        seeds=1,
+        options=replace(QUICK, epochs=1),
+        generations=generations,
+    )
+    text = markdown(summary(domain, "home", of, tables), "freshrank ablate --table t")
+    assert "candidates: what was clicked, and sampled negatives, 3 by item, of the 24 h before;" in text
 
 
 def test_rows_of_all_cells_are_the_same_examples(world: tuple[Path, Path, dict[str, str]], results: tuple[Path, Results]) -> None:
@@ -206,10 +238,12 @@ def test_the_command_lists_tables_and_writes_its_results(world: tuple[Path, Path
     home = tmp_path / "home"
     (home / "logs").mkdir(parents=True)
     (home / "logs" / "toy").symlink_to(world[0])
-    given = ["ablate", "--table", "fusion", "--seeds", "1", "--epochs", "1", "--seconds", "30"]
+    given = ["ablate", "--table", "fusion", "--seeds", "1", "--epochs", "1", "--seconds", "30", "--threads", "1"]
     result = CliRunner().invoke(cli.app, [*given, "--domain", str(tmp_path / "toy.toml"), "--home", str(home)])
     assert result.exit_code == 0, result.output
     out = home / "ablation" / "home"
     assert sorted(path.name for path in out.iterdir()) == ["ablation.json", "ablation.md", "cells", "fusion.png", "truth.npz"]
-    assert set(json.loads((out / "ablation.json").read_text())["cells"]) == {"transact", "candidate_token"}
+    found = json.loads((out / "ablation.json").read_text())
+    assert set(found["cells"]) == {"transact", "candidate_token"}
+    assert found["about"]["threads"] == 1
     assert parse_domain(DOMAIN_TEXT, source="toy") == DOMAIN

@@ -6,27 +6,35 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_refreshed import clicks, imported
 from test_training import CLICK, DOMAIN, HIDE, SHOWN, START_MS, Log
 
+from features.as_of import AsOf
 from features.logs import read_actions, read_requests
-from inference.baseline import DAY_MS, LATEST, PRIOR, AsOf, BaselineError, Columns, boosted, columns_of
+from inference.baseline import DAY_MS, LATEST, PRIOR, BaselineError, Columns, boosted, columns_of
 from inference.dataset import Dataset, build_dataset
 from inference.embeddings import publish_embeddings
 from inference.metrics import auc
+from inference.refreshed import publish_refreshed
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(-5, 30)), max_size=20),
     st.lists(st.tuples(st.integers(-1, 5), st.integers(-10, 40)), min_size=1, max_size=10),
+    st.integers(0, 30),
+    st.sampled_from([1, 2**56]),
 )
-def test_as_of_counts_what_was_there_before(records: list[tuple[int, int]], asked: list[tuple[int, int]]) -> None:
+def test_as_of_counts_what_was_there_before(records: list[tuple[int, int]], asked: list[tuple[int, int]], window: int, unit: int) -> None:
+    """Also where times are as far apart as numbers can be."""
     group, time = np.array(records, np.int64).reshape(-1, 2).T
     of, moment = np.array(asked, np.int64).T
-    counts = AsOf(group, time)
-    assert counts.before(of, moment).tolist() == [sum(g == q and t < m for g, t in records) for q, m in asked]
+    counts = AsOf(group, time * unit)
+    assert counts.before(of, moment * unit).tolist() == [sum(g == q and t < m for g, t in records) for q, m in asked]
+    within = [sum(g == q and m - window <= t < m for g, t in records) for q, m in asked]
+    assert counts.before(of, moment * unit, (moment - window) * unit).tolist() == within
     for found, (q, _) in zip(counts.first(of).tolist(), asked, strict=True):
-        times = [t for g, t in records if g == q]
+        times = [t * unit for g, t in records if g == q]
         assert found == min(times) if times else np.isnan(found)
 
 
@@ -92,6 +100,32 @@ def test_another_log_is_refused(packed: tuple[Path, Dataset, Columns], tmp_path:
     log.request(1, START_MS + 1, {1: [CLICK]})
     with pytest.raises(BaselineError, match="pack it again"):
         columns_of(DOMAIN, "home", log.write(tmp_path), packed[1])
+
+
+def test_cosines_are_those_of_the_refreshed_vectors(tmp_path: Path) -> None:
+    domain, log = imported(tmp_path / "news", clicks(hours=12))
+    publish_refreshed(domain, "home", log, tmp_path / "tables")
+    dataset, _ = build_dataset(domain, "home", log, tmp_path / "tables")
+    columns = columns_of(domain, "home", log, dataset)
+    column = {name: columns.values[:, i] for i, name in enumerate(columns.names)}
+    assert not [name for name in columns.without_cosines().names if name.startswith("cosine_")]
+    assert columns.without_cosines().values.shape[1] == len(columns.names) - 4
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        length = np.linalg.norm(a) * np.linalg.norm(b)
+        return float(a @ b / length) if length else float("nan")
+
+    known = 0
+    for i in range(0, len(dataset), 7):
+        request = {name: values.astype(np.float64) for name, values in dataset.request(i).items()}
+        for row, candidate in zip(range(*dataset.starts[i : i + 2]), request["candidate_embedding"], strict=True):
+            found = [value for value in (cosine(candidate, action) for action in request["sequence_embedding"]) if value == value]
+            wanted = [found[0], np.mean(found), max(found)] if found else [np.nan] * 3
+            wanted += [cosine(candidate, request["user_embedding"])]
+            got = [column[f"cosine_{name}"][row] for name in ("newest", "mean", "greatest", "user")]
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+            known += bool(found)
+    assert known > 100
 
 
 @pytest.mark.parametrize("kind", ["gbdt", "lambdamart", "rates"])

@@ -15,13 +15,14 @@ from test_training import CLICK, DOMAIN, DOMAIN_TEXT, OPTIONS, SHOWN, START_MS, 
 import deploy.cycle as cycle
 from deploy.cycle import NOTHING, PROMOTED, PUBLISHED, REFUSED, STARTED, STOPPED, WAITING, Cycle, CycleError, CycleOptions
 from deploy.label_report import LabelReport
-from deploy.learn import Workspace, continue_ranker, release, train_ranker
+from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from deploy.settings import Settings
 from features.actions import EVENT_DTYPE
 from features.domain import DAY_MS
 from features.logs import ACTIONS, IMPRESSIONS, SERVED, LogWriter, actions_schema, impressions_schema, served_schema, write_summary
 from features.sequence import NEVER_ERASED, definition, law
 from features.tables import generation_names
+from inference.checkpoints import TrainError
 from inference.gate import Limits
 from protos.v1.ranking_pb2 import Experiment, ReleaseAnnouncement
 
@@ -291,6 +292,20 @@ def test_a_faulty_label_pass_ends_the_tick_and_two_ticks_never_run_at_once(world
     one = Cycle(Settings(home=world.home, domain=world.work.domain_path), world.work, "home", OPTIONS_OF_CYCLE, label=world.tick)
     with pytest.raises(CycleError, match="another tick"):
         one.tick(NOW_MS)
+
+
+def test_a_training_that_is_in_use_is_left_alone_until_the_release_is_made(world, monkeypatch):
+    world.write(900)
+    with world.work.alone_with("home", "freshrank train"), pytest.raises(TrainError, match="in use by `freshrank train`"):
+        world.tick()
+
+    def judged(*arguments):
+        with pytest.raises(TrainError, match="in use by `freshrank cycle`"), world.work.alone_with("home", "freshrank train"):
+            pass
+        return judge_trained(*arguments)
+
+    monkeypatch.setattr(cycle, "judge_trained", judged)
+    assert world.tick().what == STARTED
 
 
 def state_of(world):
