@@ -8,6 +8,7 @@ import contextlib
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -136,8 +137,9 @@ def machine() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    gpu = f", {sys.modules['torch'].cuda.get_device_name()}" if "torch" in sys.modules and sys.modules["torch"].cuda.is_available() else ""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores {model}, {memory_gib:.0f} GiB, {platform.system()} {platform.release()}"
+    return f"{os.cpu_count()} cores {model}, {memory_gib:.0f} GiB, {platform.system()} {platform.release()}{gpu}"
 
 
 def versions() -> dict[str, str]:

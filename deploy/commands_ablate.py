@@ -26,6 +26,8 @@ def ablate(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell.")] = 3,
     seconds: Annotated[float, typer.Option(min=1, help="Budget of each cell and seed, seconds.")] = 60.0,
     epochs: Annotated[int, typer.Option(min=1, help="Most passes of a training.")] = 20,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At the end of the warm-up.")] = 3e-3,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Candidates of a step.")] = 1024,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each run.", show_default="all cores")] = None,
     file: Annotated[Path | None, typer.Option(help="TOML file with cells and tables of your own.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="HOME/ablation/RANKER")] = None,
@@ -55,7 +57,8 @@ def ablate(
     work = workspace(settings_for(home, domain))
     name = work.domain.ranker_name(ranker)
     out = work.home / "ablation" / name if out is None else out
-    options = TrainOptions(epochs=epochs, seconds_max=seconds, threads=threads or os.cpu_count() or 1)
+    threads = threads or os.cpu_count() or 1
+    options = TrainOptions(epochs=epochs, learning_rate=learning_rate, batch_rows=batch_rows, seconds_max=seconds, threads=threads)
     runs = seeds * len({cell for each in chosen.values() for cell in each.rows})
     console.print(f"{runs} runs of {seconds:g} s at most, {runs * seconds / 60:.0f} minutes without packing and measuring; into {out}")
     results = ablate_ranker(work, name, out, chosen, cells=cells, seeds=seeds, options=options, report=console.print)

@@ -1,4 +1,4 @@
-"""`freshrank publish`, `releases`, `rollback` and `formula`: what is served and how its scores are made, changed while servers run."""
+"""`freshrank publish`, `releases`, `rollback`, `refresh` and `formula`: what is served and how it scores, changed while servers run."""
 
 import json
 import time
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command()(publish)
     app.command()(releases)
     app.command()(rollback)
+    app.command()(refresh)
     app.command()(formula)
 
 
@@ -69,18 +70,19 @@ def publish(
         return
     served = options(work.releases, said).get(name)
     limits = Limits(requests_min=requests_min, positives_min=positives_min, auc_loss_max=auc_loss_max)
-    try:
-        verdict = judge_trained(work, name, None if served is None else _open(settings, served[0].release_id), limits)
-    except ReleaseError as error:
-        verdict = Verdict(UNKNOWN, (f"what is served cannot be opened: {error}",))
-    console = Console(stderr=True)
-    if verdict.heads:
-        console.print(gate_table(verdict))
-    console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}", soft_wrap=True, markup=False)
-    if not verdict.passed and not force:
-        console.print("nothing was published; --force publishes it all the same", markup=False)
-        raise typer.Exit(GATE_REFUSED)
-    written = release(work, name, verdict.for_manifest(), only=only)
+    with work.alone_with(name, "freshrank publish"):
+        try:
+            verdict = judge_trained(work, name, None if served is None else _open(settings, served[0].release_id), limits)
+        except ReleaseError as error:
+            verdict = Verdict(UNKNOWN, (f"what is served cannot be opened: {error}",))
+        console = Console(stderr=True)
+        if verdict.heads:
+            console.print(gate_table(verdict))
+        console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}", soft_wrap=True, markup=False)
+        if not verdict.passed and not force:
+            console.print("nothing was published; --force publishes it all the same", markup=False)
+            raise typer.Exit(GATE_REFUSED)
+        written = release(work, name, verdict.for_manifest(), only=only)
     print(written.release_id)
     if only:
         return
@@ -146,6 +148,43 @@ def rollback(
     print(f"{present.release_id if present is not None else 'nothing announced'} -> {target}")
 
 
+def refresh(ranker: RankerName = None, as_json: Json = False, home: Home = None, domain: DomainFile = None) -> None:
+    """Make the item vectors of the present hour from what users did, and serve them: of a ranker with `refresh`. One tick.
+
+    Call it from a scheduler, some minutes past every hour. What is there already is not made again, so a tick may be repeated, and one that
+    was cut off is made good by the next.
+
+    Example: `freshrank refresh --ranker news`
+    """
+    from deploy.announcing import announce_release, announced, releases_of
+    from deploy.experiments import announced_experiments
+    from deploy.learn import now_ms
+    from deploy.stack import running
+    from features.domain import load_domain
+    from inference.announced import options
+    from inference.embeddings import EmbeddingError
+    from inference.experiments import needed
+
+    settings = running(settings_for(home, domain), needs="kafka")
+    name = load_domain(settings.domain).ranker_name(ranker)
+    served = options(settings.home / "releases", releases_of(announced(settings))).get(name)
+    if served is None:
+        raise ValueError(f"refresh: no release of {name} is there; publish one first")
+    release_id, experiment = served[0].release_id, announced_experiments(settings).get(name)
+    for beside in sorted((set() if experiment is None else needed(experiment)) - {release_id}):
+        try:  # first: servers open the newest vectors of these when the served release gets others
+            _refreshed(settings, beside)
+        except EmbeddingError as error:
+            Console(stderr=True).print(f"of the experiment: {error}", markup=False)
+    newest = _refreshed(settings, release_id)
+    now = options(settings.home / "releases", releases_of(announced(settings)))[name][0]  # somebody may have gone back meanwhile
+    tell = now.release_id == release_id and not newest.items() <= dict(now.generations).items()
+    if tell:
+        announce_release(settings, name, release_id, now_ms(), {**now.generations, **newest})
+    said = {"release_id": release_id, "generations": newest, "announced": tell}
+    print(json.dumps(said) if as_json else "\n".join(f"{space}: {generation}" for space, generation in newest.items()))
+
+
 def formula(
     text: Annotated[str, typer.Argument(help="Over heads and number features, such as 'click - 2*hide'.", show_default=False)] = "",
     clear: Annotated[bool, typer.Option("--clear", help="The domain file's formula or utilities count again.")] = False,
@@ -175,6 +214,20 @@ def formula(
         Formula(release.domain, name, text)
     announce_formula(settings, name, text, _now_ms())
     print(f"{name}: {text}" if text else f"{name}: the domain file's")
+
+
+def _refreshed(settings: "Settings", release_id: str) -> dict[str, str]:
+    """Makes the present hour's vectors for a release; the newest generations of its spaces. Raises what `refresh_tables` raises."""
+    from deploy.learn import now_ms, refresh_tables
+    from deploy.options import workspace
+    from deploy.processes import kafka_config, topics
+    from streams.archive import KafkaLog
+
+    log = KafkaLog(kafka_config(settings), topics(settings).actions, topics(settings).base)
+    try:
+        return refresh_tables(workspace(settings), _open(settings, release_id), log, now_ms())
+    finally:
+        log.close()
 
 
 def _promote(settings: "Settings", stack: "Settings | None", ranker: str, release_id: str) -> None:

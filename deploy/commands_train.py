@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="At the end of the warm-up; 0.003, or 0.001 with --from.", show_default=False)
     ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Candidates of a step.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the newest checkpoint.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16.")] = False,
@@ -56,17 +58,20 @@ def train(
         epochs=epochs or (2 if start else 10),
         seconds_max=seconds,
         learning_rate=learning_rate or (1e-3 if start else 3e-3),
+        batch_rows=batch_rows,
         seed=seed,
         bf16=bf16,
         checkpoint_s=checkpoint_s,
         threads=os.cpu_count() or 1,
     )
-    if start:
-        release = open_release(release_folder(work.releases, start))
-        result = continue_ranker(work, name, release, options, days=days, resume=resume)
-    else:
-        result = train_ranker(work, name, options, resume=resume)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one writes and speaks
+    with work.alone_with(name, "freshrank train") if is_first else nullcontext():
+        if start:
+            release = open_release(release_folder(work.releases, start))
+            result = continue_ranker(work, name, release, options, days=days, resume=resume)
+        else:
+            result = train_ranker(work, name, options, resume=resume)
+    if is_first:
         Console().print(metrics_table(result.metrics["test"], f"{name}: test part"))
         print(f"weights, metrics, curves and report: {result.folder}")
 

@@ -194,19 +194,20 @@ class Cycle:
         state.full_ms = state.full_ms or incumbent.created_ms
         due = now_ms - state.full_ms >= options.full_every_ms
         scratch = before_ms is None or not same_model or due
-        if scratch:
-            self._say("train from scratch")
-            train_ranker(work, self._ranker, options.train, since_ms=before_ms or 0)
-        else:
-            self._say(f"train on from {incumbent.release_id}")
-            continue_ranker(work, self._ranker, incumbent, options.train, days=options.days)
-        state.tried_until_ms = int(times.max())
-        self._write(state)
-        verdict = judge_trained(work, self._ranker, incumbent, options.limits)
-        why = "; ".join(verdict.reasons)
-        if not verdict.passed and not options.force:
-            return Ticked(REFUSED, f"gate: {verdict.decision}: {why}")
-        written = release(work, self._ranker, verdict.for_manifest(), only=True)
+        with work.alone_with(self._ranker, "freshrank cycle"):
+            if scratch:
+                self._say("train from scratch")
+                train_ranker(work, self._ranker, options.train, since_ms=before_ms or 0)
+            else:
+                self._say(f"train on from {incumbent.release_id}")
+                continue_ranker(work, self._ranker, incumbent, options.train, days=options.days)
+            state.tried_until_ms = int(times.max())
+            self._write(state)
+            verdict = judge_trained(work, self._ranker, incumbent, options.limits)
+            why = "; ".join(verdict.reasons)
+            if not verdict.passed and not options.force:
+                return Ticked(REFUSED, f"gate: {verdict.decision}: {why}")
+            written = release(work, self._ranker, verdict.for_manifest(), only=True)
         if scratch:
             state.full_ms = now_ms
             self._write(state)

@@ -17,8 +17,9 @@ from deploy.replay import ACTIONS, RANKINGS, Rebuilt, ReplayOptions, replay
 from features.actions import EVENT_DTYPE
 from features.domain import Domain, Feature
 from features.erasures import Erasure
-from features.ids import U64
+from features.ids import U64, partitions_of
 from features.labels import OUTCOMES, Joined, Lists, Named, Rules, join, named
+from features.log_erasure import REQUEST_DTYPE
 from features.logs import WEIGHTED, LoggedActions, feature_type, impressions_schema, logged_features, served_schema
 from features.person import events_of_rows, rows_digest
 from features.ports import SequenceCorruptError
@@ -35,6 +36,8 @@ KNOWN = "known.parquet"
 IMPRESSIONS_RUN, SERVED_RUN, DONE = "impressions.run", "served.run", "done.json"
 SHARED = "shared.npz"
 """What became of actions that stand in several buckets."""
+STAYS = "stays.npy"
+"""REQUEST_DTYPE of the lists whose rows stay as an earlier pass wrote them."""
 
 Key = tuple[int, int, int, int]
 """user_id, request_id, request_time_ms, served_time_ms: what a record of the ranking log is known by, also in a copy of it."""
@@ -47,7 +50,7 @@ class Work:
     """What all buckets of a pass share. Lists from before `closed_before_ms` are joined with the others, and not written.
 
     replay: of which each bucket takes its own archive. erasures: all there are. foreign: entries of lists of all buckets on users whom
-    several buckets name (`shared`, ascending).
+    several buckets name (`shared`, ascending). whole_from_ms: append time by partition of the actions, from which on none is gone.
     """
 
     domain: Domain
@@ -61,6 +64,7 @@ class Work:
     erasures: LoggedActions
     shared: U64
     foreign: Named
+    whole_from_ms: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,12 @@ def fold_bucket(work: Work, number: int, folder: Path, progress: Callable[[int, 
     joined = join(lists, actions, work.rules, work.until_ms, others)
     known = pq.read_table(folder / KNOWN) if (folder / KNOWN).exists() else served_schema(work.domain).empty_table()
     proved, counts = _prove(work, folder, rankings, lists, joined, known, progress)
-    kept = np.array([i for i, one in enumerate(joined.lists.tolist()) if _key(rankings.records[one]) in proved], np.int64)
+    earlier = {key for key, _ in _from_known(known)}
+    torn = {_key(rankings.records[one]) for one in joined.lists[_is_torn(work, folder, lists)[joined.lists]].tolist()}
+    stays = (earlier & torn) | (earlier - {_key(record) for record in rankings.records})
+    np.save(folder / STAYS, np.array([(request, user, time_ms) for user, request, time_ms, _ in sorted(stays)], REQUEST_DTYPE))
+    written = proved.keys() - stays
+    kept = np.array([i for i, one in enumerate(joined.lists.tolist()) if _key(rankings.records[one]) in written], np.int64)
     kept = kept[lists.request_time_ms[joined.lists[kept]] >= work.closed_before_ms]
     if work.all_seen:
         joined = replace(joined, seen=np.ones(len(joined.seen), bool))
@@ -113,6 +122,7 @@ def fold_bucket(work: Work, number: int, folder: Path, progress: Callable[[int, 
     write_run(folder / IMPRESSIONS_RUN, impressions, "request_time_ms", batch_rows)
     write_run(folder / SERVED_RUN, served, "request_time_ms", max(16, batch_rows * _CANDIDATE_BYTES // _LIST_BYTES))
     counts |= _counts(work, rankings, joined, kept, served, known)
+    counts |= {"stays": len(stays), "stays_until_ms": max((key[2] for key in stays), default=0), "torn": len(torn & written)}
     outcome, is_shared = joined.outcome[:logged], np.isin(actions.users[:logged], work.shared)
     counts["outcomes"] = np.bincount(outcome[~is_shared], minlength=len(OUTCOMES)).tolist()
     place = {name: getattr(actions, name)[:logged][is_shared] for name in ("partition", "offset")}
@@ -213,6 +223,19 @@ def _read_actions(work: Work, number: int, folder: Path, lists: Lists) -> Logged
             found = logged_actions(batch)
             parts.append(_take(found, (bucket_of(found.users, work.buckets) == number) | np.isin(found.users, named_users)))
     return concatenated(parts)
+
+
+def _is_torn(work: Work, folder: Path, lists: Lists) -> npt.NDArray[np.bool_]:
+    """Lists of which retention, or a move to another log, has taken records of their users from behind what was read for them: bool [r].
+    Some of their answers may be among these."""
+    log = ParquetLog(folder / ACTIONS)
+    place = partitions_of(lists.who, len(log.partitions))
+    starts = np.array([span.start for _, span in sorted(log.partitions.items())], np.int64)[place]
+    of = np.repeat(np.arange(len(lists)), np.diff(lists.who_starts))
+    by_time = (lists.log_epoch != 0) | (lists.request_time_ms[of] < work.whole_from_ms[place])
+    torn = np.zeros(len(lists), bool)
+    torn[of[np.where(lists.log_epoch == log.log_epoch, lists.offset_read + 1 < starts, by_time)]] = True
+    return torn
 
 
 def _with_ledger(actions: LoggedActions, erasures: LoggedActions, lists: Lists) -> LoggedActions:

@@ -23,7 +23,10 @@ _OUTCOMES = {
 assert set(_OUTCOMES) == set(OUTCOMES)
 
 
-_ADDED = ("lists", "new", "added", "only_seen", "rows_known", "rows_inline", "rows_rebuilt", "differs", "unproved", "undecodable")
+_ADDED: tuple[str, ...] = ("lists", "new", "added", "stays", "torn", "only_seen")
+_ADDED += ("rows_known", "rows_inline", "rows_rebuilt", "differs", "unproved", "undecodable")
+
+KEEP_LONGER = "set retention.ms of both topics above --window, --late and a day together"
 
 
 @dataclass
@@ -33,7 +36,9 @@ class LabelReport:
     lists: written, of which new ones were in no pass before; added: labels that came to lists of earlier passes. rows_known, rows_inline,
     rows_rebuilt: how the inputs of lists were proved; differs: lists whose rebuilt inputs are others than those that were served; unproved:
     these and those that could not be rebuilt (excluded, by reason); none of them is written. backdated: rankings of closed days.
-    join: `Joined.counts`. outcomes: what became of the actions. only_seen: candidates with an impression and no label.
+    stays: lists that stay as an earlier pass wrote them, since retention has taken what they came from; stays_until_ms: the last one's
+    request time. torn: new lists of which it has taken actions that may answer them. join: `Joined.counts`. outcomes: what became of the
+    actions. only_seen: candidates with an impression and no label.
     """
 
     number: int = 0
@@ -56,6 +61,9 @@ class LabelReport:
     unproved: int = 0
     excluded: dict[str, int] = field(default_factory=dict)
     undecodable: int = 0
+    stays: int = 0
+    stays_until_ms: int = 0
+    torn: int = 0
     shadows: int = 0
     backdated: int = 0
     erased_rows: int = 0
@@ -70,6 +78,7 @@ class LabelReport:
         """Adds a bucket's counts, as `deploy.label_bucket` leaves them."""
         for name in _ADDED:
             setattr(self, name, getattr(self, name) + counts[name])
+        self.stays_until_ms = max(self.stays_until_ms, counts["stays_until_ms"])
         outcomes = dict(zip(OUTCOMES, counts["outcomes"], strict=True))
         labels = {action_names[int(number)]: count for number, count in counts["labels"].items()}
         for mine, theirs in (
@@ -86,6 +95,8 @@ class LabelReport:
     def faults(self) -> list[str]:
         """What must be looked at; none: the pass is good."""
         found = list(self.warnings)
+        if self.torn:
+            found.append(f"{self.torn} new lists: retention has taken actions that may answer them; {KEEP_LONGER}")
         if self.differs:
             found.append(f"{self.differs} lists: their rebuilt inputs are not those that were served; see `freshrank replay`")
         for reason, count in sorted(self.excluded.items()):
@@ -110,7 +121,7 @@ class LabelReport:
         excluded = ", ".join(f"{count} {reason}" for reason, count in sorted(self.excluded.items()))
         lines = [
             f"pass {self.number}{' (continued)' if self.continued else ''}: {self.lists} lists written, {self.new} of them new, "
-            f"{self.added} labels added to lists of earlier passes",
+            f"{self.added} labels added to lists of earlier passes, {self.stays} lists stay as they were",
             "",
             f"rankings     {join('written', 0)} complete, of these {join('final', 0)} final; {join('waiting', 0)} wait for their window",
             f"             left out: {join('superseded', 0)} asked for again, {join('erased', 0)} erased, {self.shadows} shadows, "

@@ -6,21 +6,22 @@ buckets' runs become parts of the log, one a day. 5. Commit: a new summary.json 
 
 A pass that was cut off is continued by the next one with the same plan, whose result is the same, byte for byte; up to its commit readers
 see the log as it was. A day whose lists are all final is closed: its parts stay, and no later pass reads its rankings. The lists of later
-days are joined anew in each pass, which is how late actions get in; what proved their inputs is kept. Both logs are read from where
-they begin, so a pass costs what retention leaves of them.
+days are joined anew in each pass, which is how late actions get in; what proved their inputs is kept. Rows of lists that retention has
+reached meanwhile stay as they are: a join of what is left would take them, or labels of theirs, away. Both logs are read from where they
+begin, so a pass costs what retention leaves of them.
 Memory: about `memory_bytes`, 16 bytes for each ranking of a partition and for each identity, and the largest bucket where there are more
 than BUCKETS_MAX (16 times `memory_bytes` of records each).
 """
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ from deploy.label_bucket import (
     KNOWN,
     SERVED_RUN,
     SHARED,
+    STAYS,
     Work,
     concatenated,
     fold_bucket,
     ledger_actions,
     named_shared,
 )
-from deploy.label_report import LabelReport
+from deploy.label_report import KEEP_LONGER, LabelReport
 from deploy.replay import ACTIONS as ACTIONS_ARCHIVE
 from deploy.replay import RANKINGS as RANKINGS_ARCHIVE
 from deploy.replay import ReplayOptions, open_logs
@@ -49,7 +51,7 @@ from features.actions import ERASE, Batch
 from features.domain import DAY_MS, Domain
 from features.erasures import read_ledger
 from features.labels import OUTCOMES, Named, Rules
-from features.log_erasure import drop_served
+from features.log_erasure import drop_served, of_keys
 from features.logs import (
     ACTIONS,
     IMPRESSIONS,
@@ -64,17 +66,20 @@ from features.logs import (
     served_schema,
     write_summary,
 )
-from features.runs import merge_runs
+from features.runs import merge_runs, write_run_of
 from features.tables import sync_path
 from inference.release import ReleaseError, open_release, release_folder
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import DecodingRules, KafkaLog, ParquetLog, RecordLog, Span, write_manifest
-from streams.erasure import LABEL_WORK
+from streams.erasure import LABEL_LOCK, LABEL_PLAN, LABEL_WORK, LEFT_OVER_MS
 from streams.log_buckets import Reading, bucket_of, logged_actions, spill_actions, spill_rankings
 
 BUCKETS_MAX = 256
+_NEVER_MS = 1 << 62
+SMALL_PARTS_MAX, SMALL_PART_ROWS = 64, 1 << 20
+"""Of the actions: so many small parts in a row, of fewer rows each, become one. Who reads a log has all of its parts open."""
 _RANKING_BYTES, _ACTION_BYTES = 3_000, 300
-_PLAN, _SPILLED, _ERASURES, _IDENTITIES = "plan.json", "spilled.json", "erasures.npz", "identities.npy"
+_SPILLED, _ERASURES, _IDENTITIES = "spilled.json", "erasures.npz", "identities.npy"
 
 
 class LabelError(ValueError):
@@ -120,11 +125,11 @@ def label(options: LabelOptions) -> LabelReport:
     options.out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with ExitStack() as stack:
-        lock = stack.enter_context((options.out / ".label.lock").open("ab"))
+        lock = stack.enter_context((options.out / LABEL_LOCK).open("ab"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LabelError(f"{options.out}: another run of `freshrank label` is under way") from None
+            raise LabelError(f"{options.out}: another run of `freshrank label` is under way, or the erasure job tidies up") from None
         rankings, actions = stack.enter_context(open_logs(options.replay))
         report = _Pass(options, rankings, actions).run()
     report.seconds["all"] = round(time.monotonic() - started_s, 3)
@@ -137,7 +142,8 @@ class _Plan:
     """What a pass is: the same plan on the same logs gives the same parts. Stands in the work folder, and at the end in summary.json.
 
     spans: offsets of each partition by log ("rankings", "actions"). closed_before_ms: lists from before it are in parts that stay. actions:
-    first offset by partition that is not in the log yet. before_ms: `until_ms` of the pass before; 0: none.
+    first offset by partition that is not in the log yet. merged: parts of the actions whose rows go in front of this pass's.
+    whole_from_ms: see `_Pass._whole_from_ms`. before_ms: `until_ms` of the pass before; 0: none.
     """
 
     number: int
@@ -150,6 +156,8 @@ class _Plan:
     epochs: dict[str, str]
     spans: dict[str, dict[str, list[int]]]
     actions: dict[str, int]
+    merged: list[str]
+    whole_from_ms: list[int]
 
 
 class _Pass:
@@ -181,8 +189,6 @@ class _Pass:
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
         self.options.step(name)
-        if self.work.exists():
-            os.utime(self.work)  # the erasure job removes what was not touched for a day
         started_s = time.monotonic()
         yield
         self.report.seconds[name] = round(time.monotonic() - started_s, 3)
@@ -209,7 +215,7 @@ class _Pass:
         number = self.summary["label"].get("number", 0) + 1
         plan = self._next_plan(number)
         try:
-            kept = _Plan(**json.loads((self.work / _PLAN).read_text("utf-8")))
+            kept = _Plan(**json.loads((self.work / LABEL_PLAN).read_text("utf-8")))
         except (OSError, TypeError, ValueError):
             kept = None
         if kept is not None and self._continues(kept, plan):
@@ -219,7 +225,7 @@ class _Pass:
             self.options.step("plan")
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
-            _write_json(self.work / _PLAN, asdict(plan))
+            _write_json(self.work / LABEL_PLAN, asdict(plan))
         for name, log in self.logs.items():
             if isinstance(log, KafkaLog):  # what came since is for the next pass
                 log.partitions = {int(partition): Span(*span) for partition, span in plan.spans[name].items()}
@@ -233,7 +239,7 @@ class _Pass:
         return _Plan(
             number=number,
             until_ms=self.options.until_ms,
-            closed_before_ms=self._closed_by_cut(made),
+            closed_before_ms=made.get("closed_before_ms", 0),
             before_ms=made.get("until_ms", 0),
             buckets=min(BUCKETS_MAX, 1 + 16 * size_bytes // self.options.memory_bytes),
             rules=self._rules(),
@@ -241,34 +247,29 @@ class _Pass:
             epochs=epochs,
             spans={name: {str(p): list(span) for p, span in sorted(log.partitions.items())} for name, log in self.logs.items()},
             actions=made.get("actions", {}) if made.get("epochs", epochs)["actions"] == epochs["actions"] else {},
+            merged=self._small_parts(),
+            whole_from_ms=self._whole_from_ms(),
         )
 
-    def _closed_by_cut(self, made: Mapping[str, Any]) -> int:
-        """Where later lists begin. Retention may have reached days that are open: they are closed as they are, since a join of what is left
-        would take labels away."""
-        closed_ms = int(made.get("closed_before_ms", 0))
-        cut_ms = 0
-        for log in self.logs.values():
-            for partition, span in log.partitions.items():
-                for records in log.read(partition) if 0 < span.start < span.end else ():
-                    cut_ms = max(cut_ms, int(records.append_time_ms[0]))
-                    break
-        if made and closed_ms < cut_ms:
-            rules = self.options.rules
-            complete_ms = int(made["until_ms"]) - rules.window_ms - rules.grace_ms  # what waited then is written yet
-            reached_ms = min(-(-cut_ms // DAY_MS), complete_ms // DAY_MS) * DAY_MS
-            if reached_ms > closed_ms:
-                self.report.warnings.append(
-                    f"retention has reached {_day(cut_ms)}, whose lists were not final: they are closed as they are; keep both topics "
-                    "longer than window, late time and a day together"
-                )
-                return reached_ms
-        return closed_ms
+    def _small_parts(self) -> list[str]:
+        """The log's newest parts of the actions, where they are small and many: nothing else. Each pass adds one."""
+        newest = reversed([] if self.options.rebuild else self.summary["parts"].get(ACTIONS, []))
+        small = [*takewhile(lambda part: pq.read_metadata(self.out / part).num_rows < SMALL_PART_ROWS, newest)]
+        return small[::-1] if len(small) >= SMALL_PARTS_MAX else []
+
+    def _whole_from_ms(self) -> list[int]:
+        """From when on each partition of the actions is whole: 0 where retention has taken nothing, else its first record's append time."""
+        log, found = self.logs["actions"], list[int]()
+        for partition, span in sorted(log.partitions.items()):
+            first = next((int(records.append_time_ms[0]) for records in log.read(partition)), _NEVER_MS) if span.start else 0
+            found.append(first)
+        return found
 
     def _continues(self, kept: _Plan, plan: _Plan) -> bool:
-        """Whether a pass that was cut off can go on: it is the next one, its rules are these, and the logs still have what it reads."""
+        """Whether a pass that was cut off can go on: it is the next one, its rules are these, and the logs still have what it reads. Not
+        where it is old: what it has made may hold records that retention or an erasure has taken since."""
         same = ("number", "rules", "columns", "epochs", "before_ms")
-        if any(getattr(kept, name) != getattr(plan, name) for name in same):
+        if any(getattr(kept, name) != getattr(plan, name) for name in same) or plan.until_ms - kept.until_ms > LEFT_OVER_MS:
             return False
         for name, log in self.logs.items():
             for partition, (start, end) in kept.spans[name].items():
@@ -328,7 +329,7 @@ class _Pass:
         schema = served_schema(self.domain)
         writers: dict[int, Any] = {}
         with ExitStack() as stack:
-            for part in self._open_parts():
+            for part in self._open_parts(SERVED):
                 with pq.ParquetFile(self.out / part) as file:
                     for batch in file.iter_batches(batch_size=4_096, columns=schema.names):
                         bucket = bucket_of(batch.column("user_id").to_numpy(), len(folders))
@@ -337,18 +338,21 @@ class _Pass:
                                 writers[n] = stack.enter_context(pq.ParquetWriter(folders[n] / KNOWN, schema, compression="zstd"))
                             writers[n].write_table(pa.Table.from_batches([batch.filter(pa.array(bucket == n))]).cast(schema))
 
-    def _open_parts(self) -> list[str]:
-        """Parts of `served` that this pass makes anew."""
+    def _open_parts(self, name: str) -> list[str]:
+        """Parts of a table that this pass makes anew."""
         if self.options.rebuild:
             return []
-        return [part for part in self.summary["parts"].get(SERVED, []) if _begin_ms(part) >= self.plan.closed_before_ms]
+        return [part for part in self.summary["parts"].get(name, []) if _begin_ms(part) >= self.plan.closed_before_ms]
 
     def _spill_actions(self, folders: list[Path], reading: Reading) -> LoggedActions:
-        """Also writes the records that the log has not yet as its next part; returns the erasures among all."""
+        """Also writes the records that the log has not yet as its next part, behind the parts that it takes the place of; returns the
+        erasures among all."""
         log, base = self.logs["actions"], self.options.replay.base
         erasures: list[LoggedActions] = []
         read = self._advance("actions", log)
         with LogWriter(self.out / "actions", self._part_name(), actions_schema(self.domain, order="offset")) as writer:
+            for part in self.plan.merged:
+                writer.copy(self.out / part)
 
             def decoded(batch: Batch) -> None:
                 found = logged_actions(batch)
@@ -396,12 +400,12 @@ class _Pass:
             replay=options.replay,
             erasures=erasures,
             shared=shared,
+            whole_from_ms=np.array(plan.whole_from_ms, np.int64),
             foreign=Named(*(np.concatenate(parts) for parts in zip(nobody, *foreign, strict=True))),
         )
         for number, folder in enumerate(folders):
             if not (folder / DONE).exists():
                 options.step(f"fold {number}")
-                os.utime(self.work)
                 fold_bucket(work, number, folder, lambda *_: None)
             options.progress("fold", number + 1, len(folders))
 
@@ -410,25 +414,46 @@ class _Pass:
     def _merge(self, folders: list[Path]) -> dict[str, list[str]]:
         """Writes the parts of the open days; returns all of the log's."""
         kept = {} if self.options.rebuild else self.summary["parts"]
-        parts: dict[str, list[str]] = {name: list(kept.get(name, [])) for name in (ACTIONS, IMPRESSIONS, SERVED)}
+        parts = {name: [part for part in kept.get(name, []) if part not in self.plan.merged] for name in (ACTIONS, IMPRESSIONS, SERVED)}
         with pq.ParquetFile(self.out / "actions" / self._part_name()) as file:
             if file.metadata.num_rows:
                 parts[ACTIONS].append(f"actions/{self._part_name()}")
+        stays = self._write_stays(folders)
         since_ms = 0 if self.options.keep_days is None else self.plan.until_ms - self.options.keep_days * DAY_MS
         for name, run in ((IMPRESSIONS, IMPRESSIONS_RUN), (SERVED, SERVED_RUN)):
             self.options.step(f"merge {name}")
             closed = [part for part in parts[name] if _begin_ms(part) < self.plan.closed_before_ms]
-            made = self._write_days(name, [folder / run for folder in folders])
+            made = self._write_days(name, [*(folder / run for folder in folders), *stays.get(name, [])])
             parts[name] = [part for part in (*closed, *made) if _begin_ms(part) + DAY_MS > since_ms]
             if set(closed) - set(parts[name]):
                 self.report.days_dropped = len(set(closed) - set(parts[name]))
         self.report.days_written = sum(self._part_name() in part for part in parts[SERVED])
         return parts
 
+    def _write_stays(self, folders: list[Path]) -> dict[str, list[Path]]:
+        """The rows of lists that stay as they are, from the parts that this pass makes anew, as a run of each table."""
+        keys = np.concatenate([np.load(folder / STAYS) for folder in folders])
+        if not len(keys):
+            return {}
+        stay, runs = of_keys(keys), {name: [self.work / f"stays.{name}"] for name in (IMPRESSIONS, SERVED)}
+
+        def rows(name: str) -> Iterator[pa.Table]:
+            for part in self._open_parts(name):
+                with pq.ParquetFile(self.out / part) as file:
+                    for batch in file.iter_batches(batch_size=4_096, columns=self._schema(name).names):
+                        yield pa.Table.from_batches([batch.filter(pa.array(stay(batch)))]).cast(self._schema(name))
+
+        with locked(self.out):  # the erasure job rewrites the two tables one after the other
+            for name, (run,) in runs.items():
+                write_run_of(run, self._schema(name), rows(name), "request_time_ms")
+        return runs
+
+    def _schema(self, name: str) -> pa.Schema:
+        return impressions_schema(self.domain, served=True) if name == IMPRESSIONS else served_schema(self.domain)
+
     def _write_days(self, name: str, runs: list[Path]) -> list[str]:
         """Writes the merged runs as one part a day; returns their names."""
-        schema = impressions_schema(self.domain, served=True) if name == IMPRESSIONS else served_schema(self.domain)
-        folder, made = name.removesuffix(".parquet"), list[str]()
+        schema, folder, made = self._schema(name), name.removesuffix(".parquet"), list[str]()
         with ExitStack() as stack:
             writer: LogWriter | None = None
             for table in merge_runs(runs, ("request_time_ms", "request_id", "user_id")):
@@ -468,7 +493,9 @@ class _Pass:
             summary = {"domain": self.domain.name, "domain_version": self.domain.version, "parts": parts}
             before = {} if self.options.rebuild else self.summary["label"]
             has_seen = before.get("has_seen", False) or self.options.all_seen or self.report.only_seen > 0
-            write_summary(self.out, summary | {"label": asdict(made) | {"has_seen": has_seen}, "report": self.report.as_json()})
+            stays_until_ms = max(before.get("stays_until_ms", 0), self.report.stays_until_ms)
+            label = asdict(made) | {"has_seen": has_seen, "stays_until_ms": stays_until_ms}
+            write_summary(self.out, summary | {"label": label, "report": self.report.as_json()})
             sync_path(self.out)  # before the parts that the old one names go
 
     # 6. Sweep
@@ -497,6 +524,9 @@ class _Pass:
                 for column in rows.dtype.names or ():
                     rows[column] = found[column]
                 shared.append(rows)
+        if report.stays_until_ms > self.summary["label"].get("stays_until_ms", 0):  # said once, not as long as they stay
+            day = _day(report.stays_until_ms)
+            report.warnings.append(f"retention has reached lists up to {day} that were not final: they stay as they were; {KEEP_LONGER}")
         rows = np.sort(np.concatenate(shared), order=["partition", "offset", "outcome"])
         last = np.ones(len(rows), bool)
         last[:-1] = (rows["partition"][1:] != rows["partition"][:-1]) | (rows["offset"][1:] != rows["offset"][:-1])

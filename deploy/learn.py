@@ -5,8 +5,11 @@ training/<ranker>/ (weights, curves, checkpoints), releases/, evaluation/<ranker
 train and show, never released).
 """
 
+import fcntl
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from rich.console import Console
 from deploy.labelling import served_folder
 from features.domain import DAY_MS, Domain, load_domain
 from features.erasures import LEDGER, erased_users, read_ledger
-from features.logs import read_requests
+from features.logs import LoggedActions, read_requests
+from features.tables import lineage_of
 from features.tensors import tensor_fingerprint
 from inference.ablate import Results, ablate
 from inference.ablations import CELLS, AblationTable, Cell
@@ -29,12 +33,14 @@ from inference.evaluate import evaluate
 from inference.gate import Contender, Limits, Verdict, judge
 from inference.parallel import joined
 from inference.popularity import publish_popularity
-from inference.refreshed import publish_refreshed
+from inference.refreshed import publish_present, publish_refreshed
 from inference.release import Release, load_model, write_release
 from inference.served import fitting_generations
 from inference.small import SMALL_FILE
 from inference.train import TIME_MS_MAX, TrainOptions, TrainResult, load_trained, train
+from streams.archive import DecodingRules, KafkaLog, decode_records
 from streams.importer import import_log
+from streams.log_buckets import logged_actions
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,26 @@ class Workspace:
         """Where a ranker's training writes to."""
         return self.home / "training" / ranker
 
+    @contextmanager
+    def alone_with(self, ranker: str, who: str) -> Iterator[None]:
+        """Held by the command `who` while it writes a ranker's training, and from judging it to its release: what was judged is released.
+
+        Raises:
+            TrainError: another process holds it, and which.
+        """
+        folder = self.training(ranker)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f"{ranker}.lock").open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise TrainError(f"{folder} is in use by {lock.read() or 'another process'}: wait for its end, or stop it") from None
+            lock.truncate(0)
+            lock.write(f"`{who}` (process {os.getpid()})")
+            lock.flush()
+            yield
+
 
 def import_data(work: Workspace, data: Path, console: Console | None = None) -> dict[str, Any]:
     """Imports a published log; returns the summary. Raises PublishedError, DomainError."""
@@ -94,6 +120,21 @@ def make_tables(work: Workspace, ranker: str, *, until_ms: int, seed: int) -> di
     return newest_generations(
         publish_embeddings(work.domain, ranker, work.log, work.tables, until_ms=until_ms, seed=seed, erased=work.erased)
     )
+
+
+def refresh_tables(work: Workspace, release: Release, log: KafkaLog, now_ms: int) -> dict[str, str]:
+    """The vectors of the present hour for what `release` is served with, from a running stack's log of actions; the newest generation of
+    each space of its ranker (`inference.refreshed.publish_present`). Raises EmbeddingError, TableError, KafkaUnavailableError.
+    """
+    domain = work.domain
+
+    def actions(since_ms: int) -> Iterator[LoggedActions]:
+        log.begin_at(since_ms)
+        rules = DecodingRules.of(domain)
+        for partition in sorted(log.partitions):
+            yield from (logged_actions(decode_records(log, partition, records, rules)) for records in log.read(partition))
+
+    return publish_present(domain, release.ranker, release, actions, work.tables, now_ms, erased=work.erased)
 
 
 def train_ranker(
@@ -129,7 +170,8 @@ def continue_ranker(
 ) -> TrainResult:
     """Trains a release's weights on with what has come since: the newest requests are validation and test; the rest, and those of `days`
     days before, so that little is forgotten, are the training part. Items, users and normalisation stay as the release has them; of a
-    ranker with `refresh` the vectors of the hours since are made, as a server would take them.
+    ranker with `refresh` the vectors of the hours since are made, as a server would take them; of what was served those that it was served
+    with are there (`refresh_tables`).
 
     Raises:
         TrainError: the release does not say what it was trained on, or is of another model than the domain file's.
@@ -144,16 +186,15 @@ def continue_ranker(
     validation_ms, test_ms = split_times(domain, ranker, work.log, options.fractions, since_ms=before_ms)
 
     def tables() -> dict[str, str]:
-        served = _served_generations(work, start)
-        if domain.ranker[ranker].refresh is not None:
+        if domain.ranker[ranker].refresh is not None and not work.served:
             made = make_tables(work, ranker, until_ms=validation_ms, seed=options.seed)
-            served = _served_generations(work, start)
-            if any(served.get(space) != name for space, name in made.items()):
+            lineages = ((lineage_of(work.tables, space, name), space) for space, name in made.items())
+            if any(lineage != lineage_of(work.tables, space, start.generations[space]) for lineage, space in lineages):
                 raise TrainError(
                     f"{start.release_id}: the vectors of the hours since are not comparable with its own (another seed, or an "
                     "erasure in the first hour): train anew"
                 )
-        return served
+        return _served_generations(work, start)
 
     with joined() as ranks:
         return train(

@@ -44,7 +44,7 @@ class TritonPythonModel:
             return model, device
         from inference.transact_cuda import CudaRanker  # needs Triton, the language, which only a machine with a GPU is sure to have
 
-        if isinstance(model, TransActRanker) and CudaRanker.serves(model):
+        if isinstance(model, TransActRanker) and CudaRanker.serves(model, device):
             return CudaRanker(model, self.release.domain, self.release.ranker, requests_max=max(1, requests_max), device=device), "cpu"
         return load_model(self.release, device=device), device
 

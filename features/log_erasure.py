@@ -17,6 +17,8 @@ from features.logs import ACTIONS, IMPRESSIONS, PACKED, SERVED, is_served_log, l
 
 Past = Callable[[pa.RecordBatch], npt.NDArray[np.bool_]]
 _REQUEST = ("request_id", "user_id", "request_time_ms")
+REQUEST_DTYPE = np.dtype([("request_id", "<u8"), ("user_id", "<u8"), ("request_time_ms", "<i8")])
+"""What tells the requests of a served log apart."""
 _TOLD_BY = (*_REQUEST, "append_time_ms", "event_time_ms", "erase")
 
 
@@ -67,9 +69,9 @@ def drop_served(actions: Iterable[Path], impressions: Iterable[Path], served: It
                 for key in _doomed(batch, erased, erasures)
             ]
         if doomed:
-            keys = np.array(doomed, np.dtype([("request_id", "<u8"), ("user_id", "<u8"), ("request_time_ms", "<i8")]))
-            gone += _rewrite(of_requests, _named(keys))
-            gone += _rewrite(of_served, _named(keys))
+            keys = np.array(doomed, REQUEST_DTYPE)
+            gone += _rewrite(of_requests, of_keys(keys))
+            gone += _rewrite(of_served, of_keys(keys))
     return gone
 
 
@@ -91,7 +93,9 @@ def _past_requests(erased: Erased) -> Past:
     return past
 
 
-def _named(keys: npt.NDArray[np.void]) -> Past:
+def of_keys(keys: npt.NDArray[np.void]) -> Past:
+    """Which rows of impressions or `served` are of these requests, REQUEST_DTYPE."""
+
     def past(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
         there = np.zeros(batch.num_rows, keys.dtype)
         for name in _REQUEST:

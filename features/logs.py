@@ -277,10 +277,19 @@ class LogWriter:
         Raises:
             LogError: rows out of order: sort them first.
         """
-        if not table.num_rows:
-            return
-        table = table.select(self._schema.names).cast(self._schema)
-        self._check_order(table)
+        if table.num_rows:
+            table = table.select(self._schema.names).cast(self._schema)
+            self._check_order(table)
+            self._append(table)
+
+    def copy(self, path: Path) -> None:
+        """Appends the rows of another file of the same table as they stand there; behind them the order begins anew."""
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=self._schema.names):
+                self._append(pa.Table.from_batches([batch]).cast(self._schema))
+        self._last = None
+
+    def _append(self, table: pa.Table) -> None:
         self._pending.append(table)
         self._pending_rows += table.num_rows
         self.rows += table.num_rows

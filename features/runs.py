@@ -1,6 +1,6 @@
 """Sorted runs: what is sorted a part at a time, merged into one order in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -19,6 +19,21 @@ def write_run(path: Path, table: pa.Table, time: str, batch_rows: int) -> None:
             end = int(changes[min(int(np.searchsorted(changes, start + batch_rows)), len(changes) - 1)])
             stream.write_table(table.slice(start, end - start), max_chunksize=end - start)
             start = end
+
+
+def write_run_of(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], time: str) -> None:
+    """The same of a table that comes in pieces, one of which is in memory."""
+    held = schema.empty_table()
+    with pa.ipc.new_stream(str(path), schema) as stream:
+        for table in tables:
+            held = pa.concat_tables([held, table]).combine_chunks()
+            times_ms = held[time].to_numpy()
+            whole = int(np.searchsorted(times_ms, times_ms[-1])) if len(times_ms) else 0  # more rows of the last time may come
+            if whole:
+                stream.write_table(held.slice(0, whole))
+                held = held.slice(whole)
+        if held.num_rows:
+            stream.write_table(held)
 
 
 def merge_runs(runs: Seq[Path], keys: Seq[str]) -> Iterator[pa.Table]:

@@ -9,6 +9,7 @@ every column is what an unknown id gets.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +41,7 @@ NONE = "none"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MEMBER = re.compile(r"user|item\.[a-z][a-z0-9_]{0,39}")
 _GENERATION = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{8}")
+_MOMENT = len("20231114T221320007Z")
 _FILE_NAME = re.compile(rf"(?:{_MEMBER.pattern})\.[a-z][a-z0-9_]{{0,39}}\.npy")
 _LINEAGE = re.compile(r"[0-9A-Za-z._-]{0,64}")
 _VECTORS = "vectors"
@@ -91,6 +94,8 @@ class _Meta(BaseModel):
     """Users erased since it was written, whose rows were taken out (`drop_users`)."""
     files_written: dict[str, str] = {}
     """Where users were dropped: checksum of each file as it was first written, from which the generation's name comes."""
+    revision: int = 0
+    """Of several generations of one moment the one written last has the greatest."""
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -110,9 +115,9 @@ def write_generation(
 
     `created_ms` (milliseconds since 1970-01-01 UTC) makes the name, so that the newest generation has the greatest one. It is the time of
     the data, when the log was read, not of its writing: a user erased at or after it is not looked up. Writing the same content with the
-    same time and lineage again gives the same folder. `lineage` (up to 64 letters, digits and `._-`) names the training whose vectors are
-    comparable with these; generations without one are of the lineage "". Users of `erased` whose erasure came at `created_ms` or later are
-    left out: what is written may know their erased past.
+    same time and lineage again gives the same folder; of several generations of one time the one written last is the newest. `lineage` (up
+    to 64 letters, digits and `._-`) names the training whose vectors are comparable with these; generations without one are of the lineage
+    "". Users of `erased` whose erasure came at `created_ms` or later are left out: what is written may know their erased past.
 
     Raises:
         TableError: naming the member and column that cannot be written.
@@ -135,7 +140,11 @@ def write_generation(
             files |= _write_member(folder, name, member)
         generation = f"{_moment(created_ms)}-{_content({name: file.sha256 for name, file in files.items()}, lineage)}"
         target = parent / generation
+        same_moment = (path.parent for path in parent.glob(f"{generation[:_MOMENT]}-*/meta.json"))
+        revision = 1 + max((_revision(other) for other in same_moment if other != target), default=-1)
         if target.exists():
+            if _revision(target) < revision:
+                _write_meta(target, read_meta(target).model_copy(update={"revision": revision}))
             return target
         meta = _Meta(
             format_version=FORMAT_VERSION,
@@ -146,63 +155,14 @@ def write_generation(
             lineage=lineage,
             rows={name: len(member.ids) for name, member in sorted(members.items())},
             files=files,
+            revision=revision,
         )
-        _seal(folder, meta)
+        seal(folder, meta)
         folder.rename(target)
         sync_path(parent)
         return target
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone after a rename
-
-
-def drop_users(root: str | Path, space: str, generation: str, erased: Erased) -> int:
-    """Takes erased users out of a generation that may know their past; returns how many rows went.
-
-    The generation keeps its name, for rankings were logged with it and other users' rows are what they were: replay goes on. No lookup
-    changes either, since `TableSet.find_user` does not look such a user up. Who has it mapped keeps the old files until they open it again;
-    who opens it just while the folders are exchanged gets TableError once.
-
-    Raises:
-        TableError: there is no such generation, or it is not what its meta.json says.
-    """
-    held = open_generation(root, space, generation)
-    gone = erased_before_ms(erased, held.ids(USER)) >= held.created_ms
-    if not gone.any():
-        return 0
-    folder = open_generation(root, space, generation, verify=True).folder
-    meta = _read_meta(folder)
-    fresh, aside = (Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) for prefix in (".writing-", ".dropping-"))
-    try:
-        files = dict(meta.files)
-        for name in meta.files:
-            member, _, column = name.removesuffix(".npy").rpartition(".")
-            if member != USER:
-                shutil.copy2(folder / name, fresh / name)
-                continue
-            values = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            np.save(fresh / name, values[~gone] if column == "ids" else values[np.concatenate(([True], ~gone))])
-            files[name] = _describe(fresh / name)
-        left = {**meta.rows, USER: meta.rows[USER] - int(gone.sum())}
-        dropped = meta.users_dropped + int(gone.sum())
-        _seal(fresh, meta.model_copy(update={"rows": left, "files": files, "users_dropped": dropped, "files_written": meta.checksums}))
-        folder.rename(aside / folder.name)
-        fresh.rename(folder)
-        sync_path(folder.parent)
-        return int(gone.sum())
-    finally:
-        if not folder.exists():
-            (aside / folder.name).rename(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def recover_drops(root: str | Path, space: str) -> None:
-    """Puts back what a process had aside that was killed in `drop_users`; none may be under way."""
-    for aside in (Path(root) / space).glob(".dropping-*"):
-        for folder in aside.iterdir():
-            if not (target := Path(root) / space / folder.name).exists():
-                folder.rename(target)
-        shutil.rmtree(aside)
 
 
 def _without(member: Member, gone: npt.NDArray[np.bool_]) -> Member:
@@ -213,9 +173,18 @@ def _without(member: Member, gone: npt.NDArray[np.bool_]) -> Member:
     return Member(member.ids[~gone], vectors, member.missing_vector, features)
 
 
-def _seal(folder: Path, meta: _Meta) -> None:
+def _write_meta(folder: Path, meta: _Meta) -> None:
+    """Replaces meta.json. A key that earlier programs do not know is left out where it says nothing."""
+    partial = folder / ".meta.json"
+    partial.write_text(meta.model_dump_json(indent=1, exclude=None if meta.revision else {"revision"}) + "\n", "utf-8")
+    sync_path(partial)
+    partial.replace(folder / "meta.json")
+    sync_path(folder)
+
+
+def seal(folder: Path, meta: _Meta) -> None:
     """Writes meta.json, and all of the folder to disk."""
-    (folder / "meta.json").write_text(meta.model_dump_json(indent=1) + "\n", "utf-8")
+    _write_meta(folder, meta)
     folder.chmod(0o755)  # mkdtemp's folder is private; the server may be another user
     for path in (*folder.iterdir(), folder):
         sync_path(path)
@@ -263,7 +232,7 @@ def _write_member(folder: Path, name: str, member: Member) -> dict[str, _File]:
         if len(values) != len(ids):
             raise TableError(f"{name}.{column}: {len(values)} rows for {len(ids)} ids")
         _write_column(folder / f"{name}.{column}.npy", values, missing, order)
-    return {f"{name}.{column}.npy": _describe(folder / f"{name}.{column}.npy") for column in ("ids", *columns)}
+    return {f"{name}.{column}.npy": describe(folder / f"{name}.{column}.npy") for column in ("ids", *columns)}
 
 
 def _missing_row(name: str, feature: str, values: Array) -> Array:
@@ -287,7 +256,8 @@ def _write_column(path: Path, values: Array, missing: Array, order: npt.NDArray[
     out.flush()
 
 
-def _describe(path: Path) -> _File:
+def describe(path: Path) -> _File:
+    """What meta.json says of a file."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return _File(sha256=_sha256(path), bytes=path.stat().st_size, dtype=array.dtype.str, shape=array.shape)
 
@@ -307,9 +277,26 @@ def sync_path(path: Path) -> None:
 
 
 def generation_names(root: str | Path, space: str) -> list[str]:
-    """Names of a space's complete generations, oldest first."""
+    """Names of a space's complete generations, oldest first; those of one moment in the order in which they were written."""
     parent = Path(root) / space
-    return sorted(path.parent.name for path in parent.glob("*/meta.json") if _GENERATION.fullmatch(path.parent.name))
+    names = sorted(path.parent.name for path in parent.glob("*/meta.json") if _GENERATION.fullmatch(path.parent.name))
+    if any(one[:_MOMENT] == two[:_MOMENT] for one, two in pairwise(names)):
+        names.sort(key=lambda name: (name[:_MOMENT], _revision(parent / name), name))
+    return names
+
+
+def _revision(folder: Path) -> int:
+    """Of a generation; 0 where its meta.json cannot be read, which is for who opens it to say."""
+    try:
+        return int(json.loads((folder / "meta.json").read_bytes()).get("revision", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
+
+
+def time_of(generation: str) -> int:
+    """The time in a generation's name: of its data, milliseconds since 1970-01-01 UTC."""
+    text = re.sub(r"(....)(..)(..T..)(..)(..)(...).*", r"\1-\2-\3:\4:\5.\6", generation)
+    return int(np.datetime64(text, "ms").astype(np.int64))
 
 
 def generations_of(root: str | Path, space: str, lineage: str) -> Iterator[str]:
@@ -319,12 +306,12 @@ def generations_of(root: str | Path, space: str, lineage: str) -> Iterator[str]:
         TableError: the meta.json of one that is come across cannot be read.
     """
     names = generation_names(root, space)
-    return (name for name in reversed(names) if _read_meta(Path(root) / space / name).lineage == lineage)
+    return (name for name in reversed(names) if read_meta(Path(root) / space / name).lineage == lineage)
 
 
 def lineage_of(root: str | Path, space: str, generation: str) -> str:
     """The lineage of a generation. Raises TableError: it is not there, or its meta.json cannot be read."""
-    return _read_meta(_folder_of(root, space, generation)).lineage
+    return read_meta(_folder_of(root, space, generation)).lineage
 
 
 def open_generation(root: str | Path, space: str, generation: str | None = None, *, verify: bool = False) -> "Generation":
@@ -334,7 +321,7 @@ def open_generation(root: str | Path, space: str, generation: str | None = None,
         TableError: there is none, or what stands there is not what meta.json says, with both sides named.
     """
     folder = _folder_of(root, space, generation)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     columns: dict[str, dict[str, Array]] = {}
     for file_name, file in meta.files.items():
         member, _, column = file_name.removesuffix(".npy").rpartition(".")
@@ -352,15 +339,18 @@ def open_generation(root: str | Path, space: str, generation: str | None = None,
 
 def _folder_of(root: str | Path, space: str, generation: str | None) -> Path:
     """Folder of a generation (None: the newest), whose name may come from outside: only one that stands in the space is accepted."""
+    parent = Path(root) / space
+    if generation is not None and _GENERATION.fullmatch(generation) and (parent / generation / "meta.json").is_file():
+        return parent / generation
     names = generation_names(root, space)
     if not names:
-        raise TableError(f"{Path(root) / space}: no generation there; publish one first")
-    if generation is not None and generation not in names:
-        raise TableError(f"{Path(root) / space}: generation {generation!r} is not there; space {space} has {', '.join(names[-5:])}")
-    return Path(root) / space / (generation or names[-1])
+        raise TableError(f"{parent}: no generation there; publish one first")
+    if generation is not None:
+        raise TableError(f"{parent}: generation {generation!r} is not there; space {space} has {', '.join(names[-5:])}")
+    return parent / names[-1]
 
 
-def _read_meta(folder: Path) -> _Meta:
+def read_meta(folder: Path) -> _Meta:
     """A generation's meta.json, checked against the folder's name."""
     try:
         meta = _Meta.model_validate_json((folder / "meta.json").read_bytes())

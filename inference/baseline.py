@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from features.as_of import AsOf
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.logs import read_actions, read_requests
@@ -74,29 +75,6 @@ class Columns:
         """What a cell that does not ask for `vectors` is given."""
         kept = [not name.startswith(COSINE) for name in self.names]
         return Columns(tuple(name for name, keep in zip(self.names, kept, strict=True) if keep), self.values[:, kept], self.categories)
-
-
-class AsOf:
-    """How many records a group had by a moment. group int64 [n] from 0, time int64 [n]: milliseconds, or any number that ascends."""
-
-    def __init__(self, group: I64, time: I64) -> None:
-        self._least = int(time.min(initial=0))
-        self._span = int(time.max(initial=0)) - self._least + 2
-        self._keys = np.sort(group * self._span + (time - self._least))
-
-    def before(self, group: I64, moment: I64) -> I64:
-        """Records of each group with a time below the moment: int64 [q]. A negative group has none."""
-        at = group * self._span + np.clip(moment - self._least, 0, self._span - 1)
-        return np.where(group < 0, 0, self._keys.searchsorted(at) - self._keys.searchsorted(group * self._span))
-
-    def first(self, group: I64) -> F64:
-        """Least time of each group, float64 [q]; NaN where it has no record."""
-        if not len(self._keys):
-            return np.full(len(group), np.nan)
-        place = self._keys.searchsorted(group * self._span)
-        key = self._keys[np.minimum(place, len(self._keys) - 1)] - group * self._span
-        has = (group >= 0) & (place < len(self._keys)) & (key < self._span)
-        return np.where(has, key + float(self._least), np.nan)
 
 
 @dataclass(frozen=True)
@@ -186,10 +164,10 @@ def _add_rates(found: dict[str, Array], domain: Domain, ranker_name: str, record
         shown = AsOf(group[impressions], records.time_ms[impressions])
         acting = {name: AsOf(group[chosen], records.time_ms[chosen]) for name, chosen in acted.items()}
         for days in windows:
-            count = shown.before(asked, moment) - shown.before(asked, moment - days * DAY_MS)
+            count = shown.before(asked, moment, moment - days * DAY_MS)
             found[f"{side}_impressions_{days}d"] = np.log1p(count)
             for name, of in acting.items():
-                hits = of.before(asked, moment) - of.before(asked, moment - days * DAY_MS)
+                hits = of.before(asked, moment, moment - days * DAY_MS)
                 found[f"{side}_{name}_rate_{days}d"] = (hits + PRIOR * np.minimum(base[name], 1.0)) / (np.maximum(count, hits) + PRIOR)
     ever = AsOf(records.item, records.time_ms)
     found["item_records"] = np.log1p(ever.before(records.candidate_item, moment))
@@ -211,7 +189,7 @@ def _add_overlap(found: dict[str, Array], domain: Domain, ranker_name: str, data
         code = np.unique(pairs[:, 0] * (int(pairs[:, 1].max(initial=0)) + 2) + pairs[:, 1] + 1, return_inverse=True)[1].astype(np.int64)
         counts = AsOf(code[: len(of_record)], ordinal)
         asked = code[len(of_record) :]
-        return counts.before(asked, upto) - counts.before(asked, upto - LATEST)
+        return counts.before(asked, upto, upto - LATEST)
 
     found["same_item_of_latest"] = overlap(records.item, records.candidate_item)
     categories = item_categories(domain, ranker_name, dataset)

@@ -10,7 +10,6 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from features.domain import Domain, Head
 from features.erasures import NOBODY, Erased, erased_before_ms, ledger_fingerprint
 from features.logs import FeatureColumn, LoggedRequests, is_served_log, read_requests
 from features.pack import Column, ManyInputs, Packer
-from features.tables import TableSet, generations_of, open_generation
+from features.tables import Generation, TableSet, generations_of, open_generation, time_of
 from features.tensors import tensor_table
 from inference.history import DatasetError, History, LoggedSequences, Sequences, ragged, rows_of, starts_of, with_rows
 from inference.packed import PackedWriter, fingerprint_of, forget_others, packed_folder, read_packed
@@ -305,11 +304,9 @@ class _Packers:
     def __init__(self, domain: Domain, ranker_name: str, root: str | Path, tables: TableSet) -> None:
         self._domain, self._ranker_name, self._root, self._tables = domain, ranker_name, root, tables
         self._opened = newest = {of.space: of for of in (tables.items, tables.users) if of is not None}
-        self.names = {
-            space: sorted(name for name in generations_of(root, space, of.lineage) if name <= of.name) for space, of in newest.items()
-        }
+        self.names = {space: _up_to(of, list(generations_of(root, space, of.lineage))) for space, of in newest.items()}
         """Generations that may be looked into, by space, oldest first."""
-        self._created_ms = {space: [_created_ms(name) for name in names] for space, names in self.names.items()}
+        self._created_ms = {space: [time_of(name) for name in names] for space, names in self.names.items()}
         self._moments = np.unique(np.concatenate([np.array(moments, np.int64) for moments in self._created_ms.values()]))
         self._last: tuple[dict[str, str], Packer] | None = None
 
@@ -334,10 +331,9 @@ class _Packers:
                 yield low, high, self.at(int(times_ms[low]))
 
 
-def _created_ms(generation: str) -> int:
-    """The time in a generation's name, milliseconds."""
-    moment = datetime.strptime(generation[:15], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
-    return int(moment.timestamp()) * 1000 + int(generation[15:18])
+def _up_to(newest: Generation, names: list[str]) -> list[str]:
+    """Of the names of generations, newest first, those up to `newest`, oldest first."""
+    return names[names.index(newest.name) :][::-1]
 
 
 def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:

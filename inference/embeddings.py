@@ -9,6 +9,7 @@ generation that serving would have had then; with today's vectors a request woul
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from features.actions import EVENT_DTYPE
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
 from features.ids import U64
@@ -45,6 +47,13 @@ class Positives:
     kinds: npt.NDArray[np.uint8]
     ids: U64
     append_time_ms: I64
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: I64 | slice) -> "Positives":
+        """Some of them, in the order of `rows`."""
+        return Positives(self.users[rows], self.kinds[rows], self.ids[rows], self.append_time_ms[rows])
 
 
 @dataclass(frozen=True)
@@ -105,19 +114,27 @@ def newest_generations(folders: list[Path]) -> dict[str, str]:
 
 
 def positive_actions(domain: Domain, log: str | Path, until_ms: int, erased: Erased = NOBODY) -> Positives:
-    """Positive actions appended before `until_ms` on kinds that the domain names, without those of users erased before it, and without
-    the past of users in `erased`, whenever that was.
+    """`positives_of` a canonical log. Raises EmbeddingError: there are none."""
+    found = positives_of(domain, read_actions(log, domain), until_ms, erased)
+    if not len(found):
+        raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
+    return found
 
-    Raises:
-        EmbeddingError: there are none.
+
+def positives_of(
+    domain: Domain, batches: Iterable[LoggedActions], until_ms: int, erased: Erased = NOBODY, *, since_ms: int = 0
+) -> Positives:
+    """Positive actions appended before `until_ms` on kinds that the domain names, without those of users erased before it, and without
+    the past of users in `erased`, whenever that was. since_ms: those that were appended and happened from then on, so that erasures before
+    it need not be known. `batches` are a log from its begin, or from `since_ms`, on; a user's actions come in the log's order.
     """
     wanted = np.zeros(256, bool)
     wanted[[action.id for action in domain.actions.values() if action.kind == "positive"]] = True
     kinds = np.zeros(256, bool)
     kinds[list(domain.entities.values())] = True
-    parts, erased_at = [], dict[int, tuple[int, int]]()
+    parts, erased_at = [_columns(_NO_ACTIONS, np.zeros(0, np.int64), np.zeros(0, bool))], dict[int, tuple[int, int]]()
     seen = 0
-    for batch in read_actions(log, domain):
+    for batch in batches:
         place = seen + np.arange(len(batch))
         seen += len(batch)
         early = batch.append_time_ms < until_ms
@@ -125,17 +142,17 @@ def positive_actions(domain: Domain, log: str | Path, until_ms: int, erased: Era
             earlier = erased_at.get(int(batch.users[i]), (0, 0))
             erased_at[int(batch.users[i])] = int(place[i]), max(earlier[1], int(batch.append_time_ms[i]))
         keep = early & ~batch.erase & wanted[batch.events["action"]] & kinds[batch.events["entity_kind"]]
+        keep &= np.minimum(batch.append_time_ms, batch.events["event_time_ms"]) >= since_ms
         parts.append(_columns(batch, place, keep))
-    if not parts:
-        raise EmbeddingError(f"{log}: no action in it")
     users, event_kinds, ids, append_time_ms, event_time_ms, place = (np.concatenate(column) for column in zip(*parts, strict=True))
     alive = np.ones(len(users), bool)
     for user, (at, time_ms) in erased_at.items():
         alive &= (users != user) | ((place > at) & (event_time_ms > time_ms))
     alive &= np.minimum(append_time_ms, event_time_ms) > erased_before_ms(erased, users)
-    if not alive.any():
-        raise EmbeddingError(f"{log}: no positive action before {until_ms} ms; embeddings need some to learn from")
     return Positives(users[alive], event_kinds[alive], ids[alive], append_time_ms[alive])
+
+
+_NO_ACTIONS = LoggedActions.imported(np.zeros(0, np.uint64), np.zeros(0, EVENT_DTYPE), np.zeros(0, np.int64))
 
 
 def item_vectors(positives: Positives, dimension: int, *, seed: int) -> ItemVectors:

@@ -80,8 +80,12 @@ class CudaRanker:
         self._graphs = {bucket: self._captured(bucket, pool) for bucket in reversed(buckets)}
 
     @staticmethod
-    def serves(model: TransActRanker) -> bool:
-        """Whether there is a GPU form: of TransAct's own form and of a ranker without sequence, both behind DCN v2."""
+    def serves(model: TransActRanker, device: str = "cuda") -> bool:
+        """Whether there is a GPU form: of TransAct's own form and of a ranker without sequence, both behind DCN v2, on a device that
+        multiplies bf16.
+        """
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return False
         return model.interaction is None and (not model.use_sequence or model.sequence.other is None)
 
     @torch.no_grad()

@@ -152,6 +152,19 @@ class KafkaLog:
             self._consumer.close()
             raise
 
+    def begin_at(self, time_ms: int) -> None:
+        """Leaves out what the broker took before a time, and so what was appended before it: milliseconds since 1970-01-01 UTC.
+
+        Raises:
+            KafkaUnavailableError: no broker answered.
+        """
+        asked = [TopicPartition(self.topic, partition, time_ms) for partition in self.partitions]
+        with answering(self._config):
+            found = self._consumer.offsets_for_times(asked, timeout=_SILENCE_S_MAX)
+        for first in found:
+            start, end = self.partitions[first.partition]  # no such record: an offset below 0
+            self.partitions[first.partition] = Span(min(max(start, first.offset), end) if first.offset >= 0 else end, end)
+
     def read(self, partition: int) -> Iterator[Records]:
         """See `RecordLog.read`. Raises KafkaUnavailableError where the broker stops answering, or the records are gone meanwhile."""
         start, end = self.partitions[partition]

@@ -3,7 +3,6 @@
 An action counts for a request if it was appended strictly before the request's time and, with a window, not earlier than window_ms before
 it. So a count is what a service that counts the log would have said; an action of the same millisecond has no part in it.
 Both files of the log are spilled by item, so memory stays about what the import was given, whatever the log's length.
-Every count is a difference of two places in sorted arrays: no loop over rows.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.as_of import AsOf
 from features.domain import Counter, Domain
 from features.logs import IMPRESSIONS, LogWriter, impressions_schema
 from streams.buckets import Buckets, bucket_count, item_keys
@@ -81,37 +81,32 @@ def _value(counter: Counter, ids: dict[str, int], counted: "_Counted", totals: d
 
 
 class _Counted:
-    """Actions of some items, to be counted before moments of impressions of these items.
-
-    Times of actions are replaced by their rank, so that (item, time) is one number however far apart the log's times are.
-    """
+    """Actions of some items, to be counted before moments of impressions of these items."""
 
     def __init__(self, acted: npt.NDArray[np.void], asked: npt.NDArray[np.void]) -> None:
         keys = np.concatenate([item_keys(part["kind"], part["id"]) for part in (acted, asked)])
         _, codes = np.unique(keys, return_inverse=True)
-        self._times_ms = np.unique(acted["ms"])
-        self._asked = codes[len(acted) :] * (len(self._times_ms) + 1)
-        of_item = codes[: len(acted)] * (len(self._times_ms) + 1) + self._times_ms.searchsorted(acted["ms"])
-        self._acted = {int(number): np.sort(of_item[acted["action"] == number]) for number in np.unique(acted["action"])}
+        items, self._asked = codes[: len(acted)], codes[len(acted) :]
+        self._acted = {}
+        for number in np.unique(acted["action"]).tolist():
+            chosen = acted["action"] == number
+            self._acted[number] = AsOf(items[chosen], acted["ms"][chosen])
         self._known: dict[tuple[int, int | None], I64] = {}
 
     def before(self, action: int, at_ms: I64, window_ms: int | None) -> I64:
         """For each impression, the actions on its item in [at_ms - window_ms, at_ms): int64 [n]."""
         if (action, window_ms) not in self._known:
-            acted = self._acted.get(action, np.zeros(0, np.int64))
-            until = acted.searchsorted(self._asked + self._times_ms.searchsorted(at_ms))
-            since = acted.searchsorted(self._asked + (0 if window_ms is None else self._times_ms.searchsorted(at_ms - window_ms)))
-            self._known[action, window_ms] = until - since
+            since_ms = None if window_ms is None else at_ms - window_ms
+            acted = self._acted.get(action)
+            self._known[action, window_ms] = np.zeros(len(at_ms), np.int64) if acted is None else acted.before(self._asked, at_ms, since_ms)
         return self._known[action, window_ms]
 
     def age_ms(self, action: int, at_ms: I64) -> F32:
         """For each impression, the time since the first action on its item before it, float32 [n]; NaN: none."""
-        acted = self._acted.get(action, np.zeros(0, np.int64))
-        some = self.before(action, at_ms, None) > 0
-        age_ms = np.full(len(at_ms), np.nan, np.float32)
-        first = acted[acted.searchsorted(self._asked[some])] - self._asked[some]
-        age_ms[some] = at_ms[some] - self._times_ms[first]
-        return age_ms
+        if action not in self._acted:
+            return np.full(len(at_ms), np.nan, np.float32)
+        age_ms = at_ms - self._acted[action].first(self._asked)
+        return np.where(age_ms > 0, age_ms, np.nan).astype(np.float32)
 
 
 def _spill_actions(path: Path, work: Path, numbers: list[int], count: int) -> tuple[Buckets, dict[int, I64]]:

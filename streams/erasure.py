@@ -27,7 +27,8 @@ from features.ids import user_key
 from features.log_erasure import drop_packed, drop_past
 from features.logs import ACTIONS, PACKED, SUMMARY, is_served_log, unnamed_parts
 from features.samples import WARM, drop_samples
-from features.tables import USER, drop_users, generation_names, open_generation, recover_drops
+from features.table_erasure import drop_users, recover_drops
+from features.tables import USER, generation_names, open_generation
 from protos.v1.ranking_pb2 import RankingRecord
 from streams.archive import MANIFEST, DecodingRules, KafkaLog, ParquetLog, RecordLog, Records, Span, decode_records, rewrite_archive
 from streams.erasure_audit import AUDIT, Audit, Entry, Status
@@ -48,8 +49,9 @@ SNAPSHOT_MARGIN_MS = DAY_MS // 12
 LEFT_OVER_MS = DAY_MS
 """A file that was being written when a process was killed, and a state that was set aside as damaged, go after this time."""
 
-LABEL_WORK = ".label"
-"""Below a served log: what a pass of `freshrank label` has made so far. The pass that goes on with it looks at the ledger at its end."""
+LABEL_WORK, LABEL_PLAN, LABEL_LOCK = ".label", "plan.json", ".label.lock"
+"""Below a served log: what a pass of `freshrank label` has made so far, in it what the pass began with, and the lock of who works on it.
+The pass that goes on with it looks at the ledger at its end."""
 
 _ASIDE = re.compile(r"(\d+)(\.damaged|\.restoring|\.aside-\d+|-\d+)")
 
@@ -107,6 +109,8 @@ class _Run:
         self.summary = Summary()
         self.first_offsets: dict[tuple[int, int], int] = {}
         """First offset that the actions topic still has, by log epoch and partition."""
+        self.labelling: list[str] = []
+        """Work folders of labelling passes that should be gone, and cannot be removed while a pass runs."""
         self.ledger = read_ledger(job.home / LEDGER)
         self.audit = Audit(job.home / AUDIT)
         self.bases = [Base.from_json(path.read_text("utf-8"), str(path)) for path in job.home.glob(BASE_FILE)]
@@ -119,6 +123,7 @@ class _Run:
         erased = erased_users(self.ledger)
         if erased:
             self._sweep()
+            self._sweep_labelling()
             for place, rewrite in (
                 ("archives", self._rewrite_archives),
                 ("canonical logs", self._rewrite_logs),
@@ -129,9 +134,12 @@ class _Run:
                 if found is not None:
                     self.summary.removed[place] = found
                 for entry in self.audit.entries.values():
-                    self._set(entry, place, "absent" if found is None else "done")
+                    if place == "canonical logs" and self.labelling and self._is_watched(entry):
+                        self._set(entry, place, "due", f"`freshrank label` is at work in {', '.join(self.labelling)}")
+                    else:
+                        self._set(entry, place, "absent" if found is None else "done")
                 self.audit.write()
-        watched = [entry for entry in self.audit.entries.values() if entry.open or self.now_ms <= entry.deadline_ms]
+        watched = [entry for entry in self.audit.entries.values() if self._is_watched(entry)]
         if watched:
             self._look_around()
         for entry in watched:
@@ -141,6 +149,9 @@ class _Run:
             self.summary.due += entry.open
             self.summary.overdue += [f"user {entry.last.user_id:016x}: {place}" for place in entry.overdue(self.now_ms)]
         return self.summary
+
+    def _is_watched(self, entry: Entry) -> bool:
+        return entry.open or self.now_ms <= entry.deadline_ms
 
     # Erasures, from the logs to the ledger.
 
@@ -254,7 +265,6 @@ class _Run:
         home, before_s = self.job.home, (self.now_ms - LEFT_OVER_MS) / 1000
         left_over = [
             *home.glob("logs/*/.*.part"),
-            *home.glob(f"logs/*/{LABEL_WORK}"),
             *home.glob("logs/*/*/.*.part"),
             *unnamed_parts(home / "logs"),
             *home.glob(f"logs/*/{PACKED}/.*.part"),
@@ -266,6 +276,27 @@ class _Run:
             if path.stat().st_mtime < before_s:
                 self.progress(f"removing {path}")
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _sweep_labelling(self) -> None:
+        """Removes what cut-off passes of `freshrank label` have made, which holds records as the logs had them, a day after they began; at
+        once where an erasure that is not done yet must be within a day. The next pass begins anew."""
+        home, before_s = self.job.home, (self.now_ms - LEFT_OVER_MS) / 1000
+        urgent = any(entry.open and self.now_ms >= entry.deadline_ms - LEFT_OVER_MS for entry in self.audit.entries.values())
+        for work in home.glob(f"logs/*/{LABEL_WORK}"):
+            begun = next(iter(work.glob(LABEL_PLAN)), work)  # each run of the pass touches other files again
+            if not urgent and begun.stat().st_mtime >= before_s:
+                continue
+            with (work.parent / LABEL_LOCK).open("ab") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.labelling.append(str(work.relative_to(home)))
+                    continue
+                self.progress(f"removing {work}, and the parts of its pass")
+                shutil.rmtree(work)
+                for path in (*unnamed_parts(home / "logs"), *home.glob("logs/*/*/.*.part")):
+                    if path.is_relative_to(work.parent):
+                        path.unlink()
 
     # What others do, judged.
 

@@ -19,7 +19,7 @@ I64 = npt.NDArray[np.int64]
 
 WHAT = {
     "number": "not a finite number; taken as missing",
-    "vector": "not as many finite numbers as its dimension; taken as missing",
+    "vector": "not as many finite numbers as its dimension; taken as missing, whole or in the places that are none",
     "weighted_list": "a weight that is no number of 0 or more; taken as 0",
 }
 """What is wrong with a row that the functions below mark, by the feature's kind."""
@@ -69,7 +69,8 @@ def _padded(offsets: npt.NDArray[Any], values: npt.NDArray[Any], feature: Featur
 
 
 def _vectors(column: pa.Array, feature: Feature) -> tuple[F32, Bools]:
-    """float32 [n, dimension], NaN where a row has no vector of that dimension."""
+    """float32 [n, dimension], NaN where a row has no vector of that dimension, and in the places of one that hold no finite number; and
+    rows that have something unusable: bool [n]."""
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.list_(column.type.value_type))
     lists = split_lists(column, feature.separator)
@@ -78,9 +79,7 @@ def _vectors(column: pa.Array, feature: Feature) -> tuple[F32, Bools]:
     whole = lengths == feature.dimension
     vectors = np.full((len(lengths), feature.dimension), np.nan, np.float32)
     vectors[whole] = numbers[np.repeat(whole, lengths)].reshape(-1, feature.dimension)
-    broken = np.isnan(vectors).any(1)
-    vectors[broken] = np.nan
-    return vectors, broken & (lengths > 0)
+    return vectors, np.isnan(vectors).any(1) & (lengths > 0)
 
 
 def _weighted(column: pa.Array, feature: Feature) -> tuple[I64, U64, F32, Bools]:

@@ -29,6 +29,7 @@ SERVING = (
     "import_globo",
     "leakage",
     "rank_clients",
+    "refresh_command",
     "refreshed",
     "releases",
     "tiers",

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from test_refreshed import clicks, imported
 from test_training import CLICK, DOMAIN, HIDE, SHOWN, START_MS, Log
 
+from features.as_of import AsOf
 from features.logs import read_actions, read_requests
-from inference.baseline import DAY_MS, LATEST, PRIOR, AsOf, BaselineError, Columns, boosted, columns_of
+from inference.baseline import DAY_MS, LATEST, PRIOR, BaselineError, Columns, boosted, columns_of
 from inference.dataset import Dataset, build_dataset
 from inference.embeddings import publish_embeddings
 from inference.metrics import auc
@@ -21,14 +22,19 @@ from inference.refreshed import publish_refreshed
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(-5, 30)), max_size=20),
     st.lists(st.tuples(st.integers(-1, 5), st.integers(-10, 40)), min_size=1, max_size=10),
+    st.integers(0, 30),
+    st.sampled_from([1, 2**56]),
 )
-def test_as_of_counts_what_was_there_before(records: list[tuple[int, int]], asked: list[tuple[int, int]]) -> None:
+def test_as_of_counts_what_was_there_before(records: list[tuple[int, int]], asked: list[tuple[int, int]], window: int, unit: int) -> None:
+    """Also where times are as far apart as numbers can be."""
     group, time = np.array(records, np.int64).reshape(-1, 2).T
     of, moment = np.array(asked, np.int64).T
-    counts = AsOf(group, time)
-    assert counts.before(of, moment).tolist() == [sum(g == q and t < m for g, t in records) for q, m in asked]
+    counts = AsOf(group, time * unit)
+    assert counts.before(of, moment * unit).tolist() == [sum(g == q and t < m for g, t in records) for q, m in asked]
+    within = [sum(g == q and m - window <= t < m for g, t in records) for q, m in asked]
+    assert counts.before(of, moment * unit, (moment - window) * unit).tolist() == within
     for found, (q, _) in zip(counts.first(of).tolist(), asked, strict=True):
-        times = [t for g, t in records if g == q]
+        times = [t * unit for g, t in records if g == q]
         assert found == min(times) if times else np.isnan(found)
 
 

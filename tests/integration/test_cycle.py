@@ -15,12 +15,14 @@ from test_training import CLICK, DOMAIN, DOMAIN_TEXT, OPTIONS, SHOWN, START_MS, 
 import deploy.cycle as cycle
 from deploy.cycle import NOTHING, PROMOTED, PUBLISHED, REFUSED, STARTED, STOPPED, WAITING, Cycle, CycleError, CycleOptions
 from deploy.label_report import LabelReport
-from deploy.learn import Workspace, release, train_ranker
+from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from deploy.settings import Settings
 from features.actions import EVENT_DTYPE
 from features.domain import DAY_MS
 from features.logs import ACTIONS, IMPRESSIONS, SERVED, LogWriter, actions_schema, impressions_schema, served_schema, write_summary
 from features.sequence import NEVER_ERASED, definition, law
+from features.tables import generation_names
+from inference.checkpoints import TrainError
 from inference.gate import Limits
 from protos.v1.ranking_pb2 import Experiment, ReleaseAnnouncement
 
@@ -292,6 +294,20 @@ def test_a_faulty_label_pass_ends_the_tick_and_two_ticks_never_run_at_once(world
         one.tick(NOW_MS)
 
 
+def test_a_training_that_is_in_use_is_left_alone_until_the_release_is_made(world, monkeypatch):
+    world.write(900)
+    with world.work.alone_with("home", "freshrank train"), pytest.raises(TrainError, match="in use by `freshrank train`"):
+        world.tick()
+
+    def judged(*arguments):
+        with pytest.raises(TrainError, match="in use by `freshrank cycle`"), world.work.alone_with("home", "freshrank train"):
+            pass
+        return judge_trained(*arguments)
+
+    monkeypatch.setattr(cycle, "judge_trained", judged)
+    assert world.tick().what == STARTED
+
+
 def state_of(world):
     return json.loads((world.home / "cycle" / "home.json").read_text())
 
@@ -348,3 +364,17 @@ def test_faulty_labels_do_not_keep_a_bad_canary_alive(world):
     world.report = LabelReport(differs=1, unproved=1)
     found = world.tick(NOW_MS + DAY_MS)
     assert found.what == STOPPED, found
+
+
+def test_served_requests_are_trained_on_with_the_vectors_that_they_were_served_with(tmp_path):
+    """Of a ranker with `refresh` the hours' vectors are those of `freshrank refresh`: a training makes no others behind them."""
+    world = World(tmp_path, intent_log(users=60))
+    refreshed = DOMAIN_TEXT.replace('user_space = "items"', 'user_space = "items"\nrefresh = {}')
+    world.work.domain_path.write_text(refreshed)
+    world.write(300)
+    train_ranker(world.work, "home", replace(OPTIONS, epochs=1))
+    first = release(world.work, "home")
+    there = generation_names(world.work.tables, "items")
+    world.write(600)
+    assert continue_ranker(world.work, "home", first, replace(OPTIONS, epochs=1)).generations["items"] == there[-1]
+    assert generation_names(world.work.tables, "items") == there

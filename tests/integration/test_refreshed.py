@@ -9,12 +9,13 @@ import pytest
 
 from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
 from features.domain import Domain, Refresh, parse_domain
-from features.tables import USER, Generation, lineage_of, open_generation
+from features.logs import read_actions
+from features.tables import USER, Generation, generation_names, generations_of, lineage_of, open_generation, time_of
 from features.tensors import tensor_fingerprint
 from inference.dataset import _Packers, build_dataset
 from inference.embeddings import EmbeddingError, Positives, factorised
 from inference.gate import Contender, Limits, judge
-from inference.refreshed import generations, publish_refreshed, rotation
+from inference.refreshed import SETTLED_MS, generations, publish_present, publish_refreshed, rotation
 from inference.release import load_model
 from inference.train import TrainOptions
 from streams.importer import import_log
@@ -90,7 +91,7 @@ def test_a_generation_knows_what_came_before_it_and_no_more(tmp_path: Path) -> N
         domain, log = imported(tmp_path / name, each)
         folders = publish_refreshed(domain, "home", log, tmp_path / name / "tables")
         told.append(opened(tmp_path / name / "tables", folders))
-    assert [held.created_ms for held in told[0]] == [int(rows[0, 2]), *(T + hour * HOUR_MS for hour in range(1, 31))]
+    assert [held.created_ms for held in told[0]] == [int(rows[0, 2]), *(T + hour * HOUR_MS for hour in range(1, 30)), int(rows[-1, 2]) + 1]
     assert len({held.lineage for held in told[0]}) == 1
     early = [(one, two) for one, two in zip(*told, strict=True) if one.created_ms <= cut_ms]
     assert len(early) == 21
@@ -101,6 +102,33 @@ def test_a_generation_knows_what_came_before_it_and_no_more(tmp_path: Path) -> N
             np.testing.assert_array_equal(one.vector_table(member), two.vector_table(member))
         assert set(one.ids("item.article").tolist()) == set(rows[rows[:, 2] < one.created_ms, 1].tolist())
     assert not np.array_equal(told[0][-1].ids("item.article"), told[1][-1].ids("item.article"))
+
+
+def test_a_log_that_has_grown_or_lost_a_user_leaves_no_stale_hour(tmp_path: Path) -> None:
+    """An hour that a shorter log, or one before an erasure, knew otherwise: what was made last counts, wherever the newest is asked for."""
+    rows = clicks(8)
+    root = tmp_path / "tables"
+    domain, log = imported(tmp_path / "early", rows[rows[:, 2] < T + 5 * HOUR_MS + HOUR_MS // 2])
+    early = opened(root, publish_refreshed(domain, "home", log, root))
+    domain, log = imported(tmp_path / "late", rows)
+    late = opened(root, publish_refreshed(domain, "home", log, root))
+    assert early[-1].created_ms < T + 5 * HOUR_MS + HOUR_MS // 2, "it is not of an hour that it knows half of"
+    assert [held.name for held in early[:-1]] == [held.name for held in late[: len(early) - 1]]
+    assert early[-1].name not in {held.name for held in late}
+    user = int(np.setdiff1d(rows[:, 0], rows[rows[:, 2] < T + HOUR_MS, 0])[0])
+    without = opened(root, publish_refreshed(domain, "home", log, root, erased={user: int(rows[-1, 2]) + 1}))
+    assert without[-1].lineage == late[-1].lineage, "the user did nothing in the first hour"
+    assert {held.created_ms for held in without} == {held.created_ms for held in late}
+    assert {held.name for held in without} != {held.name for held in late}
+    assert open_generation(root, "together").name == without[-1].name
+    newest = {}
+    for name in generations_of(root, "together", late[-1].lineage):
+        newest.setdefault(time_of(name), name)
+    assert [newest[held.created_ms] for held in without] == [held.name for held in without]
+    _, tables = build_dataset(domain, "home", log, root)
+    packers = _Packers(domain, "home", root, tables)
+    for held in without:
+        assert packers.at(held.created_ms).tables.items.name == held.name
 
 
 def test_vectors_of_neighbouring_hours_are_comparable() -> None:
@@ -165,11 +193,17 @@ def test_a_ranker_is_trained_on_and_judged_with_the_vectors_of_the_hours_since(t
     hold(T + 25 * HOUR_MS)
     train_ranker(work, "home", options)
     first = release(work, "home")
-    assert open_generation(work.tables, "together", first.generations["together"]).created_ms == T + 25 * HOUR_MS
+    assert (
+        open_generation(work.tables, "together", first.generations["together"]).created_ms
+        == rows[rows[:, 2] < T + 25 * HOUR_MS, 2].max() + 1
+    )
     hold(T + 40 * HOUR_MS)
+    # A running stack has made an hour since; its vectors are comparable, and what it serves with.
+    publish_present(work.domain, "home", first, lambda _: read_actions(work.log, work.domain), work.tables, T + 41 * HOUR_MS + SETTLED_MS)
     generations = continue_ranker(work, "home", first, options).generations
     newest = open_generation(work.tables, "together", generations["together"])
-    assert newest.created_ms == T + 40 * HOUR_MS
+    assert newest.created_ms == T + 41 * HOUR_MS
+    assert rows[-1, 2] + 1 in map(time_of, generation_names(work.tables, "together")), "the hours of the log are made as well"
     assert newest.lineage == lineage_of(work.tables, "together", first.generations["together"])
     verdict = judge_trained(work, "home", first, Limits(requests_min=50, positives_min=20, auc_loss_max=0.5))
     assert verdict.passed

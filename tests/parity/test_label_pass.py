@@ -243,21 +243,6 @@ def test_retention_that_cut_what_inputs_come_from_is_said(world, tmp_path):
     assert sum(any(row[2] for row in rows) for rows in lists.values()) > 0
 
 
-def test_retention_that_reaches_open_days_closes_them_as_they_are(world, tmp_path):
-    _, folder = label_world(world, tmp_path, until_ms=START_MS + 60 * HOUR_MS)
-    before = logged_lists(folder, domain_of(world))
-    cut_ms = START_MS + 40 * HOUR_MS
-    start = min(sum(record[0] < cut_ms for record in records) for records in world.actions.records.values())
-    cut = replace(world, actions=MemoryLog("actions", world.actions.log_epoch, world.actions.records, start=start))
-    archived(cut, tmp_path / "archive")
-    report = label(options_of(cut, tmp_path / "archive", tmp_path))
-    assert any("retention has reached" in warning for warning in report.warnings)
-    after = logged_lists(folder, domain_of(world))
-    closed = {key: rows for key, rows in before.items() if key[2] < report.closed_before_ms}
-    assert len(closed) > 50
-    assert {key: after.get(key) for key in closed} == closed
-
-
 def test_rules_and_columns_of_a_log_stay(world, tmp_path):
     _, folder = label_world(world, tmp_path, until_ms=START_MS + DAY_MS)
     other = {"rules": rules_of(domain_of(world), window_ms=WINDOW_MS + 1)}

@@ -28,7 +28,14 @@ HOMES = {
     "tritonclient": {"inference/triton.py"},
 }
 HOME_FOLDERS = {
-    "torch": ("inference/", "deploy/triton_shim.py", "deploy/bench_model.py", "deploy/bench_train.py"),
+    "torch": (
+        "inference/",
+        "deploy/triton_shim.py",
+        "deploy/bench_model.py",
+        "deploy/bench_model_cuda.py",
+        "deploy/bench_train.py",
+        "deploy/paper_size.py",
+    ),
     "grpc": ("streams/", "inference/", "deploy/", "protos/"),
 }
 

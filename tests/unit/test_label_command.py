@@ -17,8 +17,9 @@ def test_durations_are_numbers_with_units():
 
 
 def counts(**more):
-    names = ("lists", "new", "added", "only_seen", "rows_known", "rows_inline", "rows_rebuilt", "differs", "unproved", "undecodable")
-    found = dict.fromkeys(names, 1) | {"differs": 0, "join": {"written": 2, "by_id": 3}, "rankers": {"home": 1}, "labels": {"2": 5}}
+    names = ("lists", "new", "added", "only_seen", "rows_known", "rows_inline", "rows_rebuilt", "unproved", "undecodable", "stays")
+    found = dict.fromkeys(names, 1) | dict.fromkeys(("differs", "torn", "stays_until_ms"), 0)
+    found |= {"join": {"written": 2, "by_id": 3}, "rankers": {"home": 1}, "labels": {"2": 5}}
     return found | {"outcomes": [1] * len(OUTCOMES), "excluded": {"not_packed": 1}} | more
 
 
@@ -30,10 +31,12 @@ def test_a_report_adds_buckets_and_says_what_is_wrong():
     assert report.outcomes == dict.fromkeys(OUTCOMES, 2)
     assert report.ok, "a tier that logs no digest is no fault"
     assert "click 10" in report.to_text()
+    assert "2 lists stay as they were" in report.to_text()
     assert "LOOK" not in report.to_text()
     for fault, said in (
         (counts(excluded={"log_cut": 3}), EXCLUSIONS["log_cut"]),
         (counts(differs=1), "not those that were served"),
+        (counts(torn=2), "2 new lists: retention has taken actions"),
     ):
         other = LabelReport()
         other.add(fault, {2: "click"})

@@ -20,6 +20,7 @@ from features.tables import (
     generations_of,
     lineage_of,
     open_generation,
+    time_of,
     write_generation,
 )
 
@@ -104,6 +105,26 @@ def test_names_sort_by_time_and_content(tmp_path):
     assert open_generation(tmp_path, "trained", earlier.name).vectors(USER, np.array([42], U64)).tolist() == [[3, 4]]
     assert write_generation(tmp_path, "trained", 1_700_000_000_007, {USER: USERS}) == later
     assert write_generation(tmp_path, "trained", 1_700_000_000_007, {USER: replace(USERS, ids=np.array([43], U64))}) != later
+
+
+def test_of_one_moment_the_generation_written_last_is_the_newest(tmp_path):
+    made = {}
+    for user in range(8):  # by their names alone half of them would stand wrong
+        member = {USER: replace(USERS, ids=np.array([user], U64))}
+        made[user] = write_generation(tmp_path, "trained", 5_000, member, lineage="a1").name
+        assert open_generation(tmp_path, "trained").name == made[user]
+        assert next(generations_of(tmp_path, "trained", "a1")) == made[user]
+    later = write_generation(tmp_path, "trained", 6_000, {USER: USERS}, lineage="a1").name
+    again = write_generation(tmp_path, "trained", 5_000, {USER: replace(USERS, ids=np.array([3], U64))}, lineage="a1").name
+    assert again == made[3]
+    order = [made[user] for user in (0, 1, 2, 4, 5, 6, 7, 3)]
+    assert generation_names(tmp_path, "trained") == [*order, later]
+    assert [open_generation(tmp_path, "trained", name, verify=True).name for name in order] == order
+    (tmp_path / "trained" / made[7] / "meta.json").write_text("{")  # a damaged one hides no other
+    assert set(generation_names(tmp_path, "trained")) == {*order, later}
+    (name,) = generation_names(write_generation(tmp_path, "alone", 1_000, {USER: USERS}).parents[1], "alone")
+    assert "revision" not in json.loads((tmp_path / "alone" / name / "meta.json").read_text()), "earlier programs read it"
+    assert time_of(later) == 6_000
 
 
 def test_rows_do_not_depend_on_the_order_given(tmp_path):

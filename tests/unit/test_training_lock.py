@@ -1,0 +1,42 @@
+"""Who trains, judges and releases a ranker does it alone; who comes second is told by whom the training is in use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deploy import cli
+from deploy.learn import Workspace
+from inference.checkpoints import TrainError
+
+DOMAIN = Path("domains/simulator.toml")
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["freshrank", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["publish", "train"])
+def test_a_training_that_is_in_use_is_neither_published_nor_written(command, tmp_path, monkeypatch, capsys):
+    work = Workspace(DOMAIN, tmp_path)
+    arguments = (command, "--ranker", "home", "--home", str(tmp_path), "--domain", str(DOMAIN))
+    with work.alone_with("home", "freshrank cycle"):
+        code, said = run(monkeypatch, capsys, *arguments)
+    assert code == 1
+    for part in (str(tmp_path / "training" / "home"), "`freshrank cycle`", f"process {os.getpid()}"):
+        assert part in said
+    code, said = run(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "in use" not in said, "nothing is left of the one before"
+
+
+def test_one_at_a_time_and_the_newest_holder_is_named(tmp_path):
+    work = Workspace(DOMAIN, tmp_path)
+    with work.alone_with("home", "freshrank train, a name that is long"), work.alone_with("other", "freshrank train"):
+        pass
+    match = rf"in use by `freshrank publish` \(process {os.getpid()}\)"
+    with work.alone_with("home", "freshrank publish"), pytest.raises(TrainError, match=match), work.alone_with("home", "x"):
+        pass
