@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from features.actions import EVENT_DTYPE
 from features.domain import Domain
@@ -30,6 +31,7 @@ I64 = npt.NDArray[np.int64]
 PAIR_WINDOW = 10
 CONTEXT_SMOOTHING = 0.75
 CONFIDENCE_PRIOR = 2.0
+WARM_ITERATIONS = 2
 SNAPSHOTS = 8
 
 
@@ -165,8 +167,12 @@ def item_vectors(positives: Positives, dimension: int, *, seed: int) -> ItemVect
     return ItemVectors(distinct[:, 0].astype(np.uint8), distinct[:, 1], vectors, row)
 
 
-def factorised(users: U64, row: I64, items: int, dimension: int, *, seed: int) -> F32:
-    """Vectors float32 [items, dimension] from positive actions in the order of the log: user and item (0 to items - 1) of each."""
+def factorised(users: U64, row: I64, items: int, dimension: int, *, seed: int, start: F32 | None = None) -> F32:
+    """Vectors float32 [items, dimension] from positive actions in the order of the log: user and item (0 to items - 1) of each.
+
+    start: vectors [items, dimension] of a factorisation of about the same, zero where unknown. The search for the singular vectors goes on
+    from there: the spectrum is flat, and from a random start each search ends in another space.
+    """
     first, second = _pairs(users, row)
     code, count = np.unique(first * items + second, return_counts=True)
     first, second = code // items, code % items
@@ -186,13 +192,28 @@ def factorised(users: U64, row: I64, items: int, dimension: int, *, seed: int) -
         rank = min(dimension, items)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            left, scale, _ = torch.svd_lowrank(matrix, q=min(items, rank + 8), niter=4)
+            if start is None:
+                left, scale, _ = torch.svd_lowrank(matrix, q=min(items, rank + 8), niter=4)
+            else:
+                left, scale = _singular(matrix, torch.from_numpy(start)[:, :rank])
         raw = (left[:, :rank] * scale[:rank].sqrt()).numpy()
         length = np.linalg.norm(raw, axis=1, keepdims=True)
         seen = np.bincount(row, minlength=items)[:, None]
         # An item seen once has a direction but little evidence for it: a short vector says so.
         vectors[:, :rank] = raw / np.maximum(length, 1e-6) * (seen / (seen + CONFIDENCE_PRIOR))
     return vectors
+
+
+def _singular(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greatest left singular vectors [n, q] and values [q] of a sparse matrix [n, n], by subspace iteration from `start` [n, rank]; q is
+    rank + 8 at most. Draws from torch's generator."""
+    more = min(len(start), start.shape[1] + 8) - start.shape[1]
+    random = torch.randn(len(start), start.shape[1] + more)
+    space = functional.pad(start, (0, more)) + random * (1e-3 + (torch.arange(random.shape[1]) >= start.shape[1]))
+    for _ in range(WARM_ITERATIONS):
+        space = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ space).Q).Q
+    left, scale, _ = torch.linalg.svd(torch.sparse.mm(matrix.t(), space).t(), full_matrices=False)
+    return space @ left, scale
 
 
 def user_vectors(positives: Positives, items: ItemVectors, until_ms: int) -> Member:

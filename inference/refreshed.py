@@ -3,7 +3,8 @@
 Of articles that live for a day, a daily training has no vector of most that are clicked. Here each generation factorises the co-engagement
 of the window before it. Two factorisations are not comparable, so each is turned onto the one before it by the rotation that fits the items
 of both best (orthogonal Procrustes), which changes no dot product inside a generation: sequence, candidates and user vectors of different
-hours then stand in about one space, and all generations have one lineage. Items that the window does not hold keep their last vector.
+hours then stand in about one space, and all generations have one lineage. Each factorisation is searched for from the vectors before it,
+else vectors would turn by the hour for no reason but the search. Items that the window does not hold keep their last vector.
 User vectors are made anew once a day, as a batch job would; `build_dataset` gives each request the generation that was the newest then.
 A space that holds items and users repeats the users in each generation; one of the users' own has one generation a day.
 
@@ -105,9 +106,9 @@ def _hours(
             continue  # nothing came: the generation before is as good
         done = until
         seen, local = np.unique(row[since:until], return_inverse=True)
-        fresh = factorised(positives.users[since:until], local.reshape(-1), len(seen), items.vectors.shape[1], seed=seed)
-        shared = known[seen]
         vectors = items.vectors.copy()
+        fresh = factorised(positives.users[since:until], local.reshape(-1), len(seen), vectors.shape[1], seed=seed, start=vectors[seen])
+        shared = known[seen]
         vectors[seen] = fresh @ rotation(fresh[shared], vectors[seen[shared]])
         items = replace(items, vectors=vectors)
         known[seen] = True

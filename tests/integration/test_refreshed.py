@@ -13,7 +13,7 @@ from features.logs import read_actions
 from features.tables import USER, Generation, generation_names, generations_of, lineage_of, open_generation, time_of
 from features.tensors import tensor_fingerprint
 from inference.dataset import _Packers, build_dataset
-from inference.embeddings import EmbeddingError, Positives
+from inference.embeddings import EmbeddingError, Positives, factorised
 from inference.gate import Contender, Limits, judge
 from inference.refreshed import SETTLED_MS, generations, publish_present, publish_refreshed, rotation
 from inference.release import load_model
@@ -232,3 +232,29 @@ def test_what_asks_for_it_and_what_does_not(tmp_path: Path) -> None:
     two = domain.model_copy(update={"ranker": {"home": ranker, "other": ranker.model_copy(update={"refresh": None})}})
     with pytest.raises(EmbeddingError, match=r"ranker\.other\.refresh: differs"):
         publish_refreshed(two, "home", log, tmp_path / "tables")
+
+
+def test_a_factorisation_goes_on_from_the_one_before() -> None:
+    """Of a log whose spectrum is flat, as that of articles is: an hour more, in which items get other rows, must not turn the vectors."""
+    random = np.random.default_rng(3)
+    users, rows, now_row = random.integers(0, 2000, 30_000).astype(np.uint64), random.integers(0, 400, 30_000), random.permutation(400)
+    before = factorised(users[:-500], rows[:-500], 400, 16, seed=0)
+
+    def likeness(start: npt.NDArray[np.float32] | None) -> float:
+        now = factorised(users[500:], now_row[rows[500:]], 400, 16, seed=0, start=start)[now_row]
+        now = now @ rotation(now, before)
+        return float(np.median((now * before).sum(1) / (np.linalg.norm(now, axis=1) * np.linalg.norm(before, axis=1))))
+
+    start = np.empty_like(before)
+    start[now_row] = before
+    assert likeness(start) > 0.95
+    assert likeness(None) < 0.9  # what the start is for
+
+
+def test_where_it_starts_changes_little_of_what_a_clear_spectrum_gives() -> None:
+    rows = clicks(hours=4)
+    users, items = rows[:, 0].astype(np.uint64), np.unique(rows[:, 1], return_inverse=True)[1].reshape(-1)
+    plain = factorised(users, items, items.max() + 1, 2, seed=0)
+    start = np.random.default_rng(1).normal(size=plain.shape).astype(np.float32)
+    warm = factorised(users, items, items.max() + 1, 2, seed=0, start=start)
+    np.testing.assert_allclose(warm @ warm.T, plain @ plain.T, atol=0.1)
