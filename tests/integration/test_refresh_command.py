@@ -283,13 +283,15 @@ def serving(home: Settings, triton: Callable[..., TritonServer]) -> Iterator[tup
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)
 
-    address = run(server.start())
-    run(server.warm())
-    yield address, server, sink
-    run(server.stop())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        address = run(server.start())
+        run(server.warm())
+        yield address, server, sink
+    finally:
+        run(server.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def refresh(home: Settings) -> dict[str, Any]:
@@ -346,6 +348,16 @@ def rows_until(now_ms: int) -> npt.NDArray[np.int64]:
     rows = clicks(HOURS)
     rows[:, 2] += (now_ms - SETTLED_MS) // HOUR_MS * HOUR_MS - (T + (HOURS - 1) * HOUR_MS)
     return rows[rows[:, 2] < now_ms]
+
+
+def canarys_hour(home: Settings, domain: Domain, log: Path, held: Generation, said: dict[str, Any], now_ms: int) -> None:
+    """A canary of another training has vectors of its own lineage."""
+    canary = released_apart(home, domain, log)
+    announce_experiment(home, "home", make_experiment("home", "try", [f"canary={canary.release_id}:5%"], (), now_ms))
+    assert refresh(home) == said | {"announced": False}
+    of_canary = open_generation(home.home / "tables", "together", canary.generations["together"])
+    newest = next(generations_of(home.home / "tables", "together", of_canary.lineage))
+    assert (of_canary.lineage != held.lineage, time_of(newest)) == (True, held.created_ms)
 
 
 def test_the_command_serves_the_present_hour_while_requests_are_answered(home: Settings, triton, tmp_path: Path, monkeypatch) -> None:
@@ -410,13 +422,7 @@ def test_the_command_serves_the_present_hour_while_requests_are_answered(home: S
         switches = server.releases.switches
         assert refresh(home) == said | {"announced": False}
         assert server.releases.switches == switches, "a tick that finds all done changes nothing"
-        # A canary of another training has vectors of its own lineage.
-        canary = released_apart(home, domain, log)
-        announce_experiment(home, "home", make_experiment("home", "try", [f"canary={canary.release_id}:5%"], (), now_ms))
-        assert refresh(home) == said | {"announced": False}
-        of_canary = open_generation(home.home / "tables", "together", canary.generations["together"])
-        newest = next(generations_of(home.home / "tables", "together", of_canary.lineage))
-        assert (of_canary.lineage != held.lineage, time_of(newest)) == (True, held.created_ms)
+        canarys_hour(home, domain, log, held, said, now_ms)
         announce_release(home, "home", release.release_id, now_ms, first)  # as a tick that was cut off would leave it
         assert refresh(home) == said
         eventually(lambda: served() == held.name)
