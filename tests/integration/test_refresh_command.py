@@ -145,6 +145,16 @@ def test_hour_by_hour_it_is_what_the_whole_log_gives(tmp_path: Path, text: str, 
     assert len(generation_names(product.root, "readers")) == (0 if users_in == "together" else len(days))
 
 
+def test_an_hour_that_the_log_has_not_reached_is_left_to_a_later_tick(tmp_path: Path) -> None:
+    """A clock that is ahead would write an hour without what is still to come before it, erasures too."""
+    product = Product(tmp_path)
+    made = product.tick(25.1)
+    product.rows = product.rows[product.rows[:, 2] < T + 27 * HOUR_MS]
+    assert product.tick(28.1) == made
+    product.rows = clicks(HOURS)
+    assert product.opened(product.tick(28.1)).created_ms == T + 28 * HOUR_MS
+
+
 def test_hours_that_were_missed_are_gone_through(tmp_path: Path) -> None:
     """Behind an outage longer than the window: no item of the present window was there before it."""
     product, steady = Product(tmp_path / "one"), Product(tmp_path / "two")
