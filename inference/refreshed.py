@@ -169,6 +169,8 @@ def publish_present(
     # A generation of a time that the log has not reached would miss what is still to come before it, erasures too: clocks differ.
     if max(reached) < moment_ms or not (positives.append_time_ms >= before.created_ms).any():
         return newest
+    # Erasures from behind the moment count as well: the one who was erased since then is left out.
+    positives = positives.take(np.flatnonzero(positives.append_time_ms > erased_before_ms(told, positives.users)))
     items, known = _merged(domain, before, positives)
     for hour_ms, made, comparable in _hours(positives, items, known, moments_ms, before.created_ms, refresh.window_ms, seed):
         items = made
