@@ -161,9 +161,11 @@ def refresh(ranker: RankerName = None, as_json: Json = False, home: Home = None,
     from deploy.learn import now_ms
     from deploy.stack import running
     from features.domain import load_domain
+    from features.tables import TableError
     from inference.announced import options
     from inference.embeddings import EmbeddingError
     from inference.experiments import needed
+    from inference.release import ReleaseError
 
     settings = running(settings_for(home, domain), needs="kafka")
     name = load_domain(settings.domain).ranker_name(ranker)
@@ -174,7 +176,7 @@ def refresh(ranker: RankerName = None, as_json: Json = False, home: Home = None,
     for beside in sorted((set() if experiment is None else needed(experiment)) - {release_id}):
         try:  # first: servers open the newest vectors of these when the served release gets others
             _refreshed(settings, beside)
-        except EmbeddingError as error:
+        except (EmbeddingError, ReleaseError, TableError) as error:
             Console(stderr=True).print(f"of the experiment: {error}", markup=False)
     newest = _refreshed(settings, release_id)
     now = options(settings.home / "releases", releases_of(announced(settings)))[name][0]  # somebody may have gone back meanwhile

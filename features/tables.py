@@ -158,7 +158,11 @@ def write_generation(
             revision=revision,
         )
         seal(folder, meta)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.exists():  # another writer of the same was faster
+                raise
         sync_path(parent)
         return target
     finally:
@@ -354,6 +358,8 @@ def read_meta(folder: Path) -> _Meta:
     """A generation's meta.json, checked against the folder's name."""
     try:
         meta = _Meta.model_validate_json((folder / "meta.json").read_bytes())
+    except OSError as error:
+        raise TableError(f"{folder}/meta.json: {error.strerror}") from error
     except ValidationError as error:
         raise TableError(f"{folder}/meta.json: not of format {FORMAT_VERSION}: {error}") from error
     for key, said, wanted in (

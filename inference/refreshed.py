@@ -138,7 +138,8 @@ def publish_present(
 
     They are of the begin of the hour (of `every_ms`) and know what the log held strictly before it. Where one of this moment or a later one
     is there it stays, so that a tick may be repeated, and one that was cut off is made good by the next. Hours that were missed are gone
-    through, but not written: nobody was served with them. Where nothing came since the newest one, that is as good. Users get what they did
+    through, but not written: nobody was served with them. Where nothing came since the newest one, that is as good, and an hour that the
+    log has not reached yet (nothing was appended since its begin, or this clock is ahead) is made by a later tick. Users get what they did
     since theirs were made added to the mean.
 
     `actions(since_ms)`: what the log holds that was appended from then on, or more, each user's in the log's order. `since_ms` is the begin
@@ -163,10 +164,13 @@ def publish_present(
         return newest
     moments_ms = range((before.created_ms // refresh.every_ms + 1) * refresh.every_ms, moment_ms + 1, refresh.every_ms)
     since_ms = min(moments_ms[0] - refresh.window_ms, *(of.users_since_ms(moment_ms) for of in due.values()))
-    told = dict(erased)
-    positives = _by_time(positives_of(domain, _noting(actions(since_ms), told), moment_ms, erased, since_ms=since_ms))
-    if not (positives.append_time_ms >= before.created_ms).any():
+    told, reached = dict(erased), [0]
+    positives = _by_time(positives_of(domain, _noting(actions(since_ms), told, reached), moment_ms, erased, since_ms=since_ms))
+    # A generation of a time that the log has not reached would miss what is still to come before it, erasures too: clocks differ.
+    if max(reached) < moment_ms or not (positives.append_time_ms >= before.created_ms).any():
         return newest
+    # Erasures from behind the moment count as well: the one who was erased since then is left out.
+    positives = positives.take(np.flatnonzero(positives.append_time_ms > erased_before_ms(told, positives.users)))
     items, known = _merged(domain, before, positives)
     for hour_ms, made, comparable in _hours(positives, items, known, moments_ms, before.created_ms, refresh.window_ms, seed):
         items = made
@@ -246,9 +250,10 @@ def _lineage_of_release(domain: Domain, ranker_name: str, release: Release, root
     return lineages[spaces[0]]
 
 
-def _noting(batches: Iterable[LoggedActions], told: dict[int, int]) -> Iterator[LoggedActions]:
-    """The batches; their erasures are added to `told` as they pass."""
+def _noting(batches: Iterable[LoggedActions], told: dict[int, int], reached: list[int]) -> Iterator[LoggedActions]:
+    """The batches; as they pass their erasures are added to `told`, and the time that each reaches to `reached`."""
     for batch in batches:
+        reached.append(int(batch.append_time_ms.max(initial=0)))
         for i in np.flatnonzero(batch.erase).tolist():
             user, time_ms = int(batch.users[i]), int(batch.append_time_ms[i])
             told[user] = max(told.get(user, time_ms), time_ms)

@@ -176,7 +176,10 @@ class FusedEncoder:
     @staticmethod
     def applies(encoder: SequenceEncoder) -> bool:
         """Whether the kernel computes this form, in the sizes that fit a program."""
-        return encoder.has_fast and bool(encoder.layers) and _layers(encoder)[0].heads == 1 and max(_sizes(encoder)) <= kernel.SIZE_MAX
+        if not encoder.has_fast or not encoder.layers or _layers(encoder)[0].heads != 1:
+            return False
+        sizes = _sizes(encoder)
+        return max(sizes) <= kernel.SIZE_MAX and sizes[2] <= sizes[1]  # the bias of the feedforward lies in a row of E_
 
     @torch.no_grad()
     def __call__(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor) -> Tensor:

@@ -161,6 +161,9 @@ class KafkaLog:
         asked = [TopicPartition(self.topic, partition, time_ms) for partition in self.partitions]
         with answering(self._config):
             found = self._consumer.offsets_for_times(asked, timeout=_SILENCE_S_MAX)
+            for first in found:
+                if first.error is not None:  # a leader that moves: without this partition's records an hour would be wrong for good
+                    raise KafkaException(first.error)
         for first in found:
             start, end = self.partitions[first.partition]  # no such record: an offset below 0
             self.partitions[first.partition] = Span(min(max(start, first.offset), end) if first.offset >= 0 else end, end)

@@ -295,7 +295,7 @@ class _Run:
                 self.progress(f"removing {work}, and the parts of its pass")
                 shutil.rmtree(work)
                 for path in (*unnamed_parts(home / "logs"), *home.glob("logs/*/*/.*.part")):
-                    if path.is_relative_to(work.parent):
+                    if path.is_relative_to(work.parent) and path.is_file():  # a folder is a training's that packs
                         path.unlink()
 
     # What others do, judged.

@@ -145,6 +145,16 @@ def test_hour_by_hour_it_is_what_the_whole_log_gives(tmp_path: Path, text: str, 
     assert len(generation_names(product.root, "readers")) == (0 if users_in == "together" else len(days))
 
 
+def test_an_hour_that_the_log_has_not_reached_is_left_to_a_later_tick(tmp_path: Path) -> None:
+    """A clock that is ahead would write an hour without what is still to come before it, erasures too."""
+    product = Product(tmp_path)
+    made = product.tick(25.1)
+    product.rows = product.rows[product.rows[:, 2] < T + 27 * HOUR_MS]
+    assert product.tick(28.1) == made
+    product.rows = clicks(HOURS)
+    assert product.opened(product.tick(28.1)).created_ms == T + 28 * HOUR_MS
+
+
 def test_hours_that_were_missed_are_gone_through(tmp_path: Path) -> None:
     """Behind an outage longer than the window: no item of the present window was there before it."""
     product, steady = Product(tmp_path / "one"), Product(tmp_path / "two")
@@ -283,13 +293,15 @@ def serving(home: Settings, triton: Callable[..., TritonServer]) -> Iterator[tup
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)
 
-    address = run(server.start())
-    run(server.warm())
-    yield address, server, sink
-    run(server.stop())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        address = run(server.start())
+        run(server.warm())
+        yield address, server, sink
+    finally:
+        run(server.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def refresh(home: Settings) -> dict[str, Any]:
@@ -346,6 +358,16 @@ def rows_until(now_ms: int) -> npt.NDArray[np.int64]:
     rows = clicks(HOURS)
     rows[:, 2] += (now_ms - SETTLED_MS) // HOUR_MS * HOUR_MS - (T + (HOURS - 1) * HOUR_MS)
     return rows[rows[:, 2] < now_ms]
+
+
+def canarys_hour(home: Settings, domain: Domain, log: Path, held: Generation, said: dict[str, Any], now_ms: int) -> None:
+    """A canary of another training has vectors of its own lineage."""
+    canary = released_apart(home, domain, log)
+    announce_experiment(home, "home", make_experiment("home", "try", [f"canary={canary.release_id}:5%"], (), now_ms))
+    assert refresh(home) == said | {"announced": False}
+    of_canary = open_generation(home.home / "tables", "together", canary.generations["together"])
+    newest = next(generations_of(home.home / "tables", "together", of_canary.lineage))
+    assert (of_canary.lineage != held.lineage, time_of(newest)) == (True, held.created_ms)
 
 
 def test_the_command_serves_the_present_hour_while_requests_are_answered(home: Settings, triton, tmp_path: Path, monkeypatch) -> None:
@@ -410,13 +432,7 @@ def test_the_command_serves_the_present_hour_while_requests_are_answered(home: S
         switches = server.releases.switches
         assert refresh(home) == said | {"announced": False}
         assert server.releases.switches == switches, "a tick that finds all done changes nothing"
-        # A canary of another training has vectors of its own lineage.
-        canary = released_apart(home, domain, log)
-        announce_experiment(home, "home", make_experiment("home", "try", [f"canary={canary.release_id}:5%"], (), now_ms))
-        assert refresh(home) == said | {"announced": False}
-        of_canary = open_generation(home.home / "tables", "together", canary.generations["together"])
-        newest = next(generations_of(home.home / "tables", "together", of_canary.lineage))
-        assert (of_canary.lineage != held.lineage, time_of(newest)) == (True, held.created_ms)
+        canarys_hour(home, domain, log, held, said, now_ms)
         announce_release(home, "home", release.release_id, now_ms, first)  # as a tick that was cut off would leave it
         assert refresh(home) == said
         eventually(lambda: served() == held.name)

@@ -8,8 +8,9 @@ import numpy.typing as npt
 import pytest
 
 from deploy.learn import Workspace, continue_ranker, judge_trained, release, train_ranker
+from features.actions import EVENT_DTYPE
 from features.domain import Domain, Refresh, parse_domain
-from features.logs import read_actions
+from features.logs import LoggedActions, read_actions
 from features.tables import USER, Generation, generation_names, generations_of, lineage_of, open_generation, time_of
 from features.tensors import tensor_fingerprint
 from inference.dataset import _Packers, build_dataset
@@ -199,7 +200,14 @@ def test_a_ranker_is_trained_on_and_judged_with_the_vectors_of_the_hours_since(t
     )
     hold(T + 40 * HOUR_MS)
     # A running stack has made an hour since; its vectors are comparable, and what it serves with.
-    publish_present(work.domain, "home", first, lambda _: read_actions(work.log, work.domain), work.tables, T + 41 * HOUR_MS + SETTLED_MS)
+    event = np.zeros(1, EVENT_DTYPE)
+    event["entity_id"], event["entity_kind"], event["action"] = 1, 1, 2
+    later = LoggedActions.imported(np.ones(1, np.uint64), event, np.array([T + 41 * HOUR_MS + 1]))
+
+    def actions(_: int) -> list[LoggedActions]:
+        return [*read_actions(work.log, work.domain), later]  # its log has gone on, into the hour
+
+    publish_present(work.domain, "home", first, actions, work.tables, T + 41 * HOUR_MS + SETTLED_MS)
     generations = continue_ranker(work, "home", first, options).generations
     newest = open_generation(work.tables, "together", generations["together"])
     assert newest.created_ms == T + 41 * HOUR_MS

@@ -65,6 +65,13 @@ def test_forms_that_the_kernel_does_not_compute(what: dict[str, int]) -> None:
     assert not FusedEncoder.applies(make_model(make_domain(**what)).sequence)  # type: ignore[arg-type]
 
 
+def test_a_feedforward_wider_than_the_token_is_not_the_kernels() -> None:
+    encoder = make_model(make_domain()).sequence
+    assert FusedEncoder.applies(encoder)
+    encoder.layers[0].wide.out_features = 128  # type: ignore[union-attr]
+    assert not FusedEncoder.applies(encoder)
+
+
 @settings(max_examples=50, deadline=None)
 @given(candidates=st.sampled_from([1, 5, 16]), requests=st.integers(1, 8), used=st.integers(1, 8), kinds=st.integers(1, 2))
 def test_tensors_of_a_buffer_lie_apart(candidates: int, requests: int, used: int, kinds: int) -> None:
