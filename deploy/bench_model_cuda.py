@@ -24,7 +24,7 @@ from deploy.paper_size import make_request, paper_domain
 from features.domain import Domain
 from inference.encoders import EncoderLayer
 from inference.transact import TransActRanker
-from inference.transact_cuda import BUCKETS, CudaRanker, on_device
+from inference.transact_cuda import BUCKETS, CudaRanker, of_fixed_shapes
 
 CANDIDATES = (100, 1024)
 ROUNDS = 30
@@ -33,8 +33,8 @@ REPLAYS = 20
 CALLS = 500
 """Whole rankings of a run."""
 NOISES = (0.0, 0.03, 0.06)
-"""Deviation of what is added to each weight where the forms' difference is measured: none, scores of a trained model's spread, scores most
-of which are near 0 or 1."""
+"""Deviation of what is added to each weight where the forms' difference is measured: from nothing to what puts most probabilities near 0
+or 1."""
 SQUARE = 8192
 COPY_BYTES = 1 << 30
 
@@ -43,11 +43,11 @@ def bench_model_cuda(runs: int, folder: Path, console: Console) -> list[dict[str
     """Forms of the encoder, then the whole model.
 
     Raises:
-        RuntimeError: this machine has no CUDA device.
+        ValueError: this machine has no CUDA device.
     """
     del folder
     if not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: PyTorch finds no CUDA device on this machine (torch.cuda.is_available())")
+        raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine (torch.cuda.is_available())")
     console.print(f"  {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     domain = paper_domain()
     model = TransActRanker(domain, "home").eval()
@@ -82,7 +82,7 @@ def _run(domain: Domain, model: TransActRanker, forms: dict[str, CudaRanker], co
     for count in CANDIDATES:
         tensors, row = make_request(domain, model, count), torch.zeros(count, dtype=torch.int64)
         given = {name: value.cuda() for name, value in tensors.items()}
-        plain = on_device(model, "cuda").float()
+        plain = of_fixed_shapes(model, "cuda").float()
         found_us = {
             "plain_float32": _device_us(partial(_encode, plain, given, row.cuda())),
             **{f"{name}_bf16_graph": _graph_us(partial(form.encode, given, row.cuda())) for name, form in forms.items()},

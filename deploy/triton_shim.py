@@ -46,7 +46,7 @@ class TritonPythonModel:
 
         if isinstance(model, TransActRanker) and CudaRanker.serves(model, device):
             return CudaRanker(model, self.release.domain, self.release.ranker, requests_max=max(1, requests_max), device=device), "cpu"
-        return load_model(self.release, device=device), device
+        return model.to(device), device
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers the requests that Triton has joined, all at once. One that fails gets its error; the others are not touched."""

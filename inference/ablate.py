@@ -160,7 +160,8 @@ class _World:
         self.erased = erased
         self._definition = ""
         self._dataset: Dataset | None = None
-        self._columns: Columns | None = None
+        self._columns: dict[bool, Columns] = {}
+        """Of the packed requests, without and with cosines."""
         self._truth: Scored | None = None
 
     @cached_property
@@ -243,7 +244,7 @@ class _World:
 
     def _packed(self, run: Run) -> tuple[Dataset, dict[str, npt.NDArray[np.int64]]]:
         if self._dataset is None or self._definition != run.definition:
-            self._dataset = self._columns = None  # before the next is packed: two do not have to fit
+            self._dataset, self._columns = None, {}  # before the next is packed: two do not have to fit
             given = {"generations": self.generations, "erased": self.erased}
             self._dataset, _ = build_dataset(run.domain, self.ranker_name, self.log, self.tables_root, **given)  # type: ignore[arg-type]
             self._definition = run.definition
@@ -286,13 +287,20 @@ class _World:
         return scores_of(trained.model, dataset, parts["test"]), about
 
     def _boosted(self, run: Run, dataset: Dataset, parts: Mapping[str, npt.NDArray[np.int64]]) -> tuple[Scored, dict[str, Any]]:
-        if self._columns is None:
-            self._columns = columns_of(run.domain, self.ranker_name, self.log, dataset, erased=self.erased)
-        columns = self._columns if run.cell.vectors else self._columns.without_cosines()
+        cosines = run.cell.vectors
+        if cosines not in self._columns:
+            self._columns[cosines] = columns_of(run.domain, self.ranker_name, self.log, dataset, cosines=cosines, erased=self.erased)
         heads = tuple(run.domain.ranker[self.ranker_name].heads)
         seconds_max = self.options.seconds_max or 60.0
         probabilities, about = boosted(
-            run.cell.baseline, columns, dataset, parts, heads, seconds_max=seconds_max, seed=run.seed, threads=self.options.threads
+            run.cell.baseline,
+            self._columns[cosines],
+            dataset,
+            parts,
+            heads,
+            seconds_max=seconds_max,
+            seed=run.seed,
+            threads=self.options.threads,
         )
         test = np.sort(parts["test"])
         rows = dataset.candidate_rows(test)

@@ -54,8 +54,6 @@ CODES_MAX = 512
 LIST_ROWS_MIN = 4.0
 """Candidates a request, on average, from which LambdaMART compares within a request; below, within a user's day."""
 TREES_MAX, STOP_AFTER = 2000, 50
-COSINE = "cosine_"
-"""What the names of columns made of vectors begin with."""
 _REQUESTS_AT_ONCE = 512
 
 
@@ -71,11 +69,6 @@ class Columns:
     values: F32
     categories: tuple[str, ...]
 
-    def without_cosines(self) -> "Columns":
-        """What a cell that does not ask for `vectors` is given."""
-        kept = [not name.startswith(COSINE) for name in self.names]
-        return Columns(tuple(name for name, keep in zip(self.names, kept, strict=True) if keep), self.values[:, kept], self.categories)
-
 
 @dataclass(frozen=True)
 class _Records:
@@ -89,8 +82,10 @@ class _Records:
     candidate_user: I64
 
 
-def columns_of(domain: Domain, ranker_name: str, log: str | Path, dataset: Dataset, *, erased: Erased = NOBODY) -> Columns:
-    """The inputs of every candidate of the dataset; of a ranker with `refresh` the cosines among them.
+def columns_of(
+    domain: Domain, ranker_name: str, log: str | Path, dataset: Dataset, *, cosines: bool = False, erased: Erased = NOBODY
+) -> Columns:
+    """The inputs of every candidate of the dataset. cosines: with those of the vectors, which have to be refreshed ones.
 
     Raises:
         BaselineError: the log is not the one that the dataset was packed from.
@@ -101,7 +96,7 @@ def columns_of(domain: Domain, ranker_name: str, log: str | Path, dataset: Datas
     _add_rates(found, domain, ranker_name, records, moment)
     _add_overlap(found, domain, ranker_name, dataset, records, moment)
     categories = _add_features(found, domain, ranker_name, dataset)
-    if domain.ranker[ranker_name].refresh is not None:
+    if cosines:
         _add_cosines(found, dataset)
     return Columns(tuple(found), np.stack([values.astype(np.float32) for values in found.values()], 1), categories)
 
@@ -230,7 +225,7 @@ def _add_cosines(found: dict[str, Array], dataset: Dataset) -> None:
     candidate, sizes = _unit(dataset.of_candidate["candidate_embedding"]), np.diff(dataset.starts)
     request = np.repeat(np.arange(len(dataset)), sizes)
     if "user_embedding" in dataset.of_request:
-        found[f"{COSINE}user"] = (candidate * _unit(dataset.of_request["user_embedding"])[request]).sum(1)
+        found["cosine_user"] = (candidate * _unit(dataset.of_request["user_embedding"])[request]).sum(1)
     of_sequence = {name: np.full(len(candidate), np.nan, np.float32) for name in ("newest", "mean", "greatest")}
     for first in range(0, len(dataset), _REQUESTS_AT_ONCE):
         last = min(first + _REQUESTS_AT_ONCE, len(dataset))
@@ -247,7 +242,7 @@ def _add_cosines(found: dict[str, Array], dataset: Dataset) -> None:
             of_sequence["newest"][rows] = cosines[begins]
             of_sequence["mean"][rows] = np.add.reduceat(cosines, begins) / np.diff(starts)[own]
             of_sequence["greatest"][rows] = np.maximum.reduceat(cosines, begins)
-    found |= {f"{COSINE}{name}": values for name, values in of_sequence.items()}
+    found |= {f"cosine_{name}": values for name, values in of_sequence.items()}
 
 
 def _unit(vectors: Array) -> F32:

@@ -29,7 +29,9 @@ def tolerance(served_on: str) -> float:
     Raises:
         KeyError: none is stated.
     """
-    return TOLERANCE["cuda" if served_on == "auto" and torch.cuda.is_available() else "cpu" if served_on == "auto" else served_on]
+    if served_on == "auto":
+        served_on = "cuda" if torch.cuda.is_available() else "cpu"
+    return TOLERANCE[served_on]
 
 
 def probabilities(

@@ -62,7 +62,7 @@ class CudaRanker:
             RuntimeError: there is no such device.
         """
         self.buckets = buckets
-        self._model = on_device(model, device)
+        self._model = of_fixed_shapes(model, device)
         self.per_candidate = model.per_candidate
         self.fused = fused and model.use_sequence and FusedEncoder.applies(model.sequence)
         self._encode = FusedEncoder(model.sequence, device) if self.fused else self._plain
@@ -157,7 +157,7 @@ class FusedEncoder:
     def __init__(self, encoder: SequenceEncoder, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Folds the weights of `encoder`, which is on the CPU, and copies them; `dtype`: of what is multiplied, float32 or bf16."""
         self._low = tl.float32 if dtype == torch.float32 else tl.bfloat16
-        self._encoder = on_device(encoder, device)
+        self._encoder = of_fixed_shapes(encoder, device)
         layers = _layers(encoder)
         self._S, self._E, self._F = _sizes(encoder)
         later, behind = [fold_later(layer) for layer in layers], [fold_behind(layer) for layer in layers]
@@ -274,7 +274,7 @@ class _Float32(nn.Module):
             return cast(Tensor, self.layer(x.float()))
 
 
-def on_device(module: Module, device: str) -> Module:
+def of_fixed_shapes(module: Module, device: str) -> Module:
     """A copy that a graph can capture: no shape depends on contents. Weights of inner layers are bf16."""
     found = copy.deepcopy(module).to(device).eval()
     encoder = found.sequence if isinstance(found, TransActRanker) and found.use_sequence else found

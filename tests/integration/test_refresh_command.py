@@ -241,6 +241,16 @@ def test_an_erased_users_past_goes_into_no_later_hour(tmp_path: Path, text: str,
     assert made[0] == made[1] != made[2]
 
 
+def test_who_was_erased_since_the_hour_began_is_in_none_of_its_vectors(tmp_path: Path) -> None:
+    product, only = Product(tmp_path), 999_999
+    product.rows = np.concatenate([product.rows, [[8, only, int(T + 24.5 * HOUR_MS)]]])
+    product.erased = ((8, int(T + 25.1 * HOUR_MS)),)
+    held = product.opened(product.tick(25.2))
+    assert (held.created_ms, 8 in held.ids(USER), only in held.ids("item.article")) == (T + 25 * HOUR_MS, False, False)
+    product.erased = ()
+    assert only in product.opened(product.tick(26.2)).ids("item.article")
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     product = Product(tmp_path)
     other = product.domain.model_copy(

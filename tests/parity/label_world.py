@@ -51,7 +51,7 @@ CLICK, LIKE, UNLIKE, VIEW = 1, 2, 3, 4
 PERSONS = {USERS[1]: (USERS[2],), USERS[3]: (USERS[4], USERS[5]), USERS[6]: (USERS[7],), USERS[8]: (USERS[7],)}
 """USERS[7] is a device that two persons share."""
 ERASED = USERS[7]
-END_MS = START_MS + 6 * DAY_MS
+FIRST_MS, END_MS = START_MS + 30 * HOUR_MS, START_MS + 6 * DAY_MS
 
 
 class Making:

@@ -2,10 +2,9 @@
 
 import fcntl
 import os
-import shutil
 
 import pytest
-from label_world import END_MS, HOUR_MS, START_MS, domain_of, label_world, make_served, options_of
+from label_world import END_MS, HOUR_MS, domain_of, label_world, options_of
 from test_erasure import plain
 from test_replay import USERS
 
@@ -17,7 +16,6 @@ from streams.erasure import LABEL_LOCK, LABEL_WORK, ErasureJob, run_job
 from streams.erasure_audit import AUDIT, Audit
 from streams.kafka import Topics
 
-FIRST_MS = START_MS + 20 * HOUR_MS
 USER = USERS[1]
 DEADLINE_MS = 30 * DAY_MS
 
@@ -26,24 +24,10 @@ class CutOffError(Exception):
     """The power went."""
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_served(tmp_path_factory.mktemp("served"), seed=11, steps=100)
-
-
-@pytest.fixture(scope="module")
-def first_home(world, tmp_path_factory):
-    home = tmp_path_factory.mktemp("first")
-    label_world(world, home, until_ms=FIRST_MS)
-    return home
-
-
-@pytest.fixture
-def home(first_home, tmp_path):
-    """Behind a pass, with an erasure of the user that is known since."""
-    shutil.copytree(first_home, home := tmp_path / "home")
+@pytest.fixture(autouse=True)
+def erasure(home):
+    """Of the user, known since the pass."""
     append_lines(home / LEDGER, [Erasure(USER, 7, 1, 0, 5, END_MS).to_json()])
-    return home
 
 
 def crash(world, home, at, **more):
@@ -101,10 +85,13 @@ def test_a_pass_that_always_crashes_holds_nothing_a_day_later(world, home, at):
 
 def test_the_deadline_does_not_wait_for_a_day(world, home):
     crash(world, home, "replace")
+    packing = home / "logs" / "shop.served" / "packed" / ".home-1.part"  # a training's, which is a folder
+    packing.mkdir(parents=True)
     now_ms = END_MS + DEADLINE_MS - HOUR_MS
     began(home, now_ms - HOUR_MS)
     run_job(job_of(world, home), now_ms)
     assert naming(home) == set()
+    assert packing.is_dir()
 
 
 def test_a_pass_that_runs_too_long_is_due(world, home):

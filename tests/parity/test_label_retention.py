@@ -6,7 +6,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from label_world import END_MS, HOUR_MS, START_MS, archived, domain_of, label_world, logged_lists, make_served, options_of, parts_of
+from label_world import (
+    END_MS,
+    FIRST_MS,
+    HOUR_MS,
+    START_MS,
+    archived,
+    domain_of,
+    logged_lists,
+    options_of,
+    parts_of,
+)
 from test_replay import EPOCH, PARTITIONS, USERS, MemoryLog
 
 from deploy.labelling import label
@@ -15,7 +25,6 @@ from features.ids import partition_of, user_key
 from features.logs import log_files, read_summary
 from streams.archive import Span
 
-FIRST_MS = START_MS + 30 * HOUR_MS
 MANY_BUCKETS = 2 << 20
 
 
@@ -40,24 +49,6 @@ def cut(log, before_ms):
     """Without the records from before a time, which are a log's first ones."""
     starts = {p: next((i for i, one in enumerate(found) if one[0] >= before_ms), len(found)) for p, found in log.records.items()}
     return CutLog(log.topic, log.log_epoch, log.records, starts=starts)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_served(tmp_path_factory.mktemp("served"), seed=11, steps=120)
-
-
-@pytest.fixture(scope="module")
-def first_home(world, tmp_path_factory):
-    home = tmp_path_factory.mktemp("first")
-    label_world(world, home, until_ms=FIRST_MS)
-    return home
-
-
-@pytest.fixture
-def home(first_home, tmp_path):
-    shutil.copytree(first_home, home := tmp_path / "home")
-    return home
 
 
 def labelled(world, home, **more):

@@ -6,13 +6,16 @@ needs a GPU is left out where PyTorch finds none, and says so.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 
+from deploy.bench_model_cuda import bench_model_cuda
 from features.domain import Domain
 from inference.rescore import TOLERANCE
 from inference.transact import TransActRanker
@@ -37,7 +40,12 @@ def cases(draw: st.DrawFn) -> tuple[Domain, TransActRanker, dict[str, Tensor], T
     return domain, make_model(domain, seed), tensors, row
 
 
-@settings(max_examples=25, deadline=None)
+EXAMPLES = 25
+COMPARED: list[float] = []
+"""Greatest difference of each case."""
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(case=cases())
 def kernel_equals_plain(case: tuple[Domain, TransActRanker, dict[str, Tensor], Tensor]) -> None:
     """What the test below runs where Triton, the language, was imported for its interpreter."""
@@ -46,18 +54,22 @@ def kernel_equals_plain(case: tuple[Domain, TransActRanker, dict[str, Tensor], T
     assert FusedEncoder.applies(model.sequence)
     with torch.no_grad():
         fused = FusedEncoder(model.sequence, "cpu", torch.float32)(tensors, candidate, row)
-        torch.testing.assert_close(fused, model.sequence(tensors, candidate, row, None), rtol=1e-5, atol=2e-5)
+        plain = model.sequence(tensors, candidate, row, None)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-5)
+    COMPARED.append(float((fused - plain).abs().max()))
 
 
-def interpreted() -> None:
-    """Hypothesis's function cannot be sent to a process, this one can."""
+def interpreted() -> int:
+    """How many cases were compared. Hypothesis's function cannot be sent to a process, this one can."""
+    COMPARED.clear()
     kernel_equals_plain()
+    return len(COMPARED)
 
 
 def test_the_kernel_equals_the_plain_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(interpreted).result()
+        assert pool.submit(interpreted).result() >= EXAMPLES
 
 
 @pytest.mark.parametrize("what", [{"heads": 2}, {"layers": 2, "heads": 3}])
@@ -92,12 +104,15 @@ def test_tensors_of_a_buffer_lie_apart(candidates: int, requests: int, used: int
         torch.testing.assert_close(found[: len(value)], value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_machine_without_a_gpu_is_told() -> None:
-    if torch.cuda.is_available():
-        assert CudaRanker.serves(make_model(make_domain()))
-    else:
-        with pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|nvidia"):
-            CudaRanker(make_model(make_domain()), make_domain(), "home")
+def test_the_benchmark_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device"):
+        bench_model_cuda(1, tmp_path, Console())
+
+
+@on_gpu
+def test_which_forms_have_one_for_the_gpu() -> None:
+    assert CudaRanker.serves(make_model(make_domain()))
 
 
 @on_gpu
