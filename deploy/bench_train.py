@@ -67,7 +67,7 @@ class PlainRanker(TransActRanker):
         if window_ms is None:
             window_ms = self.sequence.draw_window_ms(len(request_row), generator)
         candidate = self.candidate_vectors(tensors)
-        return self.behind_sequence(tensors, candidate, request_row, self.plain(self.sequence, tensors, candidate, window_ms))
+        return self.behind_sequence(tensors, candidate, request_row, self.plain(self.sequence, tensors, candidate, window_ms), window_ms)
 
 
 class PlainTransformer(nn.Module):

@@ -191,6 +191,8 @@ class ModelSettings(_Part):
     """Whether the model sees which action each one was."""
     user_embedding: bool = True
     """Whether the model uses the batch user embedding, where the ranker has a `user_space`."""
+    similarities: bool = False
+    """Whether cosines of the candidate's vector with the user's and the sequence's are inputs too (`inference.similarities`)."""
     interaction: Literal["cross", "transformer"] = "cross"
     """cross: DCN v2. transformer: each feature is a token of `token_dimension`, in `cross_layers` layers (`inference.end_to_end`)."""
     token_dimension: Annotated[int, Field(ge=1, le=1024)] = 64

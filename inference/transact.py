@@ -26,6 +26,7 @@ from features.tensors import SIDES, feature_names, tensor_table
 from inference.calibration import Calibration
 from inference.encoders import MASKED, EncoderLayer, compress, other_form, output_widths
 from inference.end_to_end import FeatureTransformer
+from inference.similarities import Similarities
 from inference.transact_fast import FastEncoder
 from inference.transact_train import TrainEncoder
 
@@ -70,6 +71,10 @@ class TransActRanker(nn.Module):
         self.position_served = settings.position_served
         self.position = nn.Embedding(settings.position_max + 1, POSITION_DIMENSION) if settings.position_max else None
         widths += [POSITION_DIMENSION] * (self.position is not None)
+        self.similarities = (
+            Similarities(domain, ranker_name, user=self.use_user, sequence=self.use_sequence) if settings.similarities else None
+        )
+        widths += () if self.similarities is None else self.similarities.widths
         widths += self.sequence.widths if self.use_sequence else ()
         self.calibration = Calibration(settings.calibration, len(self.head_names)) if settings.calibration != "none" else None
         self.interaction = FeatureTransformer(widths, settings, len(self.head_names)) if settings.interaction == "transformer" else None
@@ -108,7 +113,7 @@ class TransActRanker(nn.Module):
                 window_ms = self.sequence.draw_window_ms(tensors["sequence_count"].shape[0], generator)
             encode = self.train_sequence if self.training and self.train_sequence.applies else self.sequence
             compressed = encode(tensors, candidate, request_row, window_ms)
-        return self.behind_sequence(tensors, candidate, request_row, compressed)
+        return self.behind_sequence(tensors, candidate, request_row, compressed, window_ms)
 
     def logits(self, tensors: Mapping[str, Tensor], request_row: Tensor, encode: Encode) -> Tensor:
         """Logits as `forward` gives them, float32 [N, H], with another form of the sequence encoder."""
@@ -129,8 +134,18 @@ class TransActRanker(nn.Module):
         """As the model takes them, float32 [N, D]."""
         return tensors["candidate_embedding"].float() * self.vector_scale  # [N, D]
 
-    def behind_sequence(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, compressed: Tensor | None) -> Tensor:
-        """Everything behind the sequence encoder, whose output is `compressed` [N, (K + 1) E]; None: without the sequence."""
+    def behind_sequence(
+        self,
+        tensors: Mapping[str, Tensor],
+        candidate: Tensor,
+        request_row: Tensor,
+        compressed: Tensor | None,
+        window_ms: Tensor | None = None,
+    ) -> Tensor:
+        """Everything behind the sequence encoder, whose output is `compressed` [N, (K + 1) E]; None: without the sequence.
+
+        `window_ms` [R, 1] is the one that the encoder had.
+        """
         parts = [candidate]
         if self.use_user:
             parts.append((tensors["user_embedding"].float() * self.vector_scale)[request_row])  # [N, D]
@@ -142,6 +157,9 @@ class TransActRanker(nn.Module):
                 parts.append(values if side.per_candidate else values[request_row])  # [N, width]
         if self.position is not None:
             parts.append(self.position(self._place(tensors)))  # [N, 8]
+        if self.similarities is not None:
+            valid = self.sequence.visible(tensors, window_ms) if self.use_sequence else None  # [R, S]
+            parts.append(self.similarities(tensors, request_row, valid))  # [N, width]
         if compressed is not None:
             parts.append(compressed)
         x0 = torch.cat(parts, 1)  # [N, X]
@@ -281,6 +299,11 @@ class SequenceEncoder(nn.Module):
         S = self.length if self.whole else max(1, int(count.max())) if count.numel() else 1
         return torch.arange(S, device=count.device) < count
 
+    def visible(self, tensors: Mapping[str, Tensor], window_ms: Tensor | None) -> Tensor:
+        """`valid` without the actions younger than `window_ms` [R, 1], bool [R, S]."""
+        valid = self.valid(tensors)
+        return valid if window_ms is None else valid & (tensors["sequence_age_ms"][:, : valid.shape[1]] >= window_ms)
+
     def tokens(self, tensors: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """The part of each token that all candidates of a request share, float32 [R, S, E - D]; zero where `valid` [R, S] is not."""
         S = valid.shape[1]
@@ -299,10 +322,8 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, tensors: Mapping[str, Tensor], candidate: Tensor, request_row: Tensor, window_ms: Tensor | None) -> Tensor:
         """Compressed sequence of each candidate, float32 [N, (K + 1) E]. Actions younger than `window_ms` [R, 1] are masked."""
-        valid = self.valid(tensors)  # [R, S]
+        valid = self.visible(tensors, window_ms)  # [R, S]
         S = valid.shape[1]
-        if window_ms is not None:
-            valid = valid & (tensors["sequence_age_ms"][:, :S] >= window_ms)
         history = self.tokens(tensors, valid)  # [R, S, E - D]
         if self.other is not None:
             return self.other(history, candidate, valid, tensors["sequence_age_ms"][:, :S], request_row)  # type: ignore[no-any-return]

@@ -11,6 +11,9 @@ from inference.encoders import Average, Convolution, Recurrent, compress
 from inference.transact import TransActRanker
 
 FORMS = (
+    "similarities = true",
+    'similarities = true, encoder = "average", action_types = false',
+    'similarities = true, interaction = "transformer", token_dimension = 8',
     'encoder = "average"',
     'encoder = "bst"',
     'encoder = "cnn"',
