@@ -491,6 +491,11 @@ class Domain(_Part):
         """Name of each action id."""
         return {action.id: name for name, action in self.actions.items()}
 
+    @property
+    def draws_negatives(self) -> bool:
+        """Whether an import draws candidates."""
+        return self.log is not None and self.log.negatives is not None
+
     def ranker_name(self, given: str | None) -> str:
         """The ranker that a command means: the one given, or the file's first. Raises ValueError naming the allowed ones."""
         if given is None:

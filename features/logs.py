@@ -129,6 +129,7 @@ class LoggedRequests:
     labels uint8 [sum], label_starts int64 [n + 1]: ids of the actions that answered each row, ascending.
     features: the request and candidate features of each row by name (a request feature repeats over its request's rows).
     Of a served log also: seen bool [n], whether the user saw the row, and how each request was served; None otherwise.
+    Of a log with sampled negatives: drawn uint8 [n], AS_LOGGED, UNIFORM or POPULAR. It tells the label: never an input.
     """
 
     starts: npt.NDArray[np.int64]
@@ -144,6 +145,7 @@ class LoggedRequests:
     features: dict[str, FeatureColumn]
     seen: npt.NDArray[np.bool_] | None = None
     served: Served | None = None
+    drawn: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -172,8 +174,17 @@ def actions_schema(domain: Domain, *, order: str = "append_time") -> pa.Schema:
     return _schema(fields, domain, order)
 
 
+_DRAWN = "drawn"
+
+
+AS_LOGGED, UNIFORM, POPULAR = 0, 1, 2
+"""How a candidate came into a log: as it was, or drawn by the importer by item or by popularity."""
+
+
 def impressions_schema(domain: Domain, *, served: bool = False) -> pa.Schema:
-    """Columns of impressions.parquet; request and candidate features follow the fixed ones under their own names. `served`: with `seen`."""
+    """Columns of impressions.parquet; request and candidate features follow the fixed ones under their own names. `served`: with `seen`.
+    Where the domain file asks for negatives, an imported log has `drawn`; logs from before it are read without.
+    """
     fields = [
         ("request_id", pa.uint64()),
         ("user_id", pa.uint64()),
@@ -183,13 +194,14 @@ def impressions_schema(domain: Domain, *, served: bool = False) -> pa.Schema:
         ("entity_kind", pa.uint8()),
         ("entity_id", pa.uint64()),
         ("labels", pa.list_(pa.uint8())),
-        ("seen", pa.bool_()),
+        *([("seen", pa.bool_())] * served),
+        *([(_DRAWN, pa.uint8())] * (domain.draws_negatives and not served)),
     ]
     for name in logged_features(domain):
         if name in {field for field, _ in fields}:
             raise LogError(f"features.{name}: the name of a fixed column of impressions.parquet; call the feature otherwise")
         fields.append((name, feature_type(domain.features[name])))
-    return _schema([field for field in fields if served or field[0] != "seen"], domain, "request_time")
+    return _schema(fields, domain, "request_time")
 
 
 def served_schema(domain: Domain) -> pa.Schema:
@@ -348,14 +360,19 @@ def read_requests(folder: str | Path, domain: Domain, *, batch_rows: int = 1 << 
         LogError: no such log, another version, another domain, or one written before a feature was added to the domain file.
     """
     is_served = is_served_log(folder)
-    tables = {IMPRESSIONS: impressions_schema(domain, served=is_served)}
+    schema = impressions_schema(domain, served=is_served)
+    draws = domain.draws_negatives and not is_served
+    if draws:  # a log from before the column has none
+        schema = schema.remove(schema.get_field_index(_DRAWN))
+    tables = {IMPRESSIONS: schema}
     if is_served:
         tables[SERVED] = served_schema(domain)
     held: pa.Table | None = None
     with _opened(folder, domain, tables) as (files, *of_served):
         # A row of `served` is as large as a hundred of a candidate's.
         served = _ServedRows(_batches(of_served[0], tables[SERVED].names, 1 + batch_rows // 100)) if is_served else None
-        for batch in _batches(files, tables[IMPRESSIONS].names, batch_rows):
+        columns = [*schema.names, *[_DRAWN] * (draws and all(_DRAWN in file.schema_arrow.names for file in files))]
+        for batch in _batches(files, columns, batch_rows):
             table = pa.Table.from_batches([batch])
             if held is None or not held.num_rows:
                 held = table
@@ -440,6 +457,7 @@ def _requests(table: pa.Table, domain: Domain, served: _ServedRows | None) -> Lo
         features=features,
         seen=None if served is None else _array(batch, "seen"),
         served=None if served is None else served.of(keys),
+        drawn=_array(batch, _DRAWN) if domain.draws_negatives and served is None and _DRAWN in batch.schema.names else None,
     )
 
 

@@ -30,7 +30,7 @@ from features.logs import ACTIONS, IMPRESSIONS, SUMMARY, is_served_log
 from inference.ablations import CELLS, AblationError, AblationTable, Cell, configured
 from inference.baseline import Columns, boosted, columns_of
 from inference.checkpoints import TrainError
-from inference.dataset import Dataset, build_dataset, split_times
+from inference.dataset import Dataset, build_dataset, ranker_requests, split_times
 from inference.evaluate import Scored, diversity, scores_of
 from inference.metrics import head_metrics
 from inference.train import TIME_MS_MAX, TrainOptions, train
@@ -57,12 +57,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """What the runs reached: `of` by cell and seed, with probabilities float32 [N, H] in the order of `truth`; `skipped` says why."""
+    """What the runs reached: `of` by cell and seed, with probabilities float32 [N, H] in the order of `truth`; `skipped` says why.
+
+    drawn: how each candidate came into the log, uint8 [N] (`features.logs.AS_LOGGED`, UNIFORM, POPULAR), where it tells; None otherwise.
+    """
 
     truth: Scored
     of: Mapping[tuple[str, int], tuple[dict[str, Any], npt.NDArray[np.float32]]]
     skipped: Mapping[str, str]
     about: dict[str, Any]
+    drawn: npt.NDArray[np.uint8] | None = None
 
 
 def ablate(
@@ -118,7 +122,13 @@ def ablate(
     found = {(run.name, run.seed): (world.result(run) or {}, np.load(world.folder(run) / SCORES)["probabilities"]) for run in runs}
     sampled = None if domain.log is None or is_served_log(log) else domain.log.negatives
     about = world.about | {"seeds": seeds, "negatives": None if sampled is None else sampled.model_dump()}
-    return Results(world.truth, found, skipped, about)
+    return Results(world.truth, found, skipped, about, None if sampled is None else _drawn(domain, ranker_name, log, erased, world.truth))
+
+
+def _drawn(domain: Domain, ranker_name: str, log: str | Path, erased: Erased, truth: Scored) -> npt.NDArray[np.uint8] | None:
+    """`Results.drawn`; None: the log is from before the column."""
+    drawn = [batch.drawn for batch in ranker_requests(domain, ranker_name, log, erased)]
+    return np.concatenate([part for part in drawn if part is not None])[truth.rows] if all(part is not None for part in drawn) else None
 
 
 def planned(

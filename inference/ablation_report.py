@@ -3,6 +3,9 @@
 The spread is the standard deviation over seeds. Intervals and p are of a bootstrap over users, paired: both cells have the same users, each
 with the mean over its seeds. So an interval says what other users could have changed, the spread what another seed could have.
 
+Where candidates were drawn by item and by popularity, MRR has a table of its own for each kind: of the clicked candidate and that kind
+alone, in requests that have some. These lists are shorter than the mixed ones: their figures tell the kinds apart, not more.
+
 HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong. MRR's column is the mean over requests; its lift is
 that of the mean over users, as HIT@3's is: whoever asks more often counts no more.
 """
@@ -16,6 +19,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from features.domain import Domain
+from features.logs import AS_LOGGED, POPULAR, UNIFORM
 from inference import metrics
 from inference.ablate import Results
 from inference.ablations import UNKNOWN, AblationTable
@@ -39,22 +43,26 @@ SHOWN = ("cell", "AUC", "difference (95 %)", "HIT@3 lift % (95 %)", "MRR lift % 
 """Of COLUMNS, those of the terminal."""
 OF_USER = {"hit": metrics.hits, "mrr": metrics.reciprocal_ranks}
 """Figures of a request that are compared by user."""
+OF_DRAWN = {"mrr_uniform": UNIFORM, "mrr_popular": POPULAR}
+"""MRR among negatives of one kind alone, of a log that has both."""
+DRAWN_COLUMNS = ["cell", *("MRR, uniform alone", "lift % (95 %)", "p"), *("MRR, popularity-matched alone", "lift % (95 %)", "p")]
 ByUser = Mapping[str, list[list[F64]]]
-"""A cell's figures by metric of OF_USER, head and seed: one a user."""
+"""A cell's figures by metric of `metrics_of`, head and seed: one a user."""
 
 
 def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[str, AblationTable]) -> dict[str, Any]:
     """Everything that ablation.json holds: figures by cell, and by table and head the differences to the reference."""
     heads = tuple(domain.ranker[ranker_name].heads)
     cells = dict.fromkeys(name for name, _ in results.of)
+    of_user = metrics_of(results)
     by_user = {
-        name: {metric: [_by_user(results, name, head, metric) for head in range(len(heads))] for metric in OF_USER} for name in cells
+        name: {metric: [_by_user(results, name, head, metric) for head in range(len(heads))] for metric in of_user} for name in cells
     }
     found: dict[str, Any] = {
         "about": results.about | {"lists_longer_than_hit_at": int(_long(results).sum())},
         "skipped": dict(results.skipped),
         "lower_is_better": [head for head in heads if lower_is_better(domain, ranker_name, head)],
-        "cells": {name: _cell(results, name, heads, by_user[name]["hit"]) for name in cells},
+        "cells": {name: _cell(results, name, heads, by_user[name]) for name in cells},
         "tables": {},
     }
     differences: dict[tuple[str, str], dict[str, Any]] = {}
@@ -83,11 +91,18 @@ def _seeds(results: Results, name: str) -> list[int]:
     return sorted(seed for cell, seed in results.of if cell == name)
 
 
-def _cell(results: Results, name: str, heads: tuple[str, ...], hits: list[list[F64]]) -> dict[str, Any]:
+def metrics_of(results: Results) -> tuple[str, ...]:
+    """The metrics that are compared by user: OF_USER, and OF_DRAWN where the log has both kinds."""
+    both = results.drawn is not None and all((results.drawn == kind).any() for kind in OF_DRAWN.values())
+    return (*OF_USER, *(OF_DRAWN if both else ()))
+
+
+def _cell(results: Results, name: str, heads: tuple[str, ...], by_user: ByUser) -> dict[str, Any]:
     of_seed = [results.of[name, seed][0] for seed in _seeds(results, name)]
     figures = {head: {metric: _spread([run["heads"][head][metric] for run in of_seed]) for metric in OF_HEAD} for head in heads}
     for column, head in enumerate(heads):
-        figures[head]["hit"] = _spread([float(values.mean()) if len(values) else None for values in hits[column]])
+        for metric in set(by_user) - {"mrr"}:
+            figures[head][metric] = _spread([float(values.mean()) if len(values) else None for values in by_user[metric][column]])
     return {
         "heads": figures,
         "diversity": {key: _spread([run["diversity"][key] for run in of_seed]) for key in of_seed[0]["diversity"]},
@@ -108,10 +123,16 @@ def _long(results: Results) -> npt.NDArray[np.bool_]:
 
 
 def _by_user(results: Results, name: str, head: int, metric: str) -> list[F64]:
-    """A metric of OF_USER of each user who has a list for it, by seed; the same users in the same order for every cell."""
+    """A metric of `metrics_of` of each user who has a list for it, by seed; the same users in the same order for every cell."""
     truth, found = results.truth, []
+    rows, without = np.ones(len(truth.labels), bool), np.zeros(len(truth.users), bool)
+    if results.drawn is not None and metric in OF_DRAWN:
+        without = np.bincount(truth.request_row, results.drawn == OF_DRAWN[metric]) == 0
+        rows = np.isin(results.drawn, (AS_LOGGED, OF_DRAWN[metric]))
     for seed in _seeds(results, name):
-        per_request = OF_USER[metric](results.of[name, seed][1][:, head], truth.labels[:, head], truth.request_row)
+        of = OF_USER[metric.partition("_")[0]]
+        per_request = of(results.of[name, seed][1][rows, head], truth.labels[rows, head], truth.request_row[rows])
+        per_request = np.where(without, np.nan, per_request)
         if metric == "hit":
             per_request = np.where(_long(results), per_request, np.nan)
         found.append(metrics.user_means(per_request, truth.users)[1])
@@ -121,13 +142,13 @@ def _by_user(results: Results, name: str, head: int, metric: str) -> list[F64]:
 def _difference(
     results: Results, name: str, reference: str, head: int, by_user: Mapping[str, ByUser]
 ) -> dict[str, dict[str, float | None]]:
-    """AUC: difference; metrics of OF_USER: difference, and lift in per cent of the reference's mean; with interval and p."""
+    """AUC: difference; metrics of `metrics_of`: difference, and lift in per cent of the reference's mean; with interval and p."""
     labels, user_of_row = results.truth.labels[:, head], results.truth.users[results.truth.request_row]
     seeds = [seed for seed in _seeds(results, name) if (reference, seed) in results.of]
     pairs = [(results.of[name, seed][1][:, head], results.of[reference, seed][1][:, head]) for seed in seeds]
     both = bool(labels.any() and not labels.all() and pairs)
     found = {"auc": auc_interval(pairs, labels, user_of_row) if both else metrics.Interval(*[float("nan")] * 4)}
-    for metric in OF_USER:
+    for metric in metrics_of(results):
         own, other = np.mean(by_user[name][metric][head], 0), np.mean(by_user[reference][metric][head], 0)
         found[metric] = metrics.bootstrap(own - other)
         found[f"{metric}_lift_percent"] = _lift(found[metric], float(other.mean()) if len(other) else 0.0)
@@ -174,6 +195,17 @@ def rows_of(found: dict[str, Any], key: str, head: str) -> list[list[str]]:
     return rows
 
 
+def drawn_rows(found: dict[str, Any], key: str, head: str) -> list[list[str]]:
+    """The same in the order of DRAWN_COLUMNS; empty where the log has no two kinds of negatives."""
+    rows = []
+    for name, row in found["tables"][key]["rows"].items():
+        figures, against = found["cells"][name]["heads"][head], (row["against_reference"] or {}).get(head) or {}
+        rows.append([name])
+        for metric in (metric for metric in OF_DRAWN if metric in figures):
+            rows[-1] += [_of(figures[metric]), _interval(against.get(f"{metric}_lift_percent"), "+.1f"), _p(against.get(metric))]
+    return [row for row in rows if len(row) > 1]
+
+
 def terminal_tables(found: dict[str, Any]) -> list[Table]:
     """For the terminal, in few columns: one a table and head."""
     tables = []
@@ -207,6 +239,9 @@ def markdown(found: dict[str, Any], command: str) -> str:
             lines += ["", f"**{table['title']}**; head {_head(found, head)}", "", "| " + " | ".join(COLUMNS) + " |"]
             lines.append("|" + " --- |" * len(COLUMNS))
             lines += ["| " + " | ".join(row) + " |" for row in rows_of(found, key, head)]
+            if by_kind := drawn_rows(found, key, head):
+                lines += ["", "| " + " | ".join(DRAWN_COLUMNS) + " |", "|" + " --- |" * len(DRAWN_COLUMNS)]
+                lines += ["| " + " | ".join(row) + " |" for row in by_kind]
         lines += ["", f"![{table['title']}]({key}.png)"]
     return "\n".join(lines) + "\n"
 

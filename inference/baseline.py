@@ -29,10 +29,10 @@ import numpy.typing as npt
 from features.as_of import AsOf
 from features.domain import Domain
 from features.erasures import NOBODY, Erased, erased_before_ms
-from features.logs import read_actions, read_requests
+from features.logs import read_actions
 from features.tensors import SIDES, feature_names
 from inference.calibration import fit_platt, logit
-from inference.dataset import Dataset
+from inference.dataset import Dataset, ranker_requests
 from inference.evaluate import item_categories
 from inference.history import ragged, starts_of
 
@@ -122,17 +122,8 @@ def _records(domain: Domain, ranker_name: str, log: str | Path, dataset: Dataset
 
 def _candidates(domain: Domain, ranker_name: str, log: str | Path, erased: Erased) -> tuple[npt.NDArray[np.uint8], U64]:
     """Kinds and ids of the ranker's candidates, in the order of the log, as `build_dataset` takes them."""
-    surfaces = domain.ranker[ranker_name].surfaces
-    numbers = None if surfaces is None else [domain.surfaces[name] for name in surfaces]
-    kinds, ids = [], []
-    for batch in read_requests(log, domain):
-        keep = batch.request_time_ms > erased_before_ms(erased, batch.user_id)
-        if numbers is not None:
-            keep &= np.isin(batch.surface, numbers)
-        rows = np.repeat(keep, np.diff(batch.starts))
-        kinds.append(batch.entity_kind[rows])
-        ids.append(batch.entity_id[rows])
-    return np.concatenate(kinds), np.concatenate(ids)
+    batches = list(ranker_requests(domain, ranker_name, log, erased))
+    return np.concatenate([batch.entity_kind for batch in batches]), np.concatenate([batch.entity_id for batch in batches])
 
 
 def _codes(kinds: npt.NDArray[np.uint8], ids: U64) -> I64:

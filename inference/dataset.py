@@ -185,7 +185,7 @@ def split_times(
     Raises:
         DatasetError: fewer than three distinct request times.
     """
-    times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in _ranker_requests(domain, ranker_name, log))])
+    times = np.concatenate([np.zeros(0, np.int64), *(batch.request_time_ms for batch in ranker_requests(domain, ranker_name, log))])
     times = times[times >= since_ms]
     if (distinct := len(np.unique(times))) < 3:
         where = _where(domain, ranker_name)
@@ -223,7 +223,7 @@ def build_dataset(
     def pack_into(folder: Path) -> None:
         sequences: LoggedSequences = ServedSequences() if is_served_log(log) else History(domain, ranker_name, log, erased)
         with PackedWriter(folder, {"ledger": ledger_fingerprint(erased)}) as writer:
-            if not _pack(domain, ranker_name, _ranker_requests(domain, ranker_name, log, erased), sequences, packers, writer, packed):
+            if not _pack(domain, ranker_name, ranker_requests(domain, ranker_name, log, erased), sequences, packers, writer, packed):
                 raise DatasetError(f"{log}: no request in it{_where(domain, ranker_name)}")
 
     if cache is None:
@@ -336,7 +336,7 @@ def _up_to(newest: Generation, names: list[str]) -> list[str]:
     return names[names.index(newest.name) :][::-1]
 
 
-def _ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:
+def ranker_requests(domain: Domain, ranker_name: str, log: str | Path, erased: Erased = NOBODY) -> Iterator[LoggedRequests]:
     """The log's requests on the surfaces whose impressions train the ranker, without those of users erased since."""
     if is_served_log(log):
         yield from served_requests(domain, ranker_name, log, erased)

@@ -226,4 +226,5 @@ def with_rows(batch: LoggedRequests, rows: I64) -> LoggedRequests:
         features={name: rows_of(column, rows) for name, column in batch.features.items()},
         seen=None if batch.seen is None else batch.seen[rows],
         served=None if batch.served is None else batch.served.take(requests),
+        drawn=None if batch.drawn is None else batch.drawn[rows],
     )

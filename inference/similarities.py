@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from features.domain import Domain
 
@@ -66,5 +67,4 @@ class Similarities(nn.Module):
 
 def _unit(vectors: Tensor) -> Tensor:
     """Of length 1, float32; zero where there is no vector."""
-    vectors = vectors.float()
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return functional.normalize(vectors.float(), dim=-1, eps=1e-12)

@@ -28,7 +28,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from features.domain import Domain, Log
-from features.logs import ACTIONS, IMPRESSIONS, LogWriter, actions_schema, impressions_schema, logged_features, write_summary
+from features.logs import (
+    ACTIONS,
+    AS_LOGGED,
+    IMPRESSIONS,
+    LogWriter,
+    actions_schema,
+    impressions_schema,
+    logged_features,
+    write_summary,
+)
 from features.runs import merge_runs, write_run
 from features.tables import Member, item_member, write_generation
 from streams.buckets import BUCKETS_MAX
@@ -457,6 +466,7 @@ def _impressions(
         shown.kind[kept],
         shown.entity[kept],
         pa.ListArray.from_arrays(pa.array(ends), pa.array(numbers[order])),
+        *([np.full(len(row), AS_LOGGED, np.uint8)] * domain.draws_negatives),
     ]
     begins = np.ones(len(kept), bool)
     begins[1:] = shown.request[kept][1:] != shown.request[kept][:-1]
@@ -487,7 +497,7 @@ def _merge_all(domain: Domain, runs: list[_Runs], out: Path, work: Path, memory_
     with LogWriter(out, ACTIONS, actions_schema(domain)) as writer:
         _merge([run.actions for run in runs], ("append_time_ms", "user_id", "event_time_ms", "event_id"), writer, advance)
         written: dict[str, Any] = {"actions": writer.rows}
-    draws, counts = domain.log is not None and domain.log.negatives is not None, bool(counters(domain))
+    draws, counts = domain.draws_negatives, bool(counters(domain))
     merged = work / "merged" if draws or counts else out
     with LogWriter(merged, IMPRESSIONS, impressions_schema(domain)) as writer:
         _merge([run.impressions for run in runs], ("request_time_ms", "request_id"), writer, advance)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.domain import Domain, Negatives
-from features.logs import IMPRESSIONS, LogWriter, impressions_schema
+from features.logs import AS_LOGGED, IMPRESSIONS, POPULAR, UNIFORM, LogWriter, impressions_schema
 from streams.buckets import Buckets, bucket_count, item_keys, mixed
 from streams.columns import U64, Bools
 
@@ -81,7 +81,7 @@ def _with_negatives(
     if not len(begins):
         return table
     of_row = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(ids))))
-    request, chosen = _draw(users[begins], at_ms[begins], of_row, keys, clicks, did, settings, random)
+    request, chosen, how = _draw(users[begins], at_ms[begins], of_row, keys, clicks, did, settings, random)
     drawn = np.bincount(request, minlength=len(begins))
     counts["requests"] += int((drawn > 0).sum())
     counts["negatives"] += len(request)
@@ -90,16 +90,17 @@ def _with_negatives(
     kept = np.flatnonzero(drawn[of_row] > 0)
     row = np.concatenate([kept, begins[request]])
     negative = np.concatenate([np.full(len(kept), -1), chosen])
+    how = np.concatenate([np.full(len(kept), AS_LOGGED, np.uint8), how])
     order = np.lexsort((random.random(len(row)), np.concatenate([of_row[kept], request])))
-    return _expanded(table, row[order], negative[order], clicks)
+    return _expanded(table, row[order], negative[order], how[order], clicks)
 
 
-def _expanded(table: pa.Table, row: I64, negative: I64, clicks: "_Clicks") -> pa.Table:
+def _expanded(table: pa.Table, row: I64, negative: I64, how: npt.NDArray[np.uint8], clicks: "_Clicks") -> pa.Table:
     """Row `row` of the table for each candidate; where `negative` >= 0 with the item of that click, and without labels."""
     is_drawn = negative >= 0
     picked = clicks.records[negative[is_drawn]]
     out = table.take(pa.array(row)).combine_chunks()
-    for name, values in (("entity_kind", picked["kind"]), ("entity_id", picked["id"])):
+    for name, values in (("entity_kind", picked["kind"]), ("entity_id", picked["id"]), ("drawn", how[is_drawn])):
         column = out[name].to_numpy().copy()
         column[is_drawn] = values
         out = out.set_column(out.schema.get_field_index(name), out.schema.field(name), pa.array(column))
@@ -122,8 +123,8 @@ def _draw(
     did: "_Did | None",
     settings: Negatives,
     random: np.random.Generator,
-) -> tuple[I64, I64]:
-    """Negatives of requests (users and times [r]): the request and the click of each, int64 [n]."""
+) -> tuple[I64, I64, npt.NDArray[np.uint8]]:
+    """Negatives of requests (users and times [r]): the request and the click of each, int64 [n], and UNIFORM or POPULAR."""
     low, high = clicks.window(at_ms, settings.window_ms)
     firsts = clicks.firsts(int(low.min()), int(low.max()), int(high.max()))  # every position that is an item's first one of some window
     slots = settings.uniform + settings.popular
@@ -155,7 +156,7 @@ def _draw(
         chosen[taken[again[len(own) :]]] = -1
         pending = pending[chosen[pending] < 0]
     taken = np.flatnonzero(chosen >= 0)
-    return request[taken], chosen[taken]
+    return request[taken], chosen[taken], np.where(by_item[taken], UNIFORM, POPULAR).astype(np.uint8)
 
 
 def _repeated(request: I64, keys: U64, drawn_in: I64) -> Bools:

@@ -1,11 +1,13 @@
 """`freshrank ablate`: cells share what they may see, finished runs are kept, the tables say what was measured."""
 
+import io
 import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_refreshed import clicks, imported
 from test_training import DOMAIN, DOMAIN_TEXT, OPTIONS, intent_log
@@ -13,12 +15,14 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from features.domain import parse_domain
+from features.logs import AS_LOGGED, IMPRESSIONS, POPULAR, UNIFORM
 from inference import ablate as ablate_module
-from inference.ablate import Results, ablate, planned
-from inference.ablation_report import COLUMNS, markdown, rows_of, summary, terminal_tables
+from inference.ablate import Results, _drawn, ablate, planned
+from inference.ablation_report import COLUMNS, DRAWN_COLUMNS, OF_HEAD, drawn_rows, markdown, rows_of, summary, terminal_tables
 from inference.ablations import CELLS, TABLES, AblationError, AblationTable, Cell, configured, read_tables
 from inference.dataset import build_dataset, split_times
 from inference.embeddings import newest_generations, publish_embeddings
+from inference.evaluate import Scored
 from inference.metrics import reciprocal_ranks, user_means
 from inference.plots import plot_ablation
 from inference.refreshed import publish_refreshed
@@ -55,8 +59,9 @@ def results(world: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.T
 @pytest.mark.parametrize("name", sorted(CELLS))
 def test_every_cell_is_a_valid_ranker(name: str) -> None:
     cell = CELLS[name]
-    if name.startswith("length_") or cell.vectors:  # the toy keeps few actions, and refreshes nothing
-        with pytest.raises(AblationError, match="refreshed" if cell.vectors else "sequence_length"):
+    refreshed = cell.vectors or "similarities" in cell.model
+    if name.startswith("length_") or refreshed:  # the toy keeps few actions, and refreshes nothing
+        with pytest.raises(AblationError, match="refreshed" if refreshed else "sequence_length"):
             configured(DOMAIN, "home", cell)
         return
     ranker = configured(DOMAIN, "home", cell).ranker["home"]
@@ -190,6 +195,55 @@ def test_the_tables_say_which_candidates_were_drawn(tmp_path: Path) -> None:
     )
     text = markdown(summary(domain, "home", of, tables), "freshrank ablate --table t")
     assert "candidates: what was clicked, and sampled negatives, 3 by item, of the 24 h before;" in text
+    assert of.drawn is not None
+    np.testing.assert_array_equal(of.drawn == AS_LOGGED, of.truth.labels[:, 0])
+    assert DRAWN_COLUMNS[1] not in text  # of one kind only
+    (log / IMPRESSIONS).write_bytes(_without_column(log / IMPRESSIONS, "drawn"))  # as logs were before
+    assert _drawn(domain, "home", log, {}, of.truth) is None
+
+
+def _without_column(path: Path, name: str) -> bytes:
+    table = pq.read_table(path)
+    out = io.BytesIO()
+    pq.write_table(table.drop_columns([name]), out)
+    return out.getvalue()
+
+
+def test_mrr_among_each_kind_of_negatives_alone() -> None:
+    """Users 1 and 2 with a list each: the clicked one first among the uniform ones, second and third among the popular ones."""
+    drawn = np.array([AS_LOGGED, UNIFORM, POPULAR, POPULAR, AS_LOGGED, UNIFORM, POPULAR, AS_LOGGED, POPULAR], np.uint8)
+    request_row = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])  # the third has no uniform one
+    scores = np.array([0.5, 0.4, 0.6, 0.7, 0.5, 0.1, 0.9, 0.5, 0.2], np.float32)[:, None]
+    truth = Scored(scores[:0], (drawn == AS_LOGGED)[:, None], request_row, np.array([1, 2, 2], np.uint64), np.arange(9))
+    diverse = {"intra_list_distance": None, "category_entropy": None}
+    heads = {"click": dict.fromkeys(OF_HEAD, 0.5)}
+    of = {(name, seed): ({"heads": heads, "diversity": diverse}, scores * sign) for name, sign in (("a", 1), ("b", -1)) for seed in (0, 1)}
+    domain = parse_domain(DOMAIN_TEXT, source="toy")
+    clicks_only = domain.model_copy(
+        update={"ranker": {"home": domain.ranker["home"].model_copy(update={"heads": {"click": domain.ranker["home"].heads["click"]}})}}
+    )
+    table = {"t": AblationTable("", "b", dict.fromkeys(("b", "a"), (None, None)))}
+    about = {
+        "ranker": "home",
+        "requests": 3,
+        "users": 2,
+        "candidates": 9,
+        "seeds": 2,
+        "seconds_max": 1.0,
+        "epochs_max": 1,
+        "threads": 1,
+        "negatives": None,
+    }
+    found = summary(clicks_only, "home", Results(truth, of, {}, about, drawn), table)
+    figures = found["cells"]["a"]["heads"]["click"]
+    assert figures["mrr_uniform"]["mean"] == 1.0
+    assert figures["mrr_popular"]["mean"] == pytest.approx(np.mean([1 / 3, np.mean([1 / 2, 1])]))
+    assert found["cells"]["b"]["heads"]["click"]["mrr_uniform"]["mean"] == 0.5
+    against = found["tables"]["t"]["rows"]["a"]["against_reference"]["click"]
+    assert against["mrr_uniform_lift_percent"]["mean"] == pytest.approx(100.0)
+    rows = drawn_rows(found, "t", "click")
+    assert [len(row) for row in rows] == [len(DRAWN_COLUMNS)] * 2
+    assert " | ".join(DRAWN_COLUMNS) in markdown(found, "freshrank ablate")
 
 
 def test_rows_of_all_cells_are_the_same_examples(world: tuple[Path, Path, dict[str, str]], results: tuple[Path, Results]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.domain import DomainError, parse_domain
-from features.logs import ACTIONS, IMPRESSIONS, read_actions, read_requests
+from features.logs import ACTIONS, AS_LOGGED, IMPRESSIONS, POPULAR, UNIFORM, read_actions, read_requests
 from streams import negatives
 from streams.buckets import item_keys, mixed
 from streams.importer import import_log
@@ -77,6 +77,11 @@ def imported(rows, folder, text=DOMAIN, **options):
                 for n in span
             ]
             assert (batch.position[span.start : span.stop] == -1).all()
+            how = batch.drawn[span.start : span.stop].tolist()
+            assert [one == AS_LOGGED for one in how] == [bool(labels) for *_, labels in candidates]
+            asked = domain.log.negatives
+            assert how.count(UNIFORM) <= asked.uniform
+            assert how.count(POPULAR) <= asked.popular
             assert len(set(batch.features["device"].values[span.start : span.stop].tolist())) == 1
             counted = batch.features["clicks"].values[span.start : span.stop].tolist()
             requests.append((int(batch.user_id[i]), int(batch.request_time_ms[i]), counted, candidates))
