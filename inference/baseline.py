@@ -52,7 +52,9 @@ LATEST = 100
 CODES_MAX = 512
 """Categories with more codes are left out: an item's own rates say what they would."""
 LIST_ROWS_MIN = 4.0
-"""Candidates a request, on average, from which LambdaMART compares within a request; below, within a user's day."""
+"""Candidates a request, on average, from which LambdaMART compares within a request; below, within GROUP_ROWS that follow each other."""
+GROUP_ROWS = 500
+"""Of all users: within one user's day, say, a request's label is in the user's rates of the later ones, and trees find it there."""
 TREES_MAX, STOP_AFTER = 2000, 50
 _REQUESTS_AT_ONCE = 512
 
@@ -277,7 +279,7 @@ def boosted(
     found = np.empty((len(rows["test"]), len(heads)), np.float32)
     about: dict[str, Any] = {"columns": list(columns.names), "heads": {}}
     if kind == "lambdamart":
-        about["compares_within"] = "request" if _long_lists(dataset) else "user and day"
+        about["compares_within"] = "request" if _long_lists(dataset) else f"{GROUP_ROWS} candidates"
     for head, name in enumerate(heads):
         labels = dataset.labels[:, head]
         train, validation = labels[rows["train"]], labels[rows["validation"]]
@@ -289,7 +291,8 @@ def boosted(
             item, user = (logit(columns.values[:, columns.names.index(f"{side}_{name}_rate_{USER_DAYS}d")]) for side in ("item", "user"))
             scores = {part: (item + user)[of_part] for part, of_part in rows.items()}
         else:
-            search = _Search(kind, columns, labels, rows, groups, seed=seed, threads=threads)
+            ndcg_at = 10 if _long_lists(dataset) else GROUP_ROWS // 5
+            search = _Search(kind, columns, labels, rows, groups, ndcg_at=ndcg_at, seed=seed, threads=threads)
             scores, about["heads"][name] = search.run(time.monotonic() + seconds_max / len(heads))
         slope, offset = fit_platt(scores["validation"], validation)
         found[:, head] = 1 / (1 + np.exp(-(slope * scores["test"] + offset)))
@@ -301,20 +304,26 @@ def _long_lists(dataset: Dataset) -> bool:
 
 
 def _groups(dataset: Dataset) -> I64:
-    """What LambdaMART compares within, int64 [N]: the request, or, of a log of short ones, the user's day."""
-    request = np.repeat(np.arange(len(dataset)), np.diff(dataset.starts))
+    """What LambdaMART compares within, int64 [N]: the request, or, of a log of short ones, GROUP_ROWS candidates."""
     if _long_lists(dataset):
-        return request
-    user = np.unique(dataset.user_id, return_inverse=True)[1].astype(np.int64)
-    day = dataset.request_time_ms // DAY_MS
-    return (user * (int(day.max()) - int(day.min()) + 1) + day - int(day.min()))[request]
+        return np.repeat(np.arange(len(dataset)), np.diff(dataset.starts))
+    return np.arange(len(dataset.labels)) // GROUP_ROWS
 
 
 class _Search:
     """Random search for one head: trials until the time is over, the best one by the validation part."""
 
     def __init__(
-        self, kind: str, columns: Columns, labels: npt.NDArray[np.bool_], rows: Mapping[str, I64], groups: I64, *, seed: int, threads: int
+        self,
+        kind: str,
+        columns: Columns,
+        labels: npt.NDArray[np.bool_],
+        rows: Mapping[str, I64],
+        groups: I64,
+        *,
+        ndcg_at: int,
+        seed: int,
+        threads: int,
     ) -> None:
         try:
             import lightgbm
@@ -326,7 +335,8 @@ class _Search:
         self._ranks = kind == "lambdamart"
         self._fixed = {"objective": "binary", "metric": "binary_logloss"}
         if self._ranks:
-            self._fixed = {"objective": "lambdarank", "metric": "ndcg", "eval_at": "10"}
+            self._fixed = {"objective": "lambdarank", "metric": "ndcg", "lambdarank_truncation_level": str(GROUP_ROWS)}
+            self._fixed["eval_at"] = str(ndcg_at)
         self._fixed |= {
             "verbosity": "-1",
             "seed": str(seed),

@@ -155,3 +155,25 @@ def test_the_trees_find_which_items_are_liked(kind: str, tmp_path: Path) -> None
     assert np.ptp(found[:, 1]) == 0.0  # nothing was hidden: nothing to learn
     assert kind == "rates" or about["heads"]["click"]["trials"] >= 1
     assert about.get("compares_within") == ("request" if kind == "lambdamart" else None)
+
+
+def test_where_lists_are_short_users_are_compared_with_each_other(tmp_path: Path) -> None:
+    """One item a request, and who asks decides. Compared within a user's day, what followed a click would tell the click: trees would
+    learn that a low rate is good."""
+    random = np.random.default_rng(1)
+    log, requests = Log(), 1800
+    for number in range(requests):
+        now, user, item = START_MS + number * 300_000, int(random.integers(0, 12)), int(random.integers(0, 20))
+        clicked = random.random() < 0.1 + 0.06 * user
+        log.act(user, item, SHOWN, now)
+        if clicked:
+            log.act(user, item, CLICK, now + 1000)
+        log.request(user, now, {item: [CLICK] if clicked else []})
+    log.write(tmp_path / "log")
+    publish_embeddings(DOMAIN, "home", tmp_path / "log", tmp_path / "tables", until_ms=START_MS + requests * 200_000, snapshots=1)
+    dataset, _ = build_dataset(DOMAIN, "home", tmp_path / "log", tmp_path / "tables")
+    columns = columns_of(DOMAIN, "home", tmp_path / "log", dataset)
+    parts = {"train": np.arange(1200), "validation": np.arange(1200, 1500), "test": np.arange(1500, requests)}
+    found, about = boosted("lambdamart", columns, dataset, parts, ("click",), seconds_max=3.0, threads=1)
+    assert about["compares_within"] == "500 candidates"
+    assert auc(found[:, 0], dataset.labels[dataset.candidate_rows(parts["test"]), 0]) > 0.6
