@@ -14,6 +14,7 @@ is decided here, not in the state: unknown actions, ages, retractions and take-d
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ MISSING, OUTSIDE, FIRST = 0, 1, 2
 
 _RETRACTS, _SEEN = np.uint8(1), np.uint8(2)
 _NAN = np.float32(np.nan)
+_HEADS_MAX = 4096
 _OPAQUE = np.dtype(f"V{EVENT_DTYPE.itemsize}")
 
 
@@ -143,12 +145,14 @@ class Packer:
         coded = (name for name in ranker.features if domain.features[name].kind not in ("number", "vector"))
         self._codes = {name: _Codes(name, domain.features[name]) for name in coded}
         kinds = (self._numbers, self._categories, self._lists, self._vectors)
+        self._single = [row.name for row in self.table if row.name.startswith(("user_", "request_")) and row.name != "user_embedding"]
+        """Tensors that are made like those of the candidates, for one."""
         self._stored = {side: any(bool(names[side]) for names in kinds) for side in self._numbers}
 
     def pack(self, inputs: RankInputs) -> Packed:
         """The tensors of one request. Neither reads a clock nor depends on anything but its inputs, the domain file and the tables."""
         tables, tensors = self.tables, Tensors()
-        seen = inputs.events[self.visible(inputs)]
+        seen = inputs.events.take(self.visible(inputs))  # indexing would copy field by field
         count = len(seen)
         self._add_sequence(tensors, seen, inputs.request_time_ms)
 
@@ -176,8 +180,8 @@ class Packer:
             self._add_columns(tensors, "request", inputs.request_features, 1)
         if self._stored["candidate"]:
             self._add_columns(tensors, "candidate", inputs.candidate_features, len(ids))
-        for side in ("user", "request"):
-            self._drop_axis(tensors, side)
+        for name in self._single:
+            tensors[name] = tensors[name][0]
         return Packed(
             tensors={row.name: tensors[row.name] for row in self.table},
             sequence_count=count,
@@ -368,11 +372,6 @@ class Packer:
                 out[:] = columns[name].number
             tensors[f"{side}_vector_{name}"] = _canonical(out)
 
-    def _drop_axis(self, tensors: Tensors, side: str) -> None:
-        for name in tensors:
-            if name.startswith(f"{side}_") and name != "user_embedding":
-                tensors[name] = tensors[name][0]
-
 
 class _Codes:
     """From hashed texts to the codes of a category or list feature."""
@@ -445,7 +444,7 @@ def _digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> tuple[b
     of_all, of_each = xxhash.xxh3_128(), dict[str, int]()
     for row in table:
         array = _checked(row, tensors)
-        head, data = _head(row, array), array.data
+        head, data = _head(row.name, row.dtype, array.shape), array.data
         of_all.update(head)
         of_all.update(data)
         hasher = xxhash.xxh3_64(head)
@@ -454,18 +453,16 @@ def _digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> tuple[b
     return of_all.digest(), of_each
 
 
-def _head(row: Tensor, array: Array) -> bytes:
-    return f"{row.name}\0{row.dtype.str}\0{array.shape}\0".encode()
+@lru_cache(_HEADS_MAX)
+def _head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{name}\0{dtype.str}\0{shape}\0".encode()
 
 
 def _checked(row: Tensor, tensors: Mapping[str, Array]) -> Array:
     array = tensors.get(row.name)
     if array is None:
         raise ValueError(f"tensor {row.name} is absent")
-    if (
-        array.dtype != row.dtype
-        or array.ndim != len(row.shape)
-        or any(a != b for a, b in zip(array.shape, row.shape, strict=True) if b >= 0)
-    ):
+    fixed = int(row.per_candidate)
+    if array.dtype != row.dtype or array.ndim != len(row.shape) or array.shape[fixed:] != row.shape[fixed:]:
         raise ValueError(f"tensor {row.name} is {array.dtype.str} {array.shape}; the table says {row.dtype.str} {row.shape}")
     return np.ascontiguousarray(array)

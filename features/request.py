@@ -93,8 +93,7 @@ def _packed(field: str, data: bytes, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _kinds(domain: Domain, request: RankRequest, count: int) -> npt.NDArray[np.uint8]:
-    known = {number: name for name, number in domain.entities.items()}
-    allowed = ", ".join(f"{number} ({name})" for number, name in sorted(known.items()))
+    known = domain.entities.values()
     if request.candidate_kinds:
         if request.candidate_kind:
             raise RequestError("candidate_kind", "must be 0 where candidate_kinds is given")
@@ -103,21 +102,30 @@ def _kinds(domain: Domain, request: RankRequest, count: int) -> npt.NDArray[np.u
             raise RequestError("candidate_kinds", f"{len(kinds)} kinds for {count} candidates; one byte each, or empty")
         unknown = np.setdiff1d(kinds, list(known))
         if len(unknown):
-            raise RequestError("candidate_kinds", f"{unknown[0]} is not an entity kind; kinds: {allowed}")
+            raise RequestError("candidate_kinds", f"{unknown[0]} is not an entity kind; kinds: {_kinds_known(domain)}")
         return kinds
     kind = request.candidate_kind
     if not kind and len(known) == 1:
         (kind,) = known
     if kind not in known:
-        raise RequestError("candidate_kind", f"{kind} is not an entity kind; kinds: {allowed}")
+        raise RequestError("candidate_kind", f"{kind} is not an entity kind; kinds: {_kinds_known(domain)}")
     return np.full(count, kind, np.uint8)
 
 
+def _kinds_known(domain: Domain) -> str:
+    return ", ".join(f"{number} ({name})" for name, number in sorted(domain.entities.items(), key=lambda entity: entity[1]))
+
+
 def _refuse_duplicates(ids: U64, kinds: npt.NDArray[np.uint8]) -> None:
-    order = np.argsort(ids) if kinds.min() == kinds.max() else np.lexsort((ids, kinds))  # a third of the time, for nearly every request
-    twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]) & (kinds[order[1:]] == kinds[order[:-1]]))
+    if kinds.min() == kinds.max():  # nearly every request, and a fraction of the time
+        ids = np.sort(ids)
+        twice = ids[1:][ids[1:] == ids[:-1]]
+    else:
+        order = np.lexsort((ids, kinds))
+        ids, kinds = ids[order], kinds[order]
+        twice = ids[1:][(ids[1:] == ids[:-1]) & (kinds[1:] == kinds[:-1])]
     if len(twice):
-        raise RequestError("candidate_ids", f"{ids[order[twice[0]]]} stands there twice; each candidate once")
+        raise RequestError("candidate_ids", f"{twice[0]} stands there twice; each candidate once")
 
 
 def _columns(side: str, columns: Mapping[str, FeatureColumn], features: Mapping[str, Feature], count: int) -> dict[str, Column]:

@@ -450,7 +450,7 @@ def decode_row(row: bytes, user_id: int | None = None) -> Row:
     """
     if len(row) < HEADER_DTYPE.itemsize:
         raise SequenceCorruptError(f"row of {len(row)} bytes is shorter than its header")
-    head = np.frombuffer(row, HEADER_DTYPE, 1)[0]
+    head = dict(zip(HEADER_DTYPE.names or (), np.frombuffer(row, HEADER_DTYPE, 1).item(), strict=True))
     _check_header(head, len(row), zlib.crc32(memoryview(row)[8:]), user_id)
     body = memoryview(row)[HEADER_DTYPE.itemsize :]
     if head["schema_version"] == SCHEMA_VERSION:
@@ -461,7 +461,7 @@ def decode_row(row: bytes, user_id: int | None = None) -> Row:
         for name in _SCHEMA_1.names or ():
             events[name] = older[name]
     names = ("user_id", "fingerprint", "log_epoch", "partition", "offset", "erased_before_ms")
-    return Row(**{name: int(head[name]) for name in names}, events=events)
+    return Row(**{name: head[name] for name in names}, events=events)
 
 
 def is_whole(row: bytes) -> bool:
@@ -481,8 +481,8 @@ def encode_row(row: Row) -> bytes:
     return bytes(data)
 
 
-def _check_header(head: np.void, size: int, crc32: int, user_id: int | None) -> None:
-    width = _WIDTHS.get(int(head["schema_version"]))
+def _check_header(head: Mapping[str, int], size: int, crc32: int, user_id: int | None) -> None:
+    width = _WIDTHS.get(head["schema_version"])
     wrong = None
     if head["magic"] != _MAGIC:
         wrong = "not a sequence row"
@@ -492,7 +492,7 @@ def _check_header(head: np.void, size: int, crc32: int, user_id: int | None) -> 
         raise SequenceForeignError(
             f"sequence row: format {head['format_version']}, schema {head['schema_version']} is newer than this program: upgrade it"
         )
-    elif size != HEADER_DTYPE.itemsize + width * int(head["count"]):
+    elif size != HEADER_DTYPE.itemsize + width * head["count"]:
         wrong = f"{size} bytes do not hold {head['count']} records"
     elif user_id is not None and head["user_id"] != user_id:
         wrong = "it belongs to another user"

@@ -3,6 +3,8 @@
 import asyncio
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc.service_pb2 import (
     ModelInferRequest,
+    ModelInferResponse,
     ModelReadyRequest,
     RepositoryModelLoadRequest,
     RepositoryModelUnloadRequest,
@@ -33,6 +36,11 @@ _CHANNEL = [
 ]
 
 
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_HEADS_MAX = 1024
+"""One for each number of candidates and model: about a kilobyte."""
+
+
 class TritonError(RuntimeError):
     """Triton gave no answer that can be used."""
 
@@ -49,13 +57,15 @@ class TritonModels:
     """All models of one Triton server. One for each process and event loop, for its whole life.
 
     The messages are Triton's own, without its client's objects for each tensor: tensors go out as raw bytes, one request is a batch of one,
-    and Triton joins requests that come together (`config_pbtxt`).
+    and Triton joins requests that come together (`config_pbtxt`). What a request says beside the bytes is serialized once for all of the
+    same shapes.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
         self._stub = GRPCInferenceServiceStub(self._channel)
+        self._infer = self._channel.unary_unary(_INFER, response_deserializer=ModelInferResponse.FromString)
 
     async def infer(self, model: str, tensors: Tensors, output: str, *, timeout_s: float) -> npt.NDArray[np.generic]:
         """Runs a model once on the `tensors` of one request, as the tensor table shapes them; returns the tensor `output`.
@@ -64,15 +74,13 @@ class TritonModels:
             ModelTimeoutError: no answer within `timeout_s`.
             ModelUnavailableError: no Triton, no such model, or the model failed.
         """
-        request = ModelInferRequest(model_name=model)
-        for name, value in tensors.items():
-            request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=(1, *value.shape))
-            request.raw_input_contents.append(value.tobytes())
-        request.outputs.add(name=output)
+        head = _head(model, output, tuple([(name, value.dtype, value.shape) for name, value in tensors.items()]))
+        contents = ModelInferRequest(raw_input_contents=[value.tobytes() for value in tensors.values()])
+        request = head + contents.SerializeToString()  # two messages in a row are one with the fields of both
         try:
             # A deadline of the call leaves the work in Triton's queue; cancelling the task takes it out.
             async with asyncio.timeout(timeout_s):
-                answer = await self._stub.ModelInfer(request, metadata=TRACE_HEADERS.get() or None)
+                answer = await self._infer(request, metadata=TRACE_HEADERS.get() or None)
         except TimeoutError as error:
             raise ModelTimeoutError(f"{model}: no answer within {timeout_s * 1e3:.0f} ms") from error
         except grpc.RpcError as error:
@@ -123,6 +131,16 @@ class TritonModels:
     async def close(self) -> None:
         """Closes the connection."""
         await self._channel.close()
+
+
+@lru_cache(_HEADS_MAX)
+def _head(model: str, output: str, inputs: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> bytes:
+    """A serialized request without the tensors' bytes; `inputs`: name, dtype and shape of each."""
+    request = ModelInferRequest(model_name=model)
+    for name, dtype, shape in inputs:
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(dtype), shape=(1, *shape))
+    request.outputs.add(name=output)
+    return bytes(request.SerializeToString())
 
 
 def _unavailable(model: str, error: grpc.RpcError) -> ModelUnavailableError:
