@@ -102,6 +102,8 @@ async def read_person(
 
 def _reached(after: Seq[Position], readings: Seq[Reading], lineage: Lineage) -> bool:
     """Whether the readings include every position. Raises RequestError where one is not of their logs, or of those that led to them."""
+    if not after:
+        return True
     offsets: dict[int, int] = {}
     for reading in readings:
         at = reading.watermark

@@ -120,7 +120,7 @@ class RoutedSource:
         if after or any(part.found is None for part in parts):
             await self._ask(question, parts)
         settled = [self._settled(part) for part in parts]
-        if not all(includes([reading.watermark for reading in found], after) for found in settled):
+        if after and not all(includes([reading.watermark for reading in found], after) for found in settled):
             # Who waited at an owner has no time left now. An older state is asked again, but not at once.
             await asyncio.sleep(min(question.wait_s(), _PACE_S))
         readings: list[Reading | None] = [None] * len(user_ids)
