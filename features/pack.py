@@ -443,26 +443,18 @@ def tensor_digests(domain: Domain, ranker_name: str, tensors: Mapping[str, Array
 def _digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, int]]:
     of_all, of_each = xxhash.xxh3_128(), dict[str, int]()
     for row in table:
-        array = _checked(row, tensors)
-        head, data = _head(row.name, row.dtype, array.shape), array.data
-        of_all.update(head)
+        array = tensors.get(row.name)
+        if array is None:
+            raise ValueError(f"tensor {row.name} is absent")
+        data = b"".join((_head(row.name, row.dtype, row.shape, array.dtype, array.shape), np.ascontiguousarray(array)))
         of_all.update(data)
-        hasher = xxhash.xxh3_64(head)
-        hasher.update(data)
-        of_each[row.name] = hasher.intdigest()
+        of_each[row.name] = xxhash.xxh3_64_intdigest(data)
     return of_all.digest(), of_each
 
 
 @lru_cache(_HEADS_MAX)
-def _head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def _head(name: str, row_dtype: np.dtype[Any], row_shape: tuple[int, ...], dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before a tensor's bytes in a digest, once it is as the table's row says. Raises ValueError."""
+    if dtype != row_dtype or len(shape) != len(row_shape) or any(a != b for a, b in zip(shape, row_shape, strict=True) if b >= 0):
+        raise ValueError(f"tensor {name} is {dtype.str} {shape}; the table says {row_dtype.str} {row_shape}")
     return f"{name}\0{dtype.str}\0{shape}\0".encode()
-
-
-def _checked(row: Tensor, tensors: Mapping[str, Array]) -> Array:
-    array = tensors.get(row.name)
-    if array is None:
-        raise ValueError(f"tensor {row.name} is absent")
-    fixed = int(row.per_candidate)
-    if array.dtype != row.dtype or array.ndim != len(row.shape) or array.shape[fixed:] != row.shape[fixed:]:
-        raise ValueError(f"tensor {row.name} is {array.dtype.str} {array.shape}; the table says {row.dtype.str} {row.shape}")
-    return np.ascontiguousarray(array)
