@@ -5,6 +5,7 @@ and category features.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,7 @@ def user_key(user_id: int) -> bytes:
     return b"%016x" % user_id
 
 
+@lru_cache(256)  # whoever reads a user asks twice: where the sequence is, and which view has it
 def partition_of(key: bytes, partition_count: int) -> int:
     """Partition of a key as Java clients choose it: murmur2 (seed 0x9747b28c), sign bit dropped, modulo the partitions."""
     return (murmur2(key) & 0x7FFFFFFF) % partition_count

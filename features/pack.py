@@ -316,7 +316,7 @@ class Packer:
     def _add_stored(self, tensors: Tensors, side: str, found: Found, n: int) -> None:
         """Features of users or items from the tables."""
         if numbers := self._numbers[side]:
-            out = np.full((n, len(numbers)), _NAN, np.float32)
+            out = _missing(n, len(numbers))
             for j, name in enumerate(numbers):
                 found.fill(name, out[:, j])
             tensors[f"{side}_number"] = _canonical(out)
@@ -337,14 +337,14 @@ class Packer:
                 weights[raw == 0] = 0  # behind the list's end, and of who has none
                 tensors[f"{side}_weight_{name}"] = weights
         for name, dimension in self._vectors[side].items():
-            out = np.full((n, dimension), _NAN, np.float32)
+            out = _missing(n, dimension)
             found.fill(name, out)
             tensors[f"{side}_vector_{name}"] = _canonical(out)
 
     def _add_columns(self, tensors: Tensors, side: str, columns: Mapping[str, Column], n: int) -> None:
         """Features that the request brought along."""
         if numbers := self._numbers[side]:
-            out = np.full((n, len(numbers)), _NAN, np.float32)
+            out = _missing(n, len(numbers))
             for j, name in enumerate(numbers):
                 if name in columns:
                     out[:, j] = columns[name].number
@@ -367,7 +367,7 @@ class Packer:
                 weights[raw == 0] = 0
                 tensors[f"{side}_weight_{name}"] = weights
         for name, dimension in self._vectors[side].items():
-            out = np.full((n, dimension), _NAN, np.float32)
+            out = _missing(n, dimension)
             if name in columns:
                 out[:] = columns[name].number
             tensors[f"{side}_vector_{name}"] = _canonical(out)
@@ -420,6 +420,13 @@ def _spread(column: Column, ragged: Array | None, out: Array) -> None:
     np.copyto(out, values, where=places < lengths[:, None])
 
 
+def _missing(n: int, width: int) -> npt.NDArray[np.float32]:
+    """NaN, float32 [n, width]."""
+    numbers = np.empty((n, width), np.float32)
+    numbers.fill(_NAN)  # a third of the time of np.full
+    return numbers
+
+
 def _canonical(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Gives every NaN the same bits, in place."""
     numbers[np.isnan(numbers)] = _NAN
@@ -446,7 +453,7 @@ def _digests(table: tuple[Tensor, ...], tensors: Mapping[str, Array]) -> tuple[b
         array = tensors.get(row.name)
         if array is None:
             raise ValueError(f"tensor {row.name} is absent")
-        data = b"".join((_head(row.name, row.dtype, row.shape, array.dtype, array.shape), np.ascontiguousarray(array)))
+        data = b"".join((_head(row.name, row.dtype, row.shape, array.dtype, array.shape), np.ascontiguousarray(array).data))
         of_all.update(data)
         of_each[row.name] = xxhash.xxh3_64_intdigest(data)
     return of_all.digest(), of_each

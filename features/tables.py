@@ -470,7 +470,7 @@ class Found:
             if table is None:
                 continue
             if where is None and out.flags.c_contiguous:
-                np.take(table, rows, axis=0, out=out, mode="clip")
+                table.take(rows, axis=0, out=out, mode="clip")
             else:
                 out[slice(None) if where is None else where] = table.take(rows, axis=0, mode="clip")
 
