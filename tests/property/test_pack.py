@@ -356,3 +356,15 @@ def test_every_changed_byte_changes_the_digest_and_names_its_tensor(data):
     assert packer.digest(other) != packer.digest(tensors)
     before, after = packer.tensor_digests(tensors), packer.tensor_digests(other)
     assert [each for each in before if before[each] != after[each]] == [name]
+
+
+@pytest.mark.parametrize("name", ["candidate_embedding", "sequence_count"])
+def test_a_tensor_that_is_not_the_tables_has_no_digest(name):
+    packer = PACKERS[0][0]
+    good = {row.name: np.zeros([2 if size < 0 else size for size in row.shape], row.dtype) for row in packer.table}
+    packer.digests(good)
+    for wrong in (good[name].astype(np.float64), good[name][None], np.concatenate((good[name],) * 2, axis=-1)):
+        with pytest.raises(ValueError, match=f"tensor {name} is "):
+            packer.digests({**good, name: wrong})
+    with pytest.raises(ValueError, match=f"tensor {name} is absent"):
+        packer.digests({other: tensor for other, tensor in good.items() if other != name})

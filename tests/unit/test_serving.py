@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 from serving_world import DOMAIN, NOW_MS, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from features.ids import string_id
 from features.request import RequestError
@@ -19,7 +22,7 @@ from inference.served import ModelGate, Releases
 from inference.server import ServerConfig
 from inference.service import STATUS, RankingService, is_sampled, parse_request
 from inference.telemetry import STAGES, Timings
-from inference.triton import ModelTimeoutError, ModelUnavailableError
+from inference.triton import ModelTimeoutError, ModelUnavailableError, TritonModels
 from protos.v1.ranking_pb2 import (
     TIER_CALLER_ORDER,
     TIER_MODEL,
@@ -280,3 +283,38 @@ def test_an_answer_that_is_no_probability_is_no_answer(answer):
         assert not gate.open
 
     gated(scenario)
+
+
+def test_a_request_to_triton_says_what_is_in_it_whatever_was_asked_before():
+    random = np.random.default_rng(1)
+    asked = [{"a": random.random((n, 2)).astype(np.float16), "b": random.integers(0, 9, 3).astype(np.int64)} for n in (1, 2, 1)]
+    asked.append({"a": asked[0]["a"].astype(np.float32), "b": asked[0]["b"]})
+
+    async def scenario():
+        seen = []
+
+        async def answer(data, _context):
+            seen.append(data)
+            return ModelInferResponse(
+                outputs=[{"name": "p", "datatype": "FP32", "shape": [1, 1]}], raw_output_contents=[np.float32([0.5]).tobytes()]
+            )
+
+        method = grpc.unary_unary_rpc_method_handler(answer, ModelInferRequest.FromString, ModelInferResponse.SerializeToString)
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": method}),))
+        triton = TritonModels(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        for tensors in asked:
+            assert await triton.infer("m", tensors, "p", timeout_s=5) == [0.5]
+        await triton.close()
+        await server.stop(None)
+        return seen
+
+    types = {"float16": "FP16", "float32": "FP32", "int64": "INT64"}
+    for tensors, got in zip(asked, asyncio.run(scenario()), strict=True):
+        assert got == ModelInferRequest(
+            model_name="m",
+            inputs=[{"name": name, "datatype": types[str(x.dtype)], "shape": (1, *x.shape)} for name, x in tensors.items()],
+            outputs=[{"name": "p"}],
+            raw_input_contents=[x.tobytes() for x in tensors.values()],
+        )
