@@ -76,6 +76,9 @@ class Settings(BaseSettings):
 
     triton_url: Address = Field("", description="host:port of an outside Triton's gRPC service; empty: the local stack starts one.")
     torch_threads: PositiveInt = Field(1, description="CPU threads of each model instance and of training.")
+    model_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where models in Triton compute; auto: on a GPU if it has one."
+    )
 
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the servers; with tls_key they serve TLS.")
     tls_authority: Path | None = Field(None, description="PEM certificate of the authority that commands trust when they call the server.")

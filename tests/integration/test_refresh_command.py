@@ -292,7 +292,7 @@ def serving(home: Settings, triton: Callable[..., TritonServer]) -> Iterator[tup
     (repository := home.home / "repository").mkdir()
     config = ServerConfig(
         releases=home.home / "releases", tables=home.home / "tables", repository=repository, triton=triton(repository).grpc_url,
-        timeout_s=10.0, model_timeout_s=10.0, unload_delay_s=600.0,
+        timeout_s=10.0, model_timeout_s=10.0, unload_delay_s=600.0, model_device="cpu",
     )  # fmt: skip
     sink = ListSink()
     server = RankingServer(config, ImmediateSource(MemoryReader()), sink)
