@@ -38,6 +38,7 @@ from deploy.options import (
     Home,
     Json,
     RankerName,
+    ServedOn,
     console,
     entity_kind,
     parse_id,
@@ -256,9 +257,7 @@ def replay(
     users_share: Annotated[float, typer.Option(min=0, max=1, help="Share of users, by hash.")] = 1.0,
     history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
-    served_on: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where the models ran: a GPU's scores may be further apart.")
-    ] = "auto",
+    served_on: ServedOn = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     home: Home = None,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from deploy.options import DomainFile, Home, RankerName, entity_kind, parse_id, settings_for
+from deploy.options import DomainFile, Home, RankerName, ServedOn, entity_kind, parse_id, settings_for
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
@@ -30,6 +30,7 @@ def explain(
     ranker: RankerName = None,
     archive: Annotated[Path | None, typer.Option(help="Archive folder of both logs; Kafka where absent.")] = None,
     history: Annotated[str, typer.Option(help="Where the base's history lies now; where it was at the bootstrap if absent.")] = "",
+    served_on: ServedOn = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write the page to this HTML file, which needs nothing else.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many candidates are shown.")] = 20,
     home: Home = None,
@@ -50,7 +51,7 @@ def explain(
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     if request_id is not None:
-        explained = explain_logged(replay_options(settings, archive, history), request_id, shadow_release=shadow)
+        explained = explain_logged(replay_options(settings, archive, history, served_on=served_on), request_id, shadow_release=shadow)
         product, found = explained.domain, explained.explanation
         notes, warnings = explained.notes, explained.warnings
     else:

@@ -57,27 +57,32 @@ class Live:
 
 
 def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, seconds: float, console: Console) -> int:
-    """Runs the demo; returns 0 if the replay found no difference."""
+    """Runs the demo; returns 0 if the replay found no difference.
+
+    Raises:
+        TrainError: another process trains or releases the ranker in this home folder.
+    """
     started = time.monotonic()
-    simulator = None
+    simulator = Simulator(SEED) if domain_path is None else None
     if domain_path is None:
-        simulator = Simulator(SEED)
         domain_path, data = Settings.model_fields["domain"].default, settings.home / "demo" / "published"
-        simulator.write(data, requests=REQUESTS)
-        console.print(f"[bold]1[/bold]  simulated a published log: {data}")
     elif data is None:
         raise ValueError("--data: the folder with the published files is needed with --domain")
     settings = settings.model_copy(update={"domain": keep_domain(domain_path, settings.home), "inline_share": 0.1})
     work = Workspace(settings.domain, settings.home)
     ranker = work.domain.ranker_name(None)
-    summary = import_data(work, data, console)
-    console.print(f"[bold]2[/bold]  imported {summary['actions']:,} actions, {summary['requests']:,} requests")
+    with work.alone_with(ranker, "freshrank demo"):
+        if simulator is not None:
+            simulator.write(data, requests=REQUESTS)
+            console.print(f"[bold]1[/bold]  simulated a published log: {data}")
+        summary = import_data(work, data, console)
+        console.print(f"[bold]2[/bold]  imported {summary['actions']:,} actions, {summary['requests']:,} requests")
 
-    options = TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED, threads=2)
-    trained = train_ranker(work, ranker, options)
-    without = train_without_sequence(work, ranker, replace(options, seconds_max=seconds / 2))
-    written = release(work, ranker)
-    console.print(f"[bold]3[/bold]  trained twice, with and without the realtime sequence; released {written.release_id}")
+        options = TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED, threads=2)
+        trained = train_ranker(work, ranker, options)
+        without = train_without_sequence(work, ranker, replace(options, seconds_max=seconds / 2))
+        written = release(work, ranker)
+        console.print(f"[bold]3[/bold]  trained twice, with and without the realtime sequence; released {written.release_id}")
 
     with Stack(settings) as stack:
         console.print(f"[bold]4[/bold]  started Kafka, Triton, worker, reader, server in {settings.home}")

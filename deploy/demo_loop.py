@@ -36,6 +36,7 @@ from features.logs import Served
 from inference.client import Ranking, feature_column
 from inference.gate import gate_table
 from inference.outcomes import Outcome, outcomes_of_log, outcomes_table
+from inference.release import Release
 from inference.train import TrainOptions
 from protos.v1.ranking_pb2 import RankRequest
 
@@ -49,6 +50,7 @@ SERVED_FROM_MS = START_MS + DAYS * DAY_MS
 LATER_FROM_MS = SERVED_FROM_MS + (_TRAFFIC_DAYS + 1) * DAY_MS
 """By the simulator's clock; the traffic of each takes _TRAFFIC_DAYS, and is labelled at the end of the day after."""
 _SWITCH_S_MAX = 60.0
+_WHO = "freshrank demo --loop"
 _TIMEOUT_S = 10.0
 
 
@@ -57,19 +59,21 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
 
     Raises:
         ValueError: a loop ran in this home folder: its traffic would be served a second time.
+        TrainError: another process trains or releases the ranker in it.
     """
     started_s = time.monotonic()
     if (settings.home / "logs").exists():
         raise ValueError(f"{settings.home}: a loop or a demo ran here; remove the folder, or name another one with --home")
     simulator, data = Simulator(SEED), settings.home / "demo" / "published"
-    simulator.write(data, requests=IMPORTED)
     domain_path = keep_domain(Settings.model_fields["domain"].default, settings.home)
     settings = settings.model_copy(update={"domain": domain_path, "inline_share": 0.01})
     work, options = Workspace(domain_path, settings.home), TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED)
     domain, ranker = work.domain, work.domain.ranker_name(None)
-    summary = import_data(work, data, console)
-    train_ranker(work, ranker, options)
-    incumbent = release(work, ranker)
+    with work.alone_with(ranker, _WHO):
+        simulator.write(data, requests=IMPORTED)
+        summary = import_data(work, data, console)
+        train_ranker(work, ranker, options)
+        incumbent = release(work, ranker)
     first = incumbent.release_id
     console.print(f"[bold]1[/bold]  the first model, from {summary['requests']:,} imported requests: {first}")
     with Stack(settings) as stack:
@@ -82,12 +86,7 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
             console.print("[bold]3[/bold]  labelled:")
             console.print(report.to_text(), markup=False, soft_wrap=True)
             served = replace(work, served=True)
-            train_ranker(served, ranker, options)
-            verdict = judge_trained(served, ranker, incumbent)
-            console.print(gate_table(verdict))
-            forced = "" if verdict.passed else "; published all the same, to see what users do"
-            console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}{forced}", markup=False, soft_wrap=True)
-            second = release(served, ranker, verdict.for_manifest()).release_id
+            second = _second(served, ranker, options, incumbent, console)
             console.print(f"[bold]4[/bold]  the second model, from what the first one served alone: {second}")
             _switch(stack.settings, live, ranker, first, second)
             count = traffic.run(LATER, from_ms=LATER_FROM_MS)
@@ -106,6 +105,17 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
     )
     console.print(f"loop done in {time.monotonic() - started_s:.0f} s; the served log: {served.log}")
     return 0 if parity["ok"] and report.ok else 1
+
+
+def _second(served: Workspace, ranker: str, options: TrainOptions, incumbent: Release, console: Console) -> str:
+    """Trains on what was served, judges, and releases; returns the release's id."""
+    with served.alone_with(ranker, _WHO):
+        train_ranker(served, ranker, options)
+        verdict = judge_trained(served, ranker, incumbent)
+        console.print(gate_table(verdict))
+        forced = "" if verdict.passed else "; published all the same, to see what users do"
+        console.print(f"gate: {verdict.decision}: {'; '.join(verdict.reasons)}{forced}", markup=False, soft_wrap=True)
+        return release(served, ranker, verdict.for_manifest()).release_id
 
 
 @dataclass(frozen=True)

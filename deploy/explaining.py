@@ -52,7 +52,7 @@ def explain_logged(options: ReplayOptions, request_id: int, *, shadow_release: s
         notes.append("the rebuilt inputs are those that were served, byte for byte")
     else:
         warnings.append(_difference(report))
-    message = _explained(rebuilt, options.device, notes, warnings)
+    message = _explained(rebuilt, options, notes, warnings)
     return Explained(rebuilt.release.domain, rebuilt.record, message, tuple(notes), tuple(warnings))
 
 
@@ -69,7 +69,7 @@ def _difference(report: Report) -> str:
     return f"the rebuilt inputs differ from those that were served ({', '.join(what)}): what follows is about the rebuilt ones"
 
 
-def _explained(rebuilt: Rebuilt, device: str, notes: list[str], warnings: list[str]) -> Explanation:
+def _explained(rebuilt: Rebuilt, options: ReplayOptions, notes: list[str], warnings: list[str]) -> Explanation:
     """The message; what is to be said of its scores goes to `notes` or `warnings`."""
     from inference.rescore import Rescorer  # PyTorch takes seconds
 
@@ -80,7 +80,8 @@ def _explained(rebuilt: Rebuilt, device: str, notes: list[str], warnings: list[s
     if record.tier != TIER_MODEL:
         notes.append("a tier without the whole model answered: no action had an effect that could be measured")
         return explanation(rebuilt.packer, rebuilt.inputs, rebuilt.packed, served, {}, response, order)
-    rescorer, by = Rescorer(rebuilt.release, device=device), (dict(request.head_weights), record.score_formula)
+    rescorer = Rescorer(rebuilt.release, device=options.device, served_on=options.served_on)
+    by = dict(request.head_weights), record.score_formula
     scores, allowed = rescorer.scores(rebuilt.packed.tensors, *by)[""]
     without = {
         variant.place: rescorer.scores(rebuilt.packer.pack(variant.inputs).tensors, *by)[""][0]

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ console = Console(stderr=True)
 Home = Annotated[Path | None, typer.Option(help="Folder of state, releases and tables.", show_default="./.freshrank")]
 DomainFile = Annotated[Path | None, typer.Option("--domain", help="Domain file; the home folder's own copy where absent.")]
 RankerName = Annotated[str | None, typer.Option("--ranker", help="A [ranker.NAME] of the domain file; the first one where absent.")]
+ServedOn = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where the models ran: a GPU's scores may be further apart. auto: as model_device says, or as this machine has it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

@@ -1,6 +1,7 @@
 """The processes that serve. `freshrank worker`, `reader` and `server` run them anywhere; the local stack supervises them."""
 
 import json
+from functools import partial
 
 from deploy.door import door
 from deploy.logs import set_up_logging
@@ -71,6 +72,8 @@ def worker(settings: Settings) -> int:
 
 def reader(settings: Settings) -> int:
     """Answers GetSequences over gRPC until SIGTERM; returns the exit code."""
+    from deploy.server_pages import reader_pages  # brings a web server along
+
     set_up_logging(settings)
     set_slice(settings.serving_slice_ms)
     config = ReaderConfig(
@@ -84,8 +87,9 @@ def reader(settings: Settings) -> int:
         watches_max=settings.reader_watches_max,
         reflection=settings.reflection,
         erasure=erasure_service_config(settings) if settings.erasure_service else None,
+        web=partial(reader_pages, settings.reader_host, settings.reader_web_port),
     )
-    return run_reader(config, lambda details: report_ready(details["address"]))
+    return run_reader(config, lambda details: report_ready(details.pop("address"), **details))
 
 
 def erasure_service_config(settings: Settings) -> ErasureServiceConfig:

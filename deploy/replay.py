@@ -72,7 +72,10 @@ class ReplayOptions:
 
 def replay_options(settings: Settings, archive: Path | None, history: str, **given: Any) -> ReplayOptions:
     """What a command replays: `archive`, or the Kafka that the settings name or that runs in their home; on the base that was noted there,
-    whose history lies at `history` ("": where it was). `given`: other fields. Raises StackNotRunningError.
+    whose history lies at `history` ("": where it was). `given`: other fields; served_on "auto" is what the settings say of models.
+
+    Raises:
+        StackNotRunningError: no Kafka is named, and none runs in the home.
     """
     from deploy.stack import running  # which starts everything, and needs all of it
 
@@ -83,6 +86,8 @@ def replay_options(settings: Settings, archive: Path | None, history: str, **giv
     based = read_base_file(settings.home if archive is None else archive)
     if based is not None:
         source |= {"base": based[0], "history": history or based[1]}
+    if given.get("served_on", "auto") == "auto":
+        given["served_on"] = settings.model_device
     return ReplayOptions(releases=settings.home / "releases", tables=settings.home / "tables", **source, **given)
 
 

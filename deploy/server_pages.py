@@ -1,4 +1,5 @@
-"""The ranking server's pages for probes and scrapers: /live/, /ready/ and /metrics over HTTP, served on the server's own event loop.
+"""Pages of the ranking server and the sequence reader for probes and scrapers: /live/, /ready/ and /metrics over HTTP, served on the
+process's own event loop.
 
 So an answer of /live/ says that the loop turns, and figures need no lock. There is nothing secret on them, and no user.
 """
@@ -7,13 +8,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from inference.server import RankingServer
-from inference.server_metrics import ServerMetrics
+if TYPE_CHECKING:
+    from inference.server import RankingServer
 
 Page = tuple[int, str, bytes]
 """(HTTP status, content type, body)."""
@@ -30,7 +31,7 @@ def pages(metrics: Callable[[], bytes], ready: Callable[[], bool]) -> Callable[.
         if path in ("/live/", "/live"):
             return 200, _TEXT, b"live\n"
         if path in ("/ready/", "/ready"):
-            return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"loading, warming or draining: see the log\n")
+            return (200, _TEXT, b"ready\n") if ready() else (503, _TEXT, b"loading, warming, draining, or without a view: see the log\n")
         return 404, _TEXT, b"pages: /live/ /ready/ /metrics\n"
 
     async def app(scope: Any, _: Any, send: Any) -> None:
@@ -44,11 +45,20 @@ def pages(metrics: Callable[[], bytes], ready: Callable[[], bool]) -> Callable[.
     return app
 
 
-def server_pages(ranking: RankingServer, host: str, port: int) -> contextlib.AbstractAsyncContextManager[str]:
+def server_pages(ranking: "RankingServer", host: str, port: int) -> contextlib.AbstractAsyncContextManager[str]:
     """`serve_pages` of a ranking server that has started."""
+    from inference.server_metrics import ServerMetrics  # a reader, which has pages of its own, need not load it
+
     service = ranking.service
     metrics = ServerMetrics(service.telemetry, ranking.figures, lambda: ranking.releases.served, lambda: ranking.ready)
     return serve_pages(pages(metrics.exposition, lambda: ranking.ready), host, port)
+
+
+def reader_pages(
+    host: str, port: int, metrics: Callable[[], bytes], ready: Callable[[], bool]
+) -> contextlib.AbstractAsyncContextManager[str]:
+    """`serve_pages` of a sequence reader (`streams.reader_service.ReaderConfig.web`)."""
+    return serve_pages(pages(metrics, ready), host, port, setting="reader_web_port")
 
 
 class Guest(uvicorn.Server):
@@ -61,13 +71,13 @@ class Guest(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve_pages(app: Callable[..., Awaitable[None]], host: str, port: int) -> AsyncIterator[str]:
-    """Serves an ASGI app within the running loop until the block ends; gives "http://host:port".
+async def serve_pages(app: Callable[..., Awaitable[None]], host: str, port: int, *, setting: str = "server_web_port") -> AsyncIterator[str]:
+    """Serves an ASGI app within the running loop until the block ends; gives "http://host:port". `setting`: where the port comes from.
 
     Raises:
         OSError: the port cannot be bound; the message names it.
     """
-    listener = bound("server_web_port", host, port)
+    listener = bound(setting, host, port)
     config = uvicorn.Config(
         app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1, server_header=False
     )

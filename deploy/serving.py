@@ -145,6 +145,7 @@ def server_config(settings: Settings) -> ServerConfig:
         deadline_s_max=settings.rank_deadline_ms_max / 1000,
         after_wait_s_max=settings.after_wait_ms_max / 1000,
         model_threads=settings.torch_threads,
+        model_device=settings.model_device,
         rankings_max=settings.rankings_max,
         rankings_waiting_max=settings.rankings_waiting_max,
         batch_requests_max=settings.model_batch_requests_max,

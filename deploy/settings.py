@@ -76,6 +76,9 @@ class Settings(BaseSettings):
 
     triton_url: Address = Field("", description="host:port of an outside Triton's gRPC service; empty: the local stack starts one.")
     torch_threads: PositiveInt = Field(1, description="CPU threads of each model instance and of training.")
+    model_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where models in Triton compute; auto: on a GPU if it has one."
+    )
 
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of the servers; with tls_key they serve TLS.")
     tls_authority: Path | None = Field(None, description="PEM certificate of the authority that commands trust when they call the server.")
@@ -159,6 +162,7 @@ class Settings(BaseSettings):
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
 
     server_web_port: Port = Field(0, description="Port of the ranking server's pages /live/, /ready/ and /metrics, on server_host.")
+    reader_web_port: Port = Field(0, description="Port of the sequence reader's pages /live/, /ready/ and /metrics, on reader_host.")
     worker_web_host: str = Field(
         "127.0.0.1", description="Address of the worker's pages /live/, /ready/, /health/, /rates/ and /metrics: plain HTTP, no user in it."
     )

@@ -209,7 +209,7 @@ class Releases:
         repository: Triton's model repository.
         triton: the client.
         threads: PyTorch threads of a model in Triton.
-        batch_requests_max, batch_delay_us: see `write_triton_model`.
+        device, batch_requests_max, batch_delay_us: see `write_triton_model`.
         unload_delay_s: how long a model that nothing here uses stays loaded: other servers of the same Triton may still be switching.
     """
 
@@ -221,12 +221,13 @@ class Releases:
         triton: TritonModels,
         *,
         threads: int = 2,
+        device: str = "auto",
         unload_delay_s: float = 10.0,
         batch_requests_max: int = 8,
         batch_delay_us: int = 0,
     ) -> None:
         self._folder, self._tables, self._repository, self._triton = Path(releases), Path(tables), Path(repository), triton
-        self._threads, self._unload_delay_s = threads, unload_delay_s
+        self._threads, self._device, self._unload_delay_s = threads, device, unload_delay_s
         self._batch_requests_max, self._batch_delay_us = batch_requests_max, batch_delay_us
         self._served: dict[str, Served] = {}
         self._kept: dict[str, Served] = {}
@@ -429,6 +430,7 @@ class Releases:
             release,
             self._repository,
             threads=self._threads,
+            device=self._device,
             batch_requests_max=self._batch_requests_max,
             batch_delay_us=self._batch_delay_us,
         )

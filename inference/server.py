@@ -50,6 +50,7 @@ class ServerConfig(ServiceConfig):
     reuse_port: bool = False
     reflection: bool = False
     model_threads: int = 2
+    model_device: str = "auto"
     unload_delay_s: float = 10.0
     batch_requests_max: int = 8
     batch_delay_us: int = 0
@@ -85,6 +86,7 @@ class RankingServer:
             *folders,
             self._triton,
             threads=config.model_threads,
+            device=config.model_device,
             unload_delay_s=config.unload_delay_s,
             batch_requests_max=config.batch_requests_max,
             batch_delay_us=config.batch_delay_us,

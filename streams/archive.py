@@ -156,7 +156,8 @@ class KafkaLog:
         """Leaves out what the broker took before a time, and so what was appended before it: milliseconds since 1970-01-01 UTC.
 
         Raises:
-            KafkaUnavailableError: no broker answered.
+            KafkaUnavailableError: no broker answered, or not for every partition; nothing is left out then.
+            MissingTopicError: the topic is gone.
         """
         asked = [TopicPartition(self.topic, partition, time_ms) for partition in self.partitions]
         with answering(self._config):

@@ -9,6 +9,7 @@ assigned one, its state is there.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -114,6 +115,15 @@ class WorkerConfig:
     log_level: str = "INFO"
 
 
+_LATE_S = 60.0
+"""How long behind its new membership a worker may still be fenced by its own late commit: librdkafka tries one again every second."""
+_FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
+
+
+class _FencedByItselfError(Exception):
+    """The group's consumer is of no use any more, by its own doing."""
+
+
 class BatchLoop:
     """Consumes the actions topic until stopped. `run` blocks: give it a thread of its own; everything else may be called from others."""
 
@@ -172,6 +182,8 @@ class BatchLoop:
         self._identity: LogIdentity | None = None
         self._failures: list[str] = []
         self._announcer: Announcer | None = None
+        self._late_until_s = 0.0
+        """Until when the broker may still get a commit of a membership that ended without another worker's doing."""
 
     def run(self) -> None:
         """Consumes until `stop`.
@@ -201,21 +213,16 @@ class BatchLoop:
         if config.reader_address:
             said = {"instance": config.instance, "address": config.reader_address}
             self._announcer = Announcer(config.kafka, config.topics.announcements, **said)
-        consumer = new_group_consumer(
-            config.kafka,
-            config.group,
-            f"{config.group}-{config.instance}",
-            session_timeout_ms=config.session_timeout_ms,
-            queue_bytes_max=config.queue_bytes_max,
-            on_error=self._on_error,
-        )
+        consumer = self._join()
         ends = EndOffsets(config.kafka, config.topics.actions)
         try:
-            consumer.subscribe([config.topics.actions], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
             upkeep_s = time.monotonic()
             while not self._stop.is_set():
                 self._turned_s = time.monotonic()
-                self._take(consumer, _WAIT_SHORT_S if self._followed or self._opening else _WAIT_S)
+                try:
+                    self._take(consumer, _WAIT_SHORT_S if self._followed or self._opening else _WAIT_S)
+                except _FencedByItselfError:
+                    consumer = self._join_anew(consumer)
                 if self._followed:
                     self._take(self._follower, _WAIT_SHORT_S)
                 self._finish_opening(consumer)
@@ -278,6 +285,27 @@ class BatchLoop:
         with answering(self._config.kafka):
             return log_range(self._follower, self._config.topics.actions, partition)
 
+    def _join(self) -> Consumer:
+        config = self._config
+        consumer = new_group_consumer(
+            config.kafka,
+            config.group,
+            f"{config.group}-{config.instance}",
+            session_timeout_ms=config.session_timeout_ms,
+            queue_bytes_max=config.queue_bytes_max,
+            on_error=self._on_error,
+        )
+        consumer.subscribe([config.topics.actions], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+        return consumer
+
+    def _join_anew(self, fenced: Consumer) -> Consumer:
+        """Leaves a consumer that can do nothing any more for a new one of the same name."""
+        log.warning("the broker took a commit of the membership that had timed out for another worker's; the group is joined anew")
+        self._late_until_s = 0.0
+        self._give_up(self._owned or set())
+        fenced.close()
+        return self._join()
+
     def _on_assign(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
         try:
             self._follow_log()
@@ -288,6 +316,7 @@ class BatchLoop:
         taken = {place.partition for place in places}
         self._owned = (self._owned or set()) | taken
         self._rebalances += 1
+        self._late_until_s = min(self._late_until_s, time.monotonic() + _LATE_S)
         log.info("assigned: %s", sorted(taken))
         # A followed partition is open and nearly up to date: only where its records come from changes.
         self._unfollow(taken & self._followed)
@@ -301,9 +330,12 @@ class BatchLoop:
 
     def _on_revoke(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
         gone = {place.partition for place in places}
+        consumer.incremental_unassign(self._places(gone & self._fetched))
+        self._give_up(gone)
+
+    def _give_up(self, gone: set[int]) -> None:
         self._owned = (self._owned or set()) - gone
         log.info("revoked: %s", sorted(gone))
-        consumer.incremental_unassign(self._places(gone & self._fetched))
         self._fetched -= gone
         self._say(gone, FORMER)
         if not self._config.standby:
@@ -313,7 +345,10 @@ class BatchLoop:
         self._follow_others()
 
     def _on_lost(self, consumer: Consumer, places: Seq[TopicPartition]) -> None:
-        log.warning("partitions lost: %s; another worker may own them", [place.partition for place in places])
+        timed_out = not consumer.memberid()  # librdkafka drops the id of a session that timed out, not that of a fenced one
+        self._late_until_s = math.inf if timed_out else 0.0
+        why = "the session timed out" if timed_out else "the group gave them away"
+        log.warning("partitions lost: %s; %s, another worker may own them", [place.partition for place in places], why)
         self._on_revoke(consumer, places)
 
     def _follow_others(self) -> None:
@@ -408,6 +443,10 @@ class BatchLoop:
 
     def _handle(self, consumer: Consumer, message: Message) -> None:
         error, number = message.error(), message.partition()
+        if error.code() == KafkaError._FATAL and time.monotonic() < self._late_until_s and _FENCED in error.str():
+            # A commit from before the time-out, which waited for the broker, came behind the new membership of the same name. librdkafka
+            # takes the broker's answer for a second worker of this name. Were there one, it would be fenced now, and stop.
+            raise _FencedByItselfError
         if error.code() == KafkaError._AUTO_OFFSET_RESET and number not in self.core.held():
             log.debug("partition %d: %s; it is being opened, and then read from its own place", number, error.str())
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:

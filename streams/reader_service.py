@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from protos.v1.actions_pb2 import Position as WirePosition
 from streams.erasure_service import SERVICE as ERASURE_SERVICE
 from streams.erasure_service import ErasureServiceConfig, add_erasure
 from streams.errors import StreamError
+from streams.reader_metrics import Calls, ReaderMetrics
 from streams.view_reader import ViewReader
 from streams.waiting import wait_for_positions
 from streams.watching import Watches, WatchesFullError
@@ -40,6 +41,8 @@ ANSWER_BYTES_MAX = 16 << 20
 """Limits of one call. Both ends know them, so that a client cuts what it asks for and never meets the transport's own limit."""
 
 _REQUEST_BYTES_MAX = 16 << 10
+_UNSENT_CALLS_MAX = 4_096
+"""Beside the calls that count: calls whose request is still on its way. Beyond, gRPC refuses by itself, and nobody counts it."""
 _READING_BYTES_MAX = 80  # what stands around a row in the answer
 _WAIT_RESERVE_S = 0.02
 """Of the caller's deadline, for the answer behind a wait."""
@@ -55,7 +58,8 @@ class ReaderConfig:
     """Everything that the reader service needs. `port` 0: a free one. `reflection`: for grpcurl and the like in a local profile.
 
     What lets calls in is `door`: TLS, who may call, limits of the transport (`deploy/door.py`). More than `calls_max` calls at once are
-    refused with RESOURCE_EXHAUSTED.
+    refused with RESOURCE_EXHAUSTED. `web` serves pages of the process in its event loop, given what makes the text of the metrics and what
+    says whether the views can be read; it gives the pages' address (`deploy/server_pages.py`).
     """
 
     domain: Domain
@@ -72,6 +76,7 @@ class ReaderConfig:
     reflection: bool = False
     erasure: ErasureServiceConfig | None = None
     """Also serve freshrank.v1.Erasure."""
+    web: Callable[[Callable[[], bytes], Callable[[], bool]], AbstractAsyncContextManager[str]] | None = None
     log_level: str = "INFO"
 
 
@@ -170,22 +175,26 @@ def _wire_reading(reading: Reading) -> sequence_pb2.UserSequence:
 
 
 async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-    """Serves until cancelled. `on_ready` gets the address once the port is open; health says SERVING once there is a view to read.
+    """Serves until cancelled. `on_ready` gets the address (and `web`, that of the pages) once the port is open; health says SERVING once
+    there is a view to read.
 
     Raises:
-        StreamError: the port cannot be had.
+        StreamError: a port cannot be had.
     """
     credentials = config.door.credentials
     reader = ViewReader(config.view_folder, config.domain, config.partition_count)
     options = [*config.door.options, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _REQUEST_BYTES_MAX)]
-    server = grpc.aio.server(interceptors=config.door.interceptors, options=options, maximum_concurrent_rpcs=config.calls_max)
+    served = (_SERVICE,) if config.erasure is None else (_SERVICE, ERASURE_SERVICE)
+    calls = Calls(config.calls_max, served)
+    server = grpc.aio.server(
+        interceptors=(calls, *config.door.interceptors), options=options, maximum_concurrent_rpcs=config.calls_max + _UNSENT_CALLS_MAX
+    )
     servicer = ReaderServicer(config.domain, reader, watches_max=config.watches_max, wait_s_max=config.wait_s_max)
     sequence_pb2_grpc.add_SequenceReaderServicer_to_server(servicer, server)
     erasure = add_erasure(server, config.erasure) if config.erasure is not None else None
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.reflection:
-        served = (_SERVICE,) if erasure is None else (_SERVICE, ERASURE_SERVICE)
         reflection.enable_server_reflection((*served, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
     address = f"{config.host}:{config.port}"
     try:
@@ -193,15 +202,27 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
     except RuntimeError as error:
         raise StreamError(f"{address}: the port cannot be opened: {error}") from error
     await server.start()
+    metrics, web = ReaderMetrics(calls, config.door.statistics), AsyncExitStack()
     try:
-        on_ready({"address": f"{config.host}:{port}"})
-        await _report_health(reader, health, config.partition_count)
+        details = {"address": f"{config.host}:{port}"}
+        if config.web is not None:
+            details["web"] = await _pages(web, config.web(metrics.exposition, lambda: metrics.ready))
+        on_ready(details)
+        await _report_health(reader, health, metrics, config.partition_count)
     finally:
+        await web.aclose()
         servicer.watches.drain()
         await server.stop(_STOP_GRACE_S)
         if erasure is not None:
             await asyncio.to_thread(erasure.close)
         reader.close()
+
+
+async def _pages(web: AsyncExitStack, pages: AbstractAsyncContextManager[str]) -> str:
+    try:
+        return await web.enter_async_context(pages)
+    except OSError as error:
+        raise StreamError(str(error)) from error
 
 
 def run_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] = lambda _: None) -> int:
@@ -223,7 +244,7 @@ def run_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]], None] 
     return asyncio.run(serve())
 
 
-async def _report_health(reader: ViewReader, health: health_aio.HealthServicer, partition_count: int) -> None:
+async def _report_health(reader: ViewReader, health: health_aio.HealthServicer, metrics: ReaderMetrics, partition_count: int) -> None:
     """SERVING while every partition has a view here that can be trusted; for ever."""
     corrupt = ""
     while True:
@@ -238,7 +259,7 @@ async def _report_health(reader: ViewReader, health: health_aio.HealthServicer, 
             await asyncio.sleep(0)  # a read waits for one partition's check, not for all of them
         if found and found != corrupt:
             log.error("not serving: %s", found)
-        corrupt = found
+        corrupt, metrics.ready = found, whole
         state = health_pb2.HealthCheckResponse.SERVING if whole else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", _SERVICE):
             await health.set(name, state)

@@ -184,6 +184,13 @@ def say(owners: Owners, instance: str, address: str, role: int, partition: int, 
 @contextmanager
 def serving(config: ReaderConfig):
     """The address of a reader service in a thread of its own."""
+    with serving_pages(config) as details:
+        yield details["address"]
+
+
+@contextmanager
+def serving_pages(config: ReaderConfig):
+    """What a reader service in a thread of its own says when it is ready: its address, and that of its pages where it has any."""
     ready: queue.Queue[dict] = queue.Queue()
     loop = asyncio.new_event_loop()
     task = loop.create_task(serve_reader(config, ready.put))
@@ -195,7 +202,7 @@ def serving(config: ReaderConfig):
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield ready.get(timeout=30)["address"]
+        yield ready.get(timeout=30)
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join(30)

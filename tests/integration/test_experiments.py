@@ -27,7 +27,7 @@ KEEP = Experiment(name="exp", arms=[Arm(name="keep", release_id="x", share=1)])
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
-    with serving(tmp_path_factory.mktemp("experiments"), rankers=("home",)) as stack:
+    with serving(tmp_path_factory.mktemp("experiments"), rankers=("home",), model_device="cpu") as stack:
         yield stack
 
 

@@ -39,7 +39,9 @@ def test_three_processes_log_json_and_serve_their_pages(tmp_path, kafka):
             eventually(lambda n=name, p=process: (run / f"{n}.json").exists() or p.poll() is not None, f"{name} is ready", 90)
             assert process.poll() is None, logs[name].read_text()
         web = json.loads((run / "server.json").read_text())["web"]
+        of_reader = json.loads((run / "reader.json").read_text())["web"]
         pages = [f"http://127.0.0.1:{port}/{page}" for page in ("live/", "ready/", "metrics")] + [f"{web}/live/", f"{web}/metrics"]
+        pages += [f"{of_reader}/live/", f"{of_reader}/metrics"]
         for page in pages:
             with urllib.request.urlopen(page, timeout=20) as answer:
                 assert answer.status == 200

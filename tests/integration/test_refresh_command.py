@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from confluent_kafka.admin import AdminClient
 from serving_world import ImmediateSource, ListSink, MemoryReader
 from test_refreshed import DOMAIN, HOUR_MS, clicks, imported
 from test_releases import eventually
@@ -49,6 +50,7 @@ from inference.server import RankingServer, ServerConfig
 from protos.v1.ranking_pb2 import RankingRecord, RankRequest
 from streams.archive import KafkaLog, Span
 from streams.broadcast import Announcements
+from streams.errors import KafkaUnavailableError, MissingTopicError
 from streams.kafka import ensure_topics
 from streams.producer import ActionProducer
 
@@ -292,7 +294,7 @@ def serving(home: Settings, triton: Callable[..., TritonServer]) -> Iterator[tup
     (repository := home.home / "repository").mkdir()
     config = ServerConfig(
         releases=home.home / "releases", tables=home.home / "tables", repository=repository, triton=triton(repository).grpc_url,
-        timeout_s=10.0, model_timeout_s=10.0, unload_delay_s=600.0,
+        timeout_s=10.0, model_timeout_s=10.0, unload_delay_s=600.0, model_device="cpu",
     )  # fmt: skip
     sink = ListSink()
     server = RankingServer(config, ImmediateSource(MemoryReader()), sink)
@@ -471,3 +473,21 @@ def test_a_log_is_read_from_a_time_on(home: Settings) -> None:
             assert log.partitions[partition] == Span(start, 3), "it never goes back"
             assert log.partitions[1 - partition] == Span(0, 0)
             assert [len(found) for found in log.read(partition)] == ([3 - start] if start < 3 else [])
+
+
+def test_a_log_that_cannot_be_asked_for_its_times_is_left_as_it_was(home: Settings) -> None:
+    with closing(KafkaLog(kafka_config(home), home.topic_actions)) as log:
+        log.partitions[2] = Span(0, 1)  # as where the topic was made anew since, with fewer partitions
+        before = dict(log.partitions)
+        with pytest.raises(KafkaUnavailableError, match=f"Kafka at {home.kafka_bootstrap} does not answer as needed .*partition"):
+            log.begin_at(1)
+        assert log.partitions == before, "the partitions that were answered for neither"
+        del log.partitions[2], before[2]
+        log.begin_at(1)
+        before = dict(log.partitions)
+        admin = AdminClient(kafka_config(home).client("test"))
+        admin.delete_topics([home.topic_actions])[home.topic_actions].result(30)
+        eventually(lambda: home.topic_actions not in admin.list_topics(timeout=30).topics)
+        with pytest.raises(MissingTopicError, match="create the topics first"):
+            log.begin_at(1)
+        assert log.partitions == before

@@ -44,7 +44,7 @@ WITH_SCORE = DOMAIN_TOML.replace("candidates_max = 300", 'candidates_max = 300\n
 def stack(tmp_path_factory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("home")
     # Models stay in Triton: loading one takes seconds. That they leave it is shown in test_server.py.
-    with serving(folder, rankers=("home",), samples=folder, unload_delay_s=600.0) as stack:
+    with serving(folder, rankers=("home",), samples=folder, unload_delay_s=600.0, model_device="cpu") as stack:
         stack.server.service.samples._every_s = 0.0
         yield stack
 

@@ -43,7 +43,7 @@ IDENTITY = 10_007
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
-    with serving(tmp_path_factory.mktemp("serving")) as stack:
+    with serving(tmp_path_factory.mktemp("serving"), model_device="cpu") as stack:
         yield stack
 
 

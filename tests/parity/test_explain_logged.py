@@ -124,6 +124,38 @@ def test_differences_from_what_was_served_are_said(world, tmp_path, rebuilt):
     assert "differ from the served ones by up to 1.0e+00" in scores
 
 
+def test_scores_of_a_gpu_are_within_what_a_gpu_may_differ(world, tmp_path, rebuilt, monkeypatch):
+    moved, request_id = [], rebuilt.record.request.request_id
+    kept = {partition: list(records) for partition, records in world.rankings.records.items()}
+    for records in world.rankings.records.values():
+        for place, (time_ms, key, value) in enumerate(records):
+            record = RankingRecord.FromString(value)
+            if record.request.request_id == request_id and not record.shadow:
+                record.scores = (np.frombuffer(record.scores, "<f4") + np.float32(0.01)).tobytes()
+                records[place] = (time_ms, key, record.SerializeToString())
+                moved.append(place)
+    try:
+        options = archived(world, tmp_path / "archive")
+    finally:
+        world.rankings.records.update(kept)
+    assert moved
+    on_cpu = explain_logged(replace(options, served_on="cpu"), request_id)
+    assert [warning for warning in on_cpu.warnings if "differ from the served ones by up to 1.0e-02" in warning]
+    assert not explain_logged(replace(options, served_on="cuda"), request_id).warnings
+    arguments = ["explain", "--request-id", str(request_id), "--archive", str(options.archive), "--home", str(options.releases.parent)]
+
+    def said(*more: str) -> str:
+        result = CliRunner(env={"COLUMNS": "400"}).invoke(cli.app, [*arguments, *more], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.output
+
+    assert "differ from the served ones" in said("--served-on", "cpu")
+    assert "differ from the served ones" not in said("--served-on", "cuda")
+    monkeypatch.setenv("FRESHRANK_MODEL_DEVICE", "cuda")
+    assert "differ from the served ones" not in said(), "the settings say where the models ran"
+    assert "differ from the served ones" in said("--served-on", "cpu"), "the command line comes first"
+
+
 def test_what_cannot_be_explained_says_why(world, options):
     with pytest.raises(NotExplainedError, match=r"request_id 5: the ranking log has no such ranking"):
         explain_logged(options, 5)

@@ -18,7 +18,12 @@ DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service.get("image") == "freshrank:local"}
-PORTS = {"worker": ("worker_web_port",), "reader": ("reader_port",), "server": ("server_port", "server_web_port"), "http": ("http_port",)}
+PORTS = {
+    "worker": ("worker_web_port",),
+    "reader": ("reader_port", "reader_web_port"),
+    "server": ("server_port", "server_web_port"),
+    "http": ("http_port",),
+}
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 
 
@@ -80,6 +85,8 @@ def test_prometheus_scrapes_the_pages_under_the_names_that_alerts_ask_for(monkey
     jobs = {job["job_name"]: job for job in yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]}
     worker, server = settings_of("worker", monkeypatch), settings_of("server", monkeypatch)
     assert jobs["freshrank-worker"]["static_configs"] == [{"targets": [f"worker:{worker.worker_web_port}"]}]
+    reader = settings_of("reader", monkeypatch)
+    assert jobs["freshrank-reader"]["static_configs"] == [{"targets": [f"reader:{reader.reader_web_port}"]}]
     assert jobs["freshrank-server"]["static_configs"] == [{"targets": [f"server:{server.server_web_port}"]}]
     assert "--metrics-port=8002" in SERVICES["triton"]["command"]
     assert jobs["triton"]["static_configs"] == [{"targets": ["triton:8002"]}]

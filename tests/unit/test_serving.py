@@ -13,13 +13,15 @@ import pytest
 from serving_world import DOMAIN, NOW_MS, ImmediateSource, ListSink, MemoryReader, make_events, write_ranker, write_tables
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
+from deploy.serving import server_config
+from deploy.settings import load_settings
 from features.ids import string_id
 from features.request import RequestError
 from inference.client import feature_column
 from inference.release import Release
 from inference.scoring import best_first, embedding_scores, final_scores, head_weights
 from inference.served import ModelGate, Releases
-from inference.server import ServerConfig
+from inference.server import RankingServer, ServerConfig
 from inference.service import STATUS, RankingService, is_sampled, parse_request
 from inference.telemetry import STAGES, Timings
 from inference.triton import ModelTimeoutError, ModelUnavailableError, TritonModels
@@ -180,6 +182,22 @@ async def ranking_service(tmp_path, triton, reader, **changes) -> AsyncIterator[
     await asyncio.wait_for(releases.warm(), 10)
     yield RankingService(config, releases, ImmediateSource(reader), ListSink())
     await releases.close()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_a_model_is_told_where_to_compute(tmp_path, monkeypatch, device):
+    monkeypatch.setenv("FRESHRANK_MODEL_DEVICE", device)
+    config = server_config(load_settings(home=tmp_path))
+    write_ranker(config.releases, write_tables(config.tables), "related")
+    server = RankingServer(config, ImmediateSource(MemoryReader()), ListSink())
+
+    async def scenario() -> None:
+        await server.start()
+        await server.stop()
+
+    asyncio.run(scenario())
+    (described,) = config.repository.glob("*/config.pbtxt")
+    assert f'parameters {{ key: "device" value: {{ string_value: "{device}" }} }}' in described.read_text()
 
 
 def rank_request(**changes) -> RankRequest:

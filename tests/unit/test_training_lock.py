@@ -33,6 +33,16 @@ def test_a_training_that_is_in_use_is_neither_published_nor_written(command, tmp
     assert "in use" not in said, "nothing is left of the one before"
 
 
+@pytest.mark.parametrize("command", [("demo",), ("demo", "--loop")])
+def test_nor_does_a_demo_write_it(command, tmp_path, monkeypatch, capsys):
+    work = Workspace(DOMAIN, tmp_path)
+    with work.alone_with(work.domain.ranker_name(None), "freshrank train"):
+        code, said = run(monkeypatch, capsys, *command, "--home", str(tmp_path))
+    assert code == 1
+    assert "in use by `freshrank train`" in said
+    assert not any((tmp_path / name).exists() for name in ("demo", "logs", "releases")), "nothing was written before"
+
+
 def test_one_at_a_time_and_the_newest_holder_is_named(tmp_path):
     work = Workspace(DOMAIN, tmp_path)
     with work.alone_with("home", "freshrank train, a name that is long"), work.alone_with("other", "freshrank train"):

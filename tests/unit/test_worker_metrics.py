@@ -14,6 +14,7 @@ from features.described import Histogram
 from inference.server_metrics import exposed_names as server_names
 from streams.metrics import METRICS, PREFIX, REASON_KINDS, VISIBLE_BOUNDS_MS, WorkerMetrics, exposed_names
 from streams.rates import Rate
+from streams.reader_metrics import exposed_names as reader_names
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS_OWN = {"up"}
@@ -105,7 +106,7 @@ def test_alerts_ask_for_metrics_that_exist_and_have_a_runbook():
     for rule in rules:
         asked = metrics_in(rule["expr"])
         assert asked, rule["alert"]
-        known = exposed_names() | server_names() | PROMETHEUS_OWN
+        known = exposed_names() | reader_names() | server_names() | PROMETHEUS_OWN
         assert asked <= known, (rule["alert"], asked - known)
         assert rule["annotations"]["runbook"].endswith("."), rule["alert"]
         assert rule["annotations"]["summary"]
@@ -116,7 +117,8 @@ def test_the_dashboard_shows_metrics_that_exist_and_every_metric():
     dashboard = json.loads((DEPLOY / "grafana" / "streams.json").read_text())
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     asked = {name for panel in panels for target in panel["targets"] for name in metrics_in(target["expr"])}
-    assert asked <= exposed_names(), asked - exposed_names()
+    assert asked <= exposed_names() | reader_names(), asked - exposed_names() - reader_names()
+    assert reader_names() <= asked
     shown = {name.removeprefix(PREFIX) for name in asked}
     missing = {metric.name for metric in METRICS if not any(name.startswith(metric.name) for name in shown)}
     assert missing == set()
