@@ -24,9 +24,9 @@ from deploy.learn import Workspace, import_data, now_ms, release, train_ranker, 
 from deploy.processes import kafka_config, topics
 from deploy.settings import Settings
 from deploy.simulator import Simulator
-from deploy.stack import Stack, keep_domain, ranking_client
+from deploy.stack import KEPT_DOMAIN, Stack, keep_domain, ranking_client
 from features.actions import EVENT_DTYPE
-from features.domain import Domain
+from features.domain import Domain, load_domain
 from features.pack import Packer
 from features.request import inputs_from_request
 from features.tables import TableSet
@@ -60,7 +60,8 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     """Runs the demo; returns 0 if the replay found no difference.
 
     Raises:
-        TrainError: another process trains or releases the ranker in this home folder.
+        ValueError: the home folder is another product's.
+        TrainError: another process trains or releases the ranker in it.
     """
     started = time.monotonic()
     simulator = Simulator(SEED) if domain_path is None else None
@@ -68,10 +69,12 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
         domain_path, data = Settings.model_fields["domain"].default, settings.home / "demo" / "published"
     elif data is None:
         raise ValueError("--data: the folder with the published files is needed with --domain")
-    settings = settings.model_copy(update={"domain": keep_domain(domain_path, settings.home), "inline_share": 0.1})
-    work = Workspace(settings.domain, settings.home)
-    ranker = work.domain.ranker_name(None)
-    with work.alone_with(ranker, "freshrank demo"):
+    domain = load_domain(domain_path)
+    ranker = domain.ranker_name(None)
+    refuse_other_product(domain, settings.home)
+    with Workspace(domain_path, settings.home).alone_with(ranker, "freshrank demo"):
+        settings = settings.model_copy(update={"domain": keep_domain(domain_path, settings.home), "inline_share": 0.1})
+        work = Workspace(settings.domain, settings.home)
         if simulator is not None:
             simulator.write(data, requests=REQUESTS)
             console.print(f"[bold]1[/bold]  simulated a published log: {data}")
@@ -103,6 +106,13 @@ def run_demo(settings: Settings, domain_path: Path | None, data: Path | None, se
     _show(console, before_after, visible_ms, hit, parity)
     console.print(f"demo done in {time.monotonic() - started:.0f} s; `freshrank up --home {settings.home}` serves the same release again")
     return 0 if parity["ok"] else 1
+
+
+def refuse_other_product(domain: Domain, home: Path) -> None:
+    """Raises ValueError where the home folder's domain file is of another product: it would be written over."""
+    kept = home / KEPT_DOMAIN
+    if kept.exists() and (found := load_domain(kept).name) != domain.name:
+        raise ValueError(f"{home} is the home folder of {found!r}: name another one with --home")
 
 
 def connect(stack: Stack, domain: Domain, ranker: str) -> Live:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from deploy.announcing import announce_release
-from deploy.demo import SEED, Live, connect, replay_report
+from deploy.demo import SEED, Live, connect, refuse_other_product, replay_report
 from deploy.drive import end_of, rank_fresh
 from deploy.experiments import announce_experiment, make_experiment
 from deploy.label_report import LabelReport
@@ -29,7 +29,7 @@ from deploy.settings import Settings
 from deploy.simulator import DAY_MS, DAYS, START_MS, SimulatedAction, SimulatedRequest, Simulator
 from deploy.stack import Stack, keep_domain
 from features.actions import EVENT_DTYPE
-from features.domain import Domain
+from features.domain import Domain, load_domain
 from features.erasures import LEDGER
 from features.labels import Rules
 from features.logs import Served
@@ -58,18 +58,20 @@ def run_loop(settings: Settings, seconds: float, console: Console) -> int:
     """Runs the loop; returns 0 if every list's inputs were proved and a replay found no difference.
 
     Raises:
-        ValueError: a loop ran in this home folder: its traffic would be served a second time.
+        ValueError: a loop ran in this home folder, whose traffic would be served a second time; or it is another product's.
         TrainError: another process trains or releases the ranker in it.
     """
     started_s = time.monotonic()
     if (settings.home / "logs").exists():
         raise ValueError(f"{settings.home}: a loop or a demo ran here; remove the folder, or name another one with --home")
     simulator, data = Simulator(SEED), settings.home / "demo" / "published"
-    domain_path = keep_domain(Settings.model_fields["domain"].default, settings.home)
-    settings = settings.model_copy(update={"domain": domain_path, "inline_share": 0.01})
-    work, options = Workspace(domain_path, settings.home), TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED)
-    domain, ranker = work.domain, work.domain.ranker_name(None)
-    with work.alone_with(ranker, _WHO):
+    published = Settings.model_fields["domain"].default
+    domain, options = load_domain(published), TrainOptions(seconds_max=seconds, learning_rate=2e-3, batch_rows=256, seed=SEED)
+    ranker = domain.ranker_name(None)
+    refuse_other_product(domain, settings.home)
+    with Workspace(published, settings.home).alone_with(ranker, _WHO):
+        settings = settings.model_copy(update={"domain": keep_domain(published, settings.home), "inline_share": 0.01})
+        work = Workspace(settings.domain, settings.home)
         simulator.write(data, requests=IMPORTED)
         summary = import_data(work, data, console)
         train_ranker(work, ranker, options)

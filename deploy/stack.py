@@ -104,9 +104,12 @@ def process(name: str, settings: Settings) -> Command:
     return Command(name, (sys.executable, "-m", "deploy.cli", name), settings.as_environment(), ready_within_s=120)
 
 
+KEPT_DOMAIN = "domain.toml"
+
+
 def keep_domain(domain: Path, home: Path) -> Path:
     """The home folder's own copy of the domain file, which commands use that name no other."""
-    kept = home / "domain.toml"
+    kept = home / KEPT_DOMAIN
     if domain.resolve() != kept.resolve():
         load_domain(domain)
         home.mkdir(parents=True, exist_ok=True)

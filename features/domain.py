@@ -257,6 +257,8 @@ class Ranker(_Part):
     def _check(self) -> Self:
         _once("features", self.features)
         _once("sequence_attributes", self.sequence_attributes)
+        if self.model.similarities and self.refresh is None:
+            raise ValueError("model.similarities needs refresh: vectors of the whole training part know answers of it")
         return self
 
 

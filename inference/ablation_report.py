@@ -6,8 +6,8 @@ with the mean over its seeds. So an interval says what other users could have ch
 Where candidates were drawn by item and by popularity, MRR has a table of its own for each kind: of the clicked candidate and that kind
 alone, in requests that have some. These lists are shorter than the mixed ones: their figures tell the kinds apart, not more.
 
-HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong. MRR's column is the mean over requests; its lift is
-that of the mean over users, as HIT@3's is: whoever asks more often counts no more.
+HIT@3 is of lists with more than three candidates; in a shorter one nobody can be wrong. MRR's columns are means over requests, its
+lifts are those of the mean over users, as HIT@3's is: whoever asks more often counts no more.
 """
 
 from collections.abc import Mapping
@@ -101,8 +101,11 @@ def _cell(results: Results, name: str, heads: tuple[str, ...], by_user: ByUser) 
     of_seed = [results.of[name, seed][0] for seed in _seeds(results, name)]
     figures = {head: {metric: _spread([run["heads"][head][metric] for run in of_seed]) for metric in OF_HEAD} for head in heads}
     for column, head in enumerate(heads):
-        for metric in set(by_user) - {"mrr"}:
-            figures[head][metric] = _spread([float(values.mean()) if len(values) else None for values in by_user[metric][column]])
+        figures[head]["hit"] = _spread([float(values.mean()) if len(values) else None for values in by_user["hit"][column]])
+        for metric in set(by_user) & set(OF_DRAWN):
+            figures[head][metric] = _spread(
+                [metrics.known_mean(_of_requests(results, name, seed, column, metric)) for seed in _seeds(results, name)]
+            )
     return {
         "heads": figures,
         "diversity": {key: _spread([run["diversity"][key] for run in of_seed]) for key in of_seed[0]["diversity"]},
@@ -124,19 +127,21 @@ def _long(results: Results) -> npt.NDArray[np.bool_]:
 
 def _by_user(results: Results, name: str, head: int, metric: str) -> list[F64]:
     """A metric of `metrics_of` of each user who has a list for it, by seed; the same users in the same order for every cell."""
-    truth, found = results.truth, []
+    return [metrics.user_means(_of_requests(results, name, seed, head, metric), results.truth.users)[1] for seed in _seeds(results, name)]
+
+
+def _of_requests(results: Results, name: str, seed: int, head: int, metric: str) -> F64:
+    """A metric of `metrics_of` of each request, float64 [R]; NaN where it has no list for it."""
+    truth = results.truth
     rows, without = np.ones(len(truth.labels), bool), np.zeros(len(truth.users), bool)
     if results.drawn is not None and metric in OF_DRAWN:
         without = np.bincount(truth.request_row, results.drawn == OF_DRAWN[metric]) == 0
         rows = np.isin(results.drawn, (AS_LOGGED, OF_DRAWN[metric]))
-    for seed in _seeds(results, name):
-        of = OF_USER[metric.partition("_")[0]]
-        per_request = of(results.of[name, seed][1][rows, head], truth.labels[rows, head], truth.request_row[rows])
-        per_request = np.where(without, np.nan, per_request)
-        if metric == "hit":
-            per_request = np.where(_long(results), per_request, np.nan)
-        found.append(metrics.user_means(per_request, truth.users)[1])
-    return found
+    elif metric == "hit":
+        without = ~_long(results)
+    of = OF_USER[metric.partition("_")[0]]
+    per_request = of(results.of[name, seed][1][rows, head], truth.labels[rows, head], truth.request_row[rows])
+    return np.where(without, np.nan, per_request)
 
 
 def _difference(

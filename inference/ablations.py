@@ -112,11 +112,6 @@ TABLES: dict[str, AblationTable] = {
         | {"no_action_types": UNKNOWN, "no_time_window": UNKNOWN},
     ),
     "length": AblationTable("Length of the sequence, against 10", "length_10", {f"length_{n}": UNKNOWN for n in (10, 25, 50, 100)}),
-    "similarities": AblationTable(
-        "Cosines of the vectors as inputs (the user's alone without the sequence), against none of either",
-        "no_sequence",
-        dict.fromkeys(("no_sequence", "no_sequence_similarities", "average", "average_similarities", "transact", "similarities"), UNKNOWN),
-    ),
     "interaction": AblationTable(
         "What crosses the features, against a low-rank DCN v2",
         "low_rank",
@@ -148,8 +143,6 @@ def configured(domain: Domain, ranker_name: str, cell: Cell) -> Domain:
     given["model"] = ranker.model.model_dump() | dict(cell.model)
     try:
         changed = Ranker.model_validate(given)
-        if changed.model.similarities and changed.refresh is None:
-            raise AblationError("similarities only of vectors that are refreshed: others know answers of the training part")
         return Domain.model_validate(domain.model_dump() | {"ranker": {**domain.ranker, ranker_name: changed}})
     except ValidationError as error:
         raise AblationError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from error

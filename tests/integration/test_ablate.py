@@ -61,7 +61,7 @@ def test_every_cell_is_a_valid_ranker(name: str) -> None:
     cell = CELLS[name]
     refreshed = cell.vectors or "similarities" in cell.model
     if name.startswith("length_") or refreshed:  # the toy keeps few actions, and refreshes nothing
-        with pytest.raises(AblationError, match="refreshed" if refreshed else "sequence_length"):
+        with pytest.raises(AblationError, match="refresh" if refreshed else "sequence_length"):
             configured(DOMAIN, "home", cell)
         return
     ranker = configured(DOMAIN, "home", cell).ranker["home"]
@@ -237,7 +237,10 @@ def test_mrr_among_each_kind_of_negatives_alone() -> None:
     found = summary(clicks_only, "home", Results(truth, of, {}, about, drawn), table)
     figures = found["cells"]["a"]["heads"]["click"]
     assert figures["mrr_uniform"]["mean"] == 1.0
-    assert figures["mrr_popular"]["mean"] == pytest.approx(np.mean([1 / 3, np.mean([1 / 2, 1])]))
+    assert figures["mrr_popular"]["mean"] == pytest.approx(np.mean([1 / 3, 1 / 2, 1]))
+    by_user = {name: np.mean([popular[0], np.mean(popular[1:])]) for name, popular in (("a", [1 / 3, 1 / 2, 1]), ("b", [1, 1, 1 / 2]))}
+    lift = found["tables"]["t"]["rows"]["a"]["against_reference"]["click"]["mrr_popular_lift_percent"]["mean"]
+    assert lift == pytest.approx(100 * (by_user["a"] / by_user["b"] - 1))
     assert found["cells"]["b"]["heads"]["click"]["mrr_uniform"]["mean"] == 0.5
     against = found["tables"]["t"]["rows"]["a"]["against_reference"]["click"]
     assert against["mrr_uniform_lift_percent"]["mean"] == pytest.approx(100.0)

@@ -117,9 +117,9 @@ def test_which_forms_have_one_for_the_gpu() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("attributes", [(), ("surface", "value")])
-def test_a_gpu_gives_the_probabilities_of_the_definition(fused: bool, attributes: tuple[str, ...]) -> None:
-    domain = make_domain(attributes=attributes, kinds=2)
+@pytest.mark.parametrize(("attributes", "similarities"), [((), False), (("surface", "value"), False), ((), True)])
+def test_a_gpu_gives_the_probabilities_of_the_definition(fused: bool, attributes: tuple[str, ...], similarities: bool) -> None:
+    domain = make_domain(attributes=attributes, kinds=2, similarities=similarities)
     model = make_model(domain)
     ranker = CudaRanker(model, domain, "home", fused=fused, buckets=(4, 16), requests_max=3)
     assert ranker.fused == fused
@@ -138,8 +138,9 @@ def test_a_gpu_gives_the_probabilities_of_the_definition(fused: bool, attributes
 
 
 @on_gpu
-def test_requests_of_a_batch_are_ranked_as_one_by_one_on_a_gpu() -> None:
-    domain = make_domain(attributes=("surface",))
+@pytest.mark.parametrize("similarities", [False, True])
+def test_requests_of_a_batch_are_ranked_as_one_by_one_on_a_gpu(similarities: bool) -> None:
+    domain = make_domain(attributes=("surface",), similarities=similarities)
     ranker = CudaRanker(make_model(domain), domain, "home", buckets=(16,))
     tensors, row = make_tensors(domain, [4, L, 0], [5, 7, 2])
     together = ranker.probabilities(tensors, row)

@@ -36,6 +36,7 @@ sequence_length = 12
 sequence_attributes = %(attributes)s
 item_space = "items"
 embedding_dimension = 6
+refresh = {}
 heads.click = { actions = ["click"] }
 [ranker.home.model]
 action_dimension = 4
@@ -46,13 +47,15 @@ dropout = 0.3
 first_k = %(first_k)d
 layers = %(layers)d
 attention_heads = %(heads)d
+similarities = %(similarities)s
 """
 
 
-def make_domain(*, layers: int = 2, heads: int = 1, first_k: int = 5, attributes: tuple[str, ...] = (), kinds: int = 1) -> Domain:
-    second_kind = "product = 2" if kinds == 2 else ""
-    text = TEXT % {"second_kind": second_kind, "attributes": list(attributes), "first_k": first_k, "layers": layers, "heads": heads}
-    return parse_domain(text, source="test")
+def make_domain(
+    *, layers: int = 2, heads: int = 1, first_k: int = 5, attributes: tuple[str, ...] = (), kinds: int = 1, similarities: bool = False
+) -> Domain:
+    given = {"second_kind": "product = 2" if kinds == 2 else "", "attributes": list(attributes), "similarities": str(similarities).lower()}
+    return parse_domain(TEXT % (given | {"first_k": first_k, "layers": layers, "heads": heads}), source="test")
 
 
 def make_model(domain: Domain, seed: int = 0) -> TransActRanker:

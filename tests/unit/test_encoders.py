@@ -33,7 +33,10 @@ FORMS = (
 
 
 def domain_with(form: str) -> Domain:
-    return parse_domain(TEXT.replace("cross_rank = 0", f"cross_rank = 0, {form}"), source="test")
+    refresh = "\nrefresh = {}" if "similarities" in form else ""
+    return parse_domain(
+        TEXT.replace("cross_rank = 0", f"cross_rank = 0, {form}").replace("dimension = 6", f"dimension = 6{refresh}"), source="test"
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -106,7 +106,7 @@ def test_without_them_a_model_has_the_weights_that_it_had() -> None:
     assert make_model().similarities is None
 
 
-def test_an_ablation_has_them_of_refreshed_vectors_only() -> None:
-    with pytest.raises(AblationError, match="refreshed"):
+def test_they_are_of_refreshed_vectors_only() -> None:
+    with pytest.raises(AblationError, match="similarities needs refresh"):
         configured(load_domain("domains/simulator.toml"), "home", CELLS["similarities"])
     assert configured(load_domain("domains/globo.toml"), "news", CELLS["similarities"]).ranker["news"].model.similarities

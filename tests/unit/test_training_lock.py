@@ -40,7 +40,19 @@ def test_nor_does_a_demo_write_it(command, tmp_path, monkeypatch, capsys):
         code, said = run(monkeypatch, capsys, *command, "--home", str(tmp_path))
     assert code == 1
     assert "in use by `freshrank train`" in said
-    assert not any((tmp_path / name).exists() for name in ("demo", "logs", "releases")), "nothing was written before"
+    written = ("demo", "logs", "releases", "domain.toml")
+    assert not any((tmp_path / name).exists() for name in written), "nothing was written before"
+
+
+@pytest.mark.parametrize("command", [("demo",), ("demo", "--loop")])
+def test_a_demo_leaves_the_home_of_another_product_alone(command, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "domain.toml"
+    kept.write_bytes((DOMAIN.parent / "kuairand.toml").read_bytes())
+    code, said = run(monkeypatch, capsys, *command, "--home", str(tmp_path))
+    assert code == 1
+    assert "is the home folder of 'kuairand': name another one with --home" in " ".join(said.split())
+    assert kept.read_bytes() == (DOMAIN.parent / "kuairand.toml").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["domain.toml"]
 
 
 def test_one_at_a_time_and_the_newest_holder_is_named(tmp_path):
