@@ -16,7 +16,8 @@ from streams.kafka import KafkaError, Message, new_group_consumer
 from streams.producer import ActionProducer
 
 pytestmark = pytest.mark.servers
-FENCED = f"Fatal error: OffsetCommit failed: {KafkaError(KafkaError.FENCED_INSTANCE_ID).str()}"
+_SAID = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
+FENCED = f"Fatal error: {_SAID}: OffsetCommit failed: {_SAID}"
 
 
 @pytest.fixture
