@@ -87,7 +87,7 @@ def reader(settings: Settings) -> int:
         watches_max=settings.reader_watches_max,
         reflection=settings.reflection,
         erasure=erasure_service_config(settings) if settings.erasure_service else None,
-        web=partial(reader_pages, settings.reader_host, settings.reader_web_port),
+        web=partial(reader_pages, settings.reader_web_host, settings.reader_web_port),
     )
     return run_reader(config, lambda details: report_ready(details.pop("address"), **details))
 

@@ -162,7 +162,10 @@ class Settings(BaseSettings):
     view_map_mb: PositiveInt = Field(4096, description="Largest size of the view that readers map; it takes what it needs.")
 
     server_web_port: Port = Field(0, description="Port of the ranking server's pages /live/, /ready/ and /metrics, on server_host.")
-    reader_web_port: Port = Field(0, description="Port of the sequence reader's pages /live/, /ready/ and /metrics, on reader_host.")
+    reader_web_host: str = Field(
+        "127.0.0.1", description="Address of the sequence reader's pages /live/, /ready/ and /metrics: plain HTTP, no user in it."
+    )
+    reader_web_port: Port = Field(0, description="Port of the sequence reader's pages.")
     worker_web_host: str = Field(
         "127.0.0.1", description="Address of the worker's pages /live/, /ready/, /health/, /rates/ and /metrics: plain HTTP, no user in it."
     )

@@ -117,7 +117,8 @@ class WorkerConfig:
 
 _LATE_S = 60.0
 """How long behind its new membership a worker may still be fenced by its own late commit: librdkafka tries one again every second."""
-_FENCED = KafkaError(KafkaError.FENCED_INSTANCE_ID).str()
+_FENCED_COMMIT = f"OffsetCommit failed: {KafkaError(KafkaError.FENCED_INSTANCE_ID).str()}"
+"""What librdkafka says of it. A consumer that is fenced by its heartbeats or as it joins ("Fatal consumer error: ...") has a rival."""
 
 
 class _FencedByItselfError(Exception):
@@ -300,7 +301,10 @@ class BatchLoop:
 
     def _join_anew(self, fenced: Consumer) -> Consumer:
         """Leaves a consumer that can do nothing any more for a new one of the same name."""
-        log.warning("the broker took a commit of the membership that had timed out for another worker's; the group is joined anew")
+        log.warning(
+            "a commit was refused as another worker's of this name: taken for one from before the session timed out, the group is joined "
+            "anew. A second worker of this name would stop now"
+        )
         self._late_until_s = 0.0
         self._give_up(self._owned or set())
         fenced.close()
@@ -438,14 +442,16 @@ class BatchLoop:
             if next_offset <= own[-1].offset():  # a damaged state was replaced by an older one
                 consumer.seek(self._place(partition))
             done.append(TopicPartition(self._config.topics.actions, partition, next_offset))
-        if done and consumer is not self._follower:
+        # After a time-out that the loop has not heard of there is no membership: such a commit would be taken for another worker's.
+        if done and consumer is not self._follower and consumer.memberid():
             consumer.commit(offsets=done, asynchronous=True)
 
     def _handle(self, consumer: Consumer, message: Message) -> None:
         error, number = message.error(), message.partition()
-        if error.code() == KafkaError._FATAL and time.monotonic() < self._late_until_s and _FENCED in error.str():
-            # A commit from before the time-out, which waited for the broker, came behind the new membership of the same name. librdkafka
-            # takes the broker's answer for a second worker of this name. Were there one, it would be fenced now, and stop.
+        if error.code() == KafkaError._FATAL and time.monotonic() < self._late_until_s and _FENCED_COMMIT in error.str():
+            # Taken for a commit from before the time-out, which waited for the broker and came behind the new membership of the same name.
+            # It may be a second worker of this name after all, if a commit meets it before a heartbeat does: that one is fenced now, and
+            # stops. The next such error stops this one.
             raise _FencedByItselfError
         if error.code() == KafkaError._AUTO_OFFSET_RESET and number not in self.core.held():
             log.debug("partition %d: %s; it is being opened, and then read from its own place", number, error.str())

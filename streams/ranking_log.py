@@ -47,7 +47,7 @@ class RankingLog:
         return True
 
     def statistics(self) -> dict[str, float]:
-        """See `RankingSink.statistics`; queued: records not yet acknowledged."""
+        """See `RankingSink.statistics`; queued: records whose acknowledgement has not been read yet."""
         with self._lock:
             return {**self._counters, "queued": len(self._producer)}
 

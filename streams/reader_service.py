@@ -202,20 +202,20 @@ async def serve_reader(config: ReaderConfig, on_ready: Callable[[dict[str, Any]]
     except RuntimeError as error:
         raise StreamError(f"{address}: the port cannot be opened: {error}") from error
     await server.start()
-    metrics, web = ReaderMetrics(calls, config.door.statistics), AsyncExitStack()
-    try:
+    metrics = ReaderMetrics(calls, config.door.statistics)
+    # What is put on a stack last is closed first, and all of it, whatever fails; the pages come last: they say "not ready" until then.
+    async with AsyncExitStack() as web, AsyncExitStack() as closing:
+        closing.callback(reader.close)
+        if erasure is not None:
+            closing.push_async_callback(asyncio.to_thread, erasure.close)
+        closing.push_async_callback(server.stop, _STOP_GRACE_S)
+        closing.callback(servicer.watches.drain)
+        closing.callback(setattr, metrics, "ready", False)
         details = {"address": f"{config.host}:{port}"}
         if config.web is not None:
             details["web"] = await _pages(web, config.web(metrics.exposition, lambda: metrics.ready))
         on_ready(details)
         await _report_health(reader, health, metrics, config.partition_count)
-    finally:
-        await web.aclose()
-        servicer.watches.drain()
-        await server.stop(_STOP_GRACE_S)
-        if erasure is not None:
-            await asyncio.to_thread(erasure.close)
-        reader.close()
 
 
 async def _pages(web: AsyncExitStack, pages: AbstractAsyncContextManager[str]) -> str:

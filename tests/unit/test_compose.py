@@ -92,7 +92,7 @@ def test_prometheus_scrapes_the_pages_under_the_names_that_alerts_ask_for(monkey
     assert jobs["triton"]["static_configs"] == [{"targets": ["triton:8002"]}]
     alerts = (DEPLOY / "prometheus" / "alerts.yml").read_text()
     assert set(re.findall(r'job="([^"]+)"', alerts)) <= set(jobs)
-    assert worker.worker_web_host == server.server_host == "0.0.0.0"
+    assert worker.worker_web_host == reader.reader_web_host == server.server_host == "0.0.0.0"
 
 
 def test_what_is_mounted_is_there():

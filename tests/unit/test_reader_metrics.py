@@ -3,7 +3,7 @@
 import asyncio
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from streams.errors import StreamError
 from streams.kafka import KafkaConfig, Topics
 from streams.reader_metrics import METRICS, PREFIX, Calls, ReaderMetrics, exposed_names
 from streams.reader_service import ReaderConfig, serve_reader
+from streams.view_reader import ViewReader
 
 READER, ERASURE = "freshrank.v1.SequenceReader", "freshrank.v1.Erasure"
 TOKEN = [("authorization", "Bearer right")]
@@ -132,6 +133,40 @@ def test_pages_say_whether_the_views_can_be_read(tmp_path, serving):
         taken = ReaderConfig(DOMAIN, tmp_path, PARTITIONS, web=partial(reader_pages, "127.0.0.1", port))
         with pytest.raises(StreamError, match=f"reader_web_port: 127.0.0.1:{port} cannot be bound"):
             asyncio.run(serve_reader(taken))
+
+
+def test_pages_are_closed_last_and_their_failure_skips_nothing(tmp_path, monkeypatch):
+    build_view(tmp_path, batches(1))
+    found, closed, close = [], [], ViewReader.close
+    monkeypatch.setattr(ViewReader, "close", lambda reader: (closed.append("reader"), close(reader)))
+
+    @asynccontextmanager
+    async def failing(_, ready):
+        found.append(ready)
+        try:
+            yield "http://127.0.0.1:1"
+        finally:
+            closed.append(f"pages, ready: {ready()}")
+            raise RuntimeError("the pages' task failed")
+
+    async def serve_and_stop() -> None:
+        told = asyncio.Future()
+        serving = asyncio.create_task(serve_reader(ReaderConfig(DOMAIN, tmp_path, PARTITIONS, web=failing), told.set_result))
+        address = (await told)["address"]
+        async with grpc.aio.insecure_channel(address) as channel:
+            async for check in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60):
+                if check.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
+            assert found[0]()
+        serving.cancel()
+        with pytest.raises(RuntimeError, match="the pages' task failed"):
+            await serving
+        host, port = address.split(":")
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
+
+    asyncio.run(serve_and_stop())
+    assert closed == ["reader", "pages, ready: False"]
 
 
 def test_a_reader_without_a_view_is_not_ready():
