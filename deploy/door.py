@@ -5,10 +5,9 @@ permissions, and no failure tells a caller more than a reference to the log.
 """
 
 import asyncio
-import inspect
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -18,6 +17,7 @@ from deploy.settings import Settings
 from deploy.tls import server_credentials
 from features.faults import internal_error
 from features.ports import Caller, Door, ForbiddenError, Guard, UnauthenticatedError
+from streams.interception import Around, Call, Stream
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _CONNECTION: tuple[tuple[str, int], ...] = (
 )
 
 
-class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Doorkeeper(Around):
     """Lets a call pass, counts the calls of each client, and says nothing of failures but a reference.
 
     A client is the caller that the guard names, else its address. Methods that need no token (health) are not counted. It runs on the
@@ -44,34 +44,19 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """
 
     def __init__(self, guard: Guard, calls_per_client_max: int) -> None:
+        super().__init__()
         self._guard, self._calls_max = guard, calls_per_client_max
         self._calls: Counter[str] = Counter()
         self._refused = Counter(unauthenticated=0, forbidden=0, client_calls=0)
-        self._doors: dict[str, tuple[Any, Any]] = {}
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """The method's handler behind the door; None where there is no such method (UNIMPLEMENTED)."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        known = self._doors.get(details.method)
-        if known is None or known[0] is not handler:
-            known = self._doors[details.method] = (handler, self._behind(details.method, handler))
-        return known[1]
 
     def statistics(self) -> dict[str, float]:
         """Calls under way, clients that have any, and calls refused since the start, by reason."""
         refused = {f"refused_{reason}": count for reason, count in self._refused.items()}
         return {"calls": self._calls.total(), "clients": len(self._calls), **refused}
 
-    def _behind(self, method: str, handler: Any) -> Any:
-        name = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-        behaviour = getattr(handler, name)
-        inside = self._stream(method, behaviour) if inspect.isasyncgenfunction(behaviour) else self._call(method, behaviour)
-        make = getattr(grpc, f"{name}_rpc_method_handler")
-        return make(inside, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer)
+    def call(self, method: str, behaviour: Call) -> Call:
+        """See `Around`."""
 
-    def _call(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             client = await self._enter(method, context)
             try:
@@ -88,7 +73,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return call
 
-    def _stream(self, method: str, behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    def stream(self, method: str, behaviour: Stream) -> Stream:
+        """See `Around`."""
+
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             client = await self._enter(method, context)
             try:

@@ -2,9 +2,8 @@
 docs/operations.md are checked against it.
 """
 
-import inspect
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from features.described import Described, exposed
+from streams.interception import Around, Call, Stream
 
 PREFIX = "freshrank_reader_"
 METRICS = (
@@ -32,7 +32,7 @@ def exposed_names() -> set[str]:
     return exposed(PREFIX, METRICS)
 
 
-class Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Calls(Around):
     """Refuses more calls at once than `calls_max`, and counts what was refused for want of room, by service, whoever of the server did it.
 
     It stands before every other interceptor, and runs on the server's event loop. gRPC's own bound of calls would do no worse, but nobody
@@ -40,44 +40,31 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """
 
     def __init__(self, calls_max: int, services: Iterable[str]) -> None:
+        super().__init__()
         self._calls_max, self._calls = calls_max, 0
         self._shed = Counter(dict.fromkeys(services, 0))
-        self._handlers: dict[str, tuple[Any, Any]] = {}
 
     @property
     def shed(self) -> Mapping[str, int]:
         """Calls refused with RESOURCE_EXHAUSTED since the start, by the full name of their service."""
         return dict(self._shed)
 
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """The method's handler behind the count; None where there is no such method (UNIMPLEMENTED)."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        known = self._handlers.get(details.method)
-        if known is None or known[0] is not handler:
-            known = self._handlers[details.method] = (handler, self._behind(details.method.split("/")[1], handler))
-        return known[1]
+    def call(self, method: str, behaviour: Call) -> Call:
+        """See `Around`."""
 
-    def _behind(self, service: str, handler: Any) -> Any:
-        name = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-        behaviour = getattr(handler, name)
-        inside = self._stream(service, behaviour) if inspect.isasyncgenfunction(behaviour) else self._call(service, behaviour)
-        make = getattr(grpc, f"{name}_rpc_method_handler")
-        return make(inside, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer)
-
-    def _call(self, service: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             self._calls += 1
             try:
                 await self._room(context)
                 return await behaviour(request, context)
             finally:
-                self._leave(service, context)
+                self._leave(method, context)
 
         return call
 
-    def _stream(self, service: str, behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    def stream(self, method: str, behaviour: Stream) -> Stream:
+        """See `Around`."""
+
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             self._calls += 1
             try:
@@ -85,7 +72,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 async for answer in behaviour(request, context):
                     yield answer
             finally:
-                self._leave(service, context)
+                self._leave(method, context)
 
         return stream
 
@@ -95,9 +82,9 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._calls_max} calls are under way: try again later, or another reader"
             )
 
-    def _leave(self, service: str, context: Any) -> None:
+    def _leave(self, method: str, context: Any) -> None:
         self._calls -= 1
-        self._shed[service] += context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        self._shed[method.split("/")[1]] += context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class ReaderMetrics(Collector):
