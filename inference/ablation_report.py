@@ -46,23 +46,21 @@ OF_USER = {"hit": metrics.hits, "mrr": metrics.reciprocal_ranks}
 OF_DRAWN = {"mrr_uniform": UNIFORM, "mrr_popular": POPULAR}
 """MRR among negatives of one kind alone, of a log that has both."""
 DRAWN_COLUMNS = ["cell", *("MRR, uniform alone", "lift % (95 %)", "p"), *("MRR, popularity-matched alone", "lift % (95 %)", "p")]
-ByUser = Mapping[str, list[list[F64]]]
-"""A cell's figures by metric of `metrics_of`, head and seed: one a user."""
+ByHead = Mapping[str, list[list[F64]]]
+"""A cell's figures by metric of `metrics_of`, head and seed: one a request, or one a user."""
 
 
 def summary(domain: Domain, ranker_name: str, results: Results, tables: Mapping[str, AblationTable]) -> dict[str, Any]:
     """Everything that ablation.json holds: figures by cell, and by table and head the differences to the reference."""
     heads = tuple(domain.ranker[ranker_name].heads)
     cells = dict.fromkeys(name for name, _ in results.of)
-    of_user = metrics_of(results)
-    by_user = {
-        name: {metric: [_by_user(results, name, head, metric) for head in range(len(heads))] for metric in of_user} for name in cells
-    }
+    of_requests = {name: {metric: _of_requests(results, name, metric) for metric in metrics_of(results)} for name in cells}
+    by_user = {name: {metric: _by_user(results, of[metric]) for metric in of} for name, of in of_requests.items()}
     found: dict[str, Any] = {
         "about": results.about | {"lists_longer_than_hit_at": int(_long(results).sum())},
         "skipped": dict(results.skipped),
         "lower_is_better": [head for head in heads if lower_is_better(domain, ranker_name, head)],
-        "cells": {name: _cell(results, name, heads, by_user[name]) for name in cells},
+        "cells": {name: _cell(results, name, heads, of_requests[name], by_user[name]["hit"]) for name in cells},
         "tables": {},
     }
     differences: dict[tuple[str, str], dict[str, Any]] = {}
@@ -97,15 +95,13 @@ def metrics_of(results: Results) -> tuple[str, ...]:
     return (*OF_USER, *(OF_DRAWN if both else ()))
 
 
-def _cell(results: Results, name: str, heads: tuple[str, ...], by_user: ByUser) -> dict[str, Any]:
+def _cell(results: Results, name: str, heads: tuple[str, ...], of_requests: ByHead, hits: list[list[F64]]) -> dict[str, Any]:
     of_seed = [results.of[name, seed][0] for seed in _seeds(results, name)]
     figures = {head: {metric: _spread([run["heads"][head][metric] for run in of_seed]) for metric in OF_HEAD} for head in heads}
     for column, head in enumerate(heads):
-        figures[head]["hit"] = _spread([float(values.mean()) if len(values) else None for values in by_user["hit"][column]])
-        for metric in set(by_user) & set(OF_DRAWN):
-            figures[head][metric] = _spread(
-                [metrics.known_mean(_of_requests(results, name, seed, column, metric)) for seed in _seeds(results, name)]
-            )
+        figures[head]["hit"] = _spread([float(values.mean()) if len(values) else None for values in hits[column]])
+        for metric in set(of_requests) & set(OF_DRAWN):
+            figures[head][metric] = _spread([metrics.known_mean(values) for values in of_requests[metric][column]])
     return {
         "heads": figures,
         "diversity": {key: _spread([run["diversity"][key] for run in of_seed]) for key in of_seed[0]["diversity"]},
@@ -125,13 +121,8 @@ def _long(results: Results) -> npt.NDArray[np.bool_]:
     return np.asarray(np.bincount(results.truth.request_row) > metrics.HIT_AT)
 
 
-def _by_user(results: Results, name: str, head: int, metric: str) -> list[F64]:
-    """A metric of `metrics_of` of each user who has a list for it, by seed; the same users in the same order for every cell."""
-    return [metrics.user_means(_of_requests(results, name, seed, head, metric), results.truth.users)[1] for seed in _seeds(results, name)]
-
-
-def _of_requests(results: Results, name: str, seed: int, head: int, metric: str) -> F64:
-    """A metric of `metrics_of` of each request, float64 [R]; NaN where it has no list for it."""
+def _of_requests(results: Results, name: str, metric: str) -> list[list[F64]]:
+    """A metric of `metrics_of` by head and seed, float64 [R] each; NaN where a request has no list for it."""
     truth = results.truth
     rows, without = np.ones(len(truth.labels), bool), np.zeros(len(truth.users), bool)
     if results.drawn is not None and metric in OF_DRAWN:
@@ -139,13 +130,22 @@ def _of_requests(results: Results, name: str, seed: int, head: int, metric: str)
         rows = np.isin(results.drawn, (AS_LOGGED, OF_DRAWN[metric]))
     elif metric == "hit":
         without = ~_long(results)
-    of = OF_USER[metric.partition("_")[0]]
-    per_request = of(results.of[name, seed][1][rows, head], truth.labels[rows, head], truth.request_row[rows])
-    return np.where(without, np.nan, per_request)
+    of = OF_USER.get(metric, metrics.reciprocal_ranks)
+
+    def found(head: int, seed: int) -> F64:
+        per_request = of(results.of[name, seed][1][rows, head], truth.labels[rows, head], truth.request_row[rows])
+        return np.where(without, np.nan, per_request)
+
+    return [[found(head, seed) for seed in _seeds(results, name)] for head in range(truth.labels.shape[1])]
+
+
+def _by_user(results: Results, of_requests: list[list[F64]]) -> list[list[F64]]:
+    """The means of each user who has a list for the metric; the same users in the same order for every cell."""
+    return [[metrics.user_means(values, results.truth.users)[1] for values in of_head] for of_head in of_requests]
 
 
 def _difference(
-    results: Results, name: str, reference: str, head: int, by_user: Mapping[str, ByUser]
+    results: Results, name: str, reference: str, head: int, by_user: Mapping[str, ByHead]
 ) -> dict[str, dict[str, float | None]]:
     """AUC: difference; metrics of `metrics_of`: difference, and lift in per cent of the reference's mean; with interval and p."""
     labels, user_of_row = results.truth.labels[:, head], results.truth.users[results.truth.request_row]

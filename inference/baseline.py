@@ -124,8 +124,8 @@ def _records(domain: Domain, ranker_name: str, log: str | Path, dataset: Dataset
 
 def _candidates(domain: Domain, ranker_name: str, log: str | Path, erased: Erased) -> tuple[npt.NDArray[np.uint8], U64]:
     """Kinds and ids of the ranker's candidates, in the order of the log, as `build_dataset` takes them."""
-    batches = list(ranker_requests(domain, ranker_name, log, erased))
-    return np.concatenate([batch.entity_kind for batch in batches]), np.concatenate([batch.entity_id for batch in batches])
+    found = [(batch.entity_kind, batch.entity_id) for batch in ranker_requests(domain, ranker_name, log, erased)]  # not their features
+    return np.concatenate([kinds for kinds, _ in found]), np.concatenate([ids for _, ids in found])
 
 
 def _codes(kinds: npt.NDArray[np.uint8], ids: U64) -> I64:
