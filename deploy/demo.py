@@ -217,8 +217,7 @@ def _anonymous(moment: Moment, user_id: int) -> RankRequest:
 
 
 def _positive(domain: Domain, ranker: str) -> str:
-    seen = domain.ranker[ranker].sequence_actions or tuple(domain.actions)
-    return next(name for name in seen if domain.actions[name].kind == "positive")
+    return next(name for name, action in domain.seen_actions(ranker).items() if action.kind == "positive")
 
 
 def _before_and_after(live: Live, moment: Moment) -> list[tuple[int, int, float, float, bool]]:

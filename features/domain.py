@@ -493,6 +493,11 @@ class Domain(_Part):
         """Name of each action id."""
         return {action.id: name for name, action in self.actions.items()}
 
+    def seen_actions(self, ranker_name: str) -> dict[str, Action]:
+        """The actions that a ranker's model sees, by name."""
+        names = self.ranker[ranker_name].sequence_actions
+        return self.actions if names is None else {name: self.actions[name] for name in names}
+
     @property
     def draws_negatives(self) -> bool:
         """Whether an import draws candidates."""

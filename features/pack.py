@@ -122,9 +122,8 @@ class Packer:
         self._attributes = ranker.sequence_attributes
         self._flags = np.zeros(256, np.uint8)
         self._retractions: list[tuple[int, int]] = []
-        for name, action in domain.actions.items():
-            if ranker.sequence_actions is None or name in ranker.sequence_actions:
-                self._flags[action.id] = _SEEN
+        self._flags[[action.id for action in domain.seen_actions(ranker_name).values()]] = _SEEN
+        for action in domain.actions.values():
             if action.retracts is not None:
                 self._flags[action.id] |= _RETRACTS
                 self._retractions.append((action.id, domain.actions[action.retracts].id))

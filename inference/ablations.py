@@ -138,8 +138,7 @@ def configured(domain: Domain, ranker_name: str, cell: Cell) -> Domain:
         raise AblationError("trees get vectors only where they are refreshed: others know answers of the training part")
     given = ranker.model_dump() | dict(cell.ranker)
     if cell.positives:
-        seen = domain.actions if ranker.sequence_actions is None else ranker.sequence_actions
-        given["sequence_actions"] = tuple(name for name in seen if domain.actions[name].kind == "positive")
+        given["sequence_actions"] = tuple(name for name, action in domain.seen_actions(ranker_name).items() if action.kind == "positive")
     given["model"] = ranker.model.model_dump() | dict(cell.model)
     try:
         changed = Ranker.model_validate(given)

@@ -27,12 +27,10 @@ class Similarities(nn.Module):
         """`user`, `sequence`: whether the model has them."""
         super().__init__()
         ranker = domain.ranker[ranker_name]
-        self.user, self.sequence = user, sequence
+        self.user = user
         self.scale = ranker.embedding_dimension**0.5
-        names = domain.actions if ranker.sequence_actions is None else ranker.sequence_actions
-        actions = [domain.actions[name] for name in names]
-        numbers = [action.id for action in actions if action.retracts is None] if ranker.model.action_types else []
-        self.actions = numbers if len(numbers) > 1 else []
+        numbers = [action.id for action in domain.seen_actions(ranker_name).values() if action.retracts is None]
+        self.actions = numbers if ranker.model.action_types and len(numbers) > 1 else []
         self.widths = (1,) * user + (1, *(2,) * (len(self.actions) + 1)) * sequence
         """Of the user's, the newest, and each group of actions."""
 

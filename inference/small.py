@@ -34,9 +34,8 @@ class SmallInputs:
 
     def __init__(self, domain: Domain, ranker_name: str) -> None:
         ranker = domain.ranker[ranker_name]
-        names = domain.actions if ranker.sequence_actions is None else {name: domain.actions[name] for name in ranker.sequence_actions}
         self._place = np.full(256, -1)
-        for place, action in enumerate(action for action in names.values() if action.retracts is None):
+        for place, action in enumerate(action for action in domain.seen_actions(ranker_name).values() if action.retracts is None):
             self._place[action.id] = place
         self.groups = int(self._place.max()) + 2
         """Actions, and all of them together."""
